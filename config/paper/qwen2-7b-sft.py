@@ -1,0 +1,22 @@
+# Stage 2 of the paper on Qwen2-7B-Instruct, with a LangBridge.
+stage = "sft"
+out = "out/paper/qwen2-7b-sft"
+init = "out/paper/qwen2-0.5b-pretrain-to-Qwen2-7B-Instruct"  # python transfer.py out/paper/qwen2-0.5b-pretrain Qwen/Qwen2-7B-Instruct ("0.5B-Pretrain-LB")
+connector_lr = 2e-5                                     # LLaVA-1.5, stage 2: one rate for all that trains
+llm_lr = 2e-5
+data = "data/llava_v1_5_mix665k.json"                   # 665,298 records; the paper's filter of it is not published
+images = "data"
+image_mode = "pad"                                      # LLaVA-1.5, stage 2
+template = "chat"                                       # the LLM's own; the released code has qwen_2 and llama3 strings
+mask = "answers"                                        # "official" is what the released code trains with Qwen
+max_length = 2048                                       # LLaVA-1.5
+group = True                                            # LLaVA-1.5: group_by_modality_length
+global_batch = 128                                      # LLaVA-1.5, stage 2: 8 GPUs x 8 x 2; 5,198 steps
+batch_size = 8
+warmup = 0.03                                           # LLaVA-1.5: cosine to 0
+clip = 1.0                                              # LangBridge's DeepSpeed files
+checkpointing = True                                    # LLaVA-1.5
+seed = 42                                               # LLaVA-1.5
+# for --dry_run, which does not read init
+llm = "Qwen/Qwen2-7B-Instruct"
+vision_tower = "openai/clip-vit-large-patch14-336"

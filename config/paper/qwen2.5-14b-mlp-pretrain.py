@@ -1,0 +1,19 @@
+# The baseline of the paper's tables: stage 1 of an MLP on Qwen2.5-14B-Instruct.
+stage = "pretrain"
+out = "out/paper/qwen2.5-14b-mlp-pretrain"
+llm = "Qwen/Qwen2.5-14B-Instruct"
+connector = "mlp"                                       # mlp2x_gelu
+hidden = 0                                              # D, as LLaVA-1.5; 5120 is the fair match of raw LangBridge
+connector_lr = 1e-3                                     # LLaVA-1.5, stage 1
+vision_tower = "openai/clip-vit-large-patch14-336"      # 336 px, 576 patches; layer -2 without CLS is the default
+data = "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"    # 558,128 captions
+images = "data/LLaVA-Pretrain/images"
+image_mode = "crop"                                     # LLaVA-1.5: stage 1 crops, stage 2 pads
+template = "plain"                                      # LLaVA-1.5, stage 1: image, caption, newline
+max_length = 2048                                       # LLaVA-1.5
+global_batch = 256                                      # LLaVA-1.5, stage 1: 8 GPUs x 32; 2,181 steps
+batch_size = 32
+warmup = 0.03                                           # LLaVA-1.5: cosine to 0
+clip = 1.0                                              # LangBridge's DeepSpeed files
+checkpointing = True                                    # LLaVA-1.5
+seed = 42                                               # LLaVA-1.5

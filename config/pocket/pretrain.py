@@ -1,0 +1,15 @@
+# Stage 1 in the pocket world (python pocket.py makes it): a LangBridge on pocket-qwen. Every number here was measured.
+stage = "pretrain"
+out = "out/pocket/pretrain"
+llm = "data/pocket/pocket-qwen"
+vision_tower = "data/pocket/vision-tower"
+words = "data/pocket/words.json"
+hidden = 256
+data = "data/pocket/pretrain.json"
+images = "data/pocket/images"
+global_batch = 32
+batch_size = 32
+connector_lr = 1e-3
+dtype = "float32"
+workers = 1
+log_every = 10

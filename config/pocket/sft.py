@@ -1,0 +1,16 @@
+# Stage 2 in the pocket world: connector and LLM on questions.
+stage = "sft"
+out = "out/pocket/sft"
+init = "out/pocket/pretrain"
+data = "data/pocket/sft.json"
+images = "data/pocket/images"
+image_mode = "pad"
+template = "chat"
+group = True
+global_batch = 32
+batch_size = 32
+connector_lr = 1e-3
+llm_lr = 1e-3
+dtype = "float32"
+workers = 1
+log_every = 10

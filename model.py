@@ -1,0 +1,409 @@
+"""
+LangBridge: a vision-language connector that writes every image patch as a combination of an LLM's own word embeddings.
+(Interpreting Image as a Combination of Language Embeddings, ICCV 2025, arXiv 2503.19404)
+
+    z = MLP(vision_tower(image))             (B, P, H)
+    s = z @ W.T + b                          (B, P, K)   one score for each word of a shared vocabulary
+    w = softmax(s)  or  w = s                (B, P, K)   "softmax": the paper's text; "none": its released code
+    image_embeds = w @ E                     (B, P, D)   E: the LLM's own input embeddings of those K words
+
+The MLP, W and b are trained and know nothing of the LLM; E is the LLM's and is never trained. Another LLM means another E.
+
+Letters used everywhere in this project:
+    B samples in a batch     P patches of an image    H connector width      Dv vision width   T tokens
+    N images in a batch      K shared words           D LLM width            V LLM vocabulary  S image side in pixels
+"""
+import hashlib
+import json
+import os
+import subprocess
+import zlib
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
+
+from data import IGNORE, IMAGE_ID
+from vocab import load_words, save_words, word_ids, words_hash
+
+FORMAT = 1             # of the checkpoint folder
+LOSS_ROWS = 2048       # trained tokens whose logits exist at one time: 2048 x 151,936 in float32 is 1.2 GB
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the connectors
+
+def combine(z, W, b, E, normalize):
+    """The vocabulary combination: each row of z becomes a weighted sum of the rows of E.
+
+    z [..., H], W [K, H], b [K], E [K, D] -> [..., D] in z's dtype. The sums run in float32.
+    """
+    w = word_weights(z, W, b, normalize)                            # (..., K)
+    return (w.to(E.dtype) @ E).to(z.dtype)                          # (..., K) x (K, D) -> (..., D)
+
+
+def word_weights(z, W, b, normalize):
+    """The weight of each word for each patch: z [..., H] -> float32 [..., K]."""
+    scores = F.linear(z, W, b).float()                              # (..., H) x (H, K) -> (..., K)
+    return scores.softmax(-1) if normalize == "softmax" else scores
+
+
+class LangBridge(nn.Module):
+    """Linear, GELU, Linear, then one score for each word, and the words' embeddings added up by these scores.
+
+    normalize "softmax": a probability distribution, `gain` times the default spread of W at the start (see README, why);
+    "none": raw scores of any sign. At the paper's sizes 129,790,720 parameters, none with a dimension of the LLM.
+    """
+
+    def __init__(self, Dv, H=5120, K=19200, normalize="softmax", gain=1.0):
+        super().__init__()
+        if normalize not in ("softmax", "none"):
+            raise ValueError(f'normalize is "softmax" or "none", not {normalize!r}')
+        self.normalize = normalize
+        self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
+        self.words = nn.Linear(H, K)                                # W [K, H] and b [K]
+        with torch.no_grad():
+            self.words.weight.mul_(gain)
+        # What belongs to the LLM is a buffer that no state dict holds: it is what a transfer replaces.
+        self.register_buffer("vocab_embeds", None, persistent=False)  # E float[K, D]
+
+    def forward(self, patches):
+        """patches float[N, P, Dv] -> image embeds float[N, P, D]"""
+        return combine(self.mlp(patches), self.words.weight, self.words.bias, self.vocab_embeds, self.normalize)
+
+    def weights(self, patches):
+        """patches float[N, P, Dv] -> float32[N, P, K], what each word contributes to each patch"""
+        return word_weights(self.mlp(patches), self.words.weight, self.words.bias, self.normalize)
+
+
+class MLPConnector(nn.Module):
+    """LLaVA-1.5's mlp2x_gelu, the baseline. H defaults to D; the fair match of raw LangBridge is H = its width.
+    (haotian-liu/LLaVA, multimodal_projector)"""
+
+    def __init__(self, Dv, D, H=None):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(Dv, H or D), nn.GELU(), nn.Linear(H or D, D))
+
+    def forward(self, patches):
+        """patches float[N, P, Dv] -> image embeds float[N, P, D]"""
+        return self.mlp(patches)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision tower + connector + LLM
+
+@dataclass
+class Config:
+    """What a VLM is made of; the first part of a checkpoint's config.json."""
+    vision_tower: str                   # hub name or folder
+    llm: str                            # hub name or folder
+    connector: str = "langbridge"       # or "mlp"
+    hidden: int = 5120                  # H; for "mlp" 0 means D, as in LLaVA-1.5
+    num_words: int = 19200              # K
+    normalize: str = "softmax"          # or "none"
+    vision_layer: int = -2              # which hidden state of the tower; the CLS token is never used
+    image_size: int = 0                 # S in pixels; 0 means the tower's own
+
+
+class VLM(nn.Module):
+    """A vision tower, a connector and an LLM. Build one with `build`, read one with `load`."""
+
+    def __init__(self, config, vision_tower, connector, llm, tokenizer, words, image):
+        super().__init__()
+        self.config, self.tokenizer, self.words, self.image = config, tokenizer, words, image
+        self.vision_tower, self.connector, self.llm = vision_tower, connector, llm
+        self.num_patches = (image["size"] // vision_tower.config.patch_size) ** 2
+        eos = llm.generation_config.eos_token_id if llm.generation_config else None
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos_ids = {i for i in [*eos, tokenizer.eos_token_id] if i is not None}
+        text = llm.config.get_text_config()
+        if getattr(text, "logit_scale", None) or getattr(text, "logits_scaling", None):
+            raise ValueError(f"{config.llm} scales its logits in a way that the loss here does not know")
+        self.softcap = getattr(text, "final_logit_softcapping", None)
+
+    def patch_features(self, pixel_values):
+        """float32[N, 3, S, S] -> float[N, P, Dv], the tower's hidden state `vision_layer` without CLS and registers"""
+        tower = self.vision_tower
+        kwargs = {}
+        if self.image["size"] != tower.config.image_size and tower.config.model_type != "dinov2":
+            kwargs["interpolate_pos_encoding"] = True               # DINOv2 always does
+        with torch.set_grad_enabled(torch.is_grad_enabled() and next(tower.parameters()).requires_grad):
+            out = tower(pixel_values.to(tower.dtype), output_hidden_states=True, **kwargs)
+        return out.hidden_states[self.config.vision_layer][:, -self.num_patches:]   # CLS and registers come first
+
+    def encode(self, pixel_values):
+        """float32[N, 3, S, S] -> image embeds float[N, P, D]"""
+        patches = self.patch_features(pixel_values)                 # (N, P, Dv)
+        return self.connector(patches.to(next(self.connector.parameters()).dtype))
+
+    def splice(self, input_ids, pixel_values):
+        """Text embeddings with the images in their places: int64[B, T], float32[N, 3, S, S] or None -> float[B, T, D]
+
+        Images fill the runs of IMAGE_ID in reading order: row after row, left to right.
+        """
+        is_image = input_ids == IMAGE_ID                            # (B, T)
+        # The module, not its weight: Gemma's multiplies by sqrt(D).
+        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))   # (B, T, D)
+        if pixel_values is None or len(pixel_values) == 0:
+            return embeds
+        image_embeds = self.encode(pixel_values)                    # (N, P, D)
+        if is_image.sum() != image_embeds.shape[0] * image_embeds.shape[1]:
+            raise ValueError(f"{is_image.sum()} image positions for {tuple(image_embeds.shape[:2])} images x patches")
+        return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
+
+    def forward(self, batch):
+        """Summed cross-entropy over the trained tokens and their number.
+
+        batch: as data.collate makes it. -> (float32 scalar, int). Dividing is left to the caller, who knows the number
+        of trained tokens in the whole global batch (pytorch/torchtitan does the same).
+        """
+        embeds = self.splice(batch["input_ids"], batch["pixel_values"])              # (B, T, D)
+        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=batch["attention_mask"],
+                                        position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        targets = batch["labels"][:, 1:]                            # position t predicts token t + 1
+        trained = targets != IGNORE                                 # (B, T-1)
+        # Logits only where a token is trained: over all positions they would be the largest tensor of the run.
+        return self.token_loss(hidden[:, :-1][trained], targets[trained]), int(trained.sum())
+
+    def token_loss(self, hidden, targets):
+        """hidden float[n, D], targets int64[n] -> float32 scalar, summed over n"""
+        def rows_loss(hidden, targets):
+            logits = self.llm.get_output_embeddings()(hidden).float()                # (rows, D) x (D, V) -> (rows, V)
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            return F.cross_entropy(logits, targets, reduction="sum")
+        if len(targets) <= LOSS_ROWS:
+            return rows_loss(hidden, targets)
+        return sum(checkpoint(rows_loss, h, t, use_reentrant=False)
+                   for h, t in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)))
+
+    @torch.no_grad()
+    def generate(self, ids, pixel_values=None, max_new_tokens=128, temperature=0.0, seed=0):
+        """Continue each prompt, greedily (temperature 0) or by sampling. An answer does not depend on its batch.
+
+        ids: prompts as lists of ids with runs of IMAGE_ID; pixel_values float32[N, 3, S, S] in reading order, or None.
+        -> lists of new ids, without the eos.
+        """
+        device = self.llm.device
+        T = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id or 0
+        # Left padding: the last column is the newest token of every row.
+        input_ids = torch.tensor([[pad] * (T - len(row)) + row for row in ids], device=device)             # (B, T)
+        mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in ids], device=device)         # (B, T)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        # A row draws from a generator of its own, seeded by its prompt, so that its neighbours do not matter.
+        dice = [torch.Generator().manual_seed(seed + zlib.crc32(repr(row).encode())) for row in ids]
+        out = self.llm(inputs_embeds=self.splice(input_ids, pixel_values), attention_mask=mask, position_ids=position,
+                       use_cache=True, logits_to_keep=1)
+        answers, done = [[] for _ in ids], [False] * len(ids)
+        for _ in range(max_new_tokens):
+            tokens = pick(out.logits[:, -1].float(), temperature, dice)              # B ints
+            for row, token in enumerate(tokens):
+                done[row] = done[row] or token in self.eos_ids
+                if not done[row]:
+                    answers[row].append(token)
+            if all(done) or len(answers[0]) == max_new_tokens:
+                break
+            position = position[:, -1:] + 1
+            mask = F.pad(mask, (0, 1), value=1)
+            out = self.llm(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask,
+                           position_ids=position, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        return answers
+
+
+def pick(logits, temperature, dice):
+    """The next token of each row: float32[B, V] -> list of B ints"""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    probs = (logits / temperature).softmax(-1).cpu()
+    return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probs, dice)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# building
+
+def vocab_embeds(llm, tokenizer, words):
+    """E: the LLM's own input embedding of each word. -> float32[K, D]
+
+    A word that is not one token of this tokenizer gets the mean of its pieces' embeddings. The module is called, its
+    weight is not indexed: Gemma's scales by sqrt(D).
+    """
+    pieces = word_ids(words, tokenizer)                             # K lists of ids
+    embed = llm.get_input_embeddings()
+    flat = torch.tensor([i for ids in pieces for i in ids], device=embed.weight.device)
+    word = torch.tensor([k for k, ids in enumerate(pieces) for _ in ids], device=embed.weight.device)
+    with torch.no_grad():
+        rows = embed(flat).float()                                  # (number of pieces, D)
+        count = torch.bincount(word, minlength=len(words))          # (K,)
+        E = torch.zeros(len(words), rows.shape[1], device=rows.device).index_add_(0, word, rows) / count[:, None]
+    if not E.isfinite().all():
+        raise ValueError(f"the embedding of {words[int((~E.isfinite()).any(1).nonzero()[0])]!r} is not finite")
+    return E
+
+
+def make_connector(config, Dv, D, gain=1.0):
+    """The connector that `config` names, freshly initialised."""
+    if config.connector == "langbridge":
+        return LangBridge(Dv, config.hidden, config.num_words, config.normalize, gain)
+    if config.connector == "mlp":
+        return MLPConnector(Dv, D, config.hidden)
+    raise ValueError(f'connector is "langbridge" or "mlp", not {config.connector!r}')
+
+
+def vision_config(name):
+    """The config of the vision half of whatever `name` is: CLIP and SigLIP checkpoints hold a text half, too."""
+    config = AutoConfig.from_pretrained(name)
+    return getattr(config, "vision_config", config)
+
+
+def image_settings(name, image_size):
+    """{"size", "mean", "std"} of the tower's images: S in pixels and three numbers each for R, G, B"""
+    processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    size = image_size or vision_config(name).image_size
+    return {"size": size, "mean": processor["image_mean"], "std": processor["image_std"]}
+
+
+def load_llm(name, dtype, device):
+    """-> (LLM, tokenizer), every model by its config and none by its name"""
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding "
+                         f"{llm.get_input_embeddings().num_embeddings} rows")
+    return llm, tokenizer
+
+
+def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0):
+    """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded."""
+    tower = AutoModel.from_pretrained(config.vision_tower, config=vision_config(config.vision_tower), dtype=dtype)
+    llm, tokenizer = llm or load_llm(config.llm, dtype, device)
+    image = image_settings(config.vision_tower, config.image_size)
+    connector = make_connector(config, tower.config.hidden_size, llm.get_input_embeddings().embedding_dim, gain)
+    vlm = VLM(config, tower, connector, llm, tokenizer, words, image).to(device)
+    if words:
+        connector.vocab_embeds = vocab_embeds(llm, tokenizer, words).to(device, dtype)
+    return vlm.requires_grad_(False).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a checkpoint is a folder
+
+def embeddings_hash(llm):
+    """SHA-256 over 1,000 rows of the input embedding, as bfloat16: tells Qwen2 from Qwen2.5, base from Instruct"""
+    weight = llm.get_input_embeddings().weight.detach()
+    rows = weight[torch.linspace(0, len(weight) - 1, 1000).long()].to("cpu", torch.bfloat16)
+    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def tokenizer_hash(tokenizer):
+    """SHA-256 over every token and its id"""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def git_commit():
+    """The commit of this code, or None outside of a checkout"""
+    run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                         capture_output=True, text=True)
+    return run.stdout.strip() or None
+
+
+def portable(name, folder):
+    """A model's name as a checkpoint in `folder` stores it: a hub name as it is, a local folder relative to `folder`"""
+    return os.path.relpath(name, folder) if os.path.isdir(name) else name
+
+
+def resolve(name, folder):
+    """The other way round."""
+    local = os.path.normpath(os.path.join(folder, name))
+    return local if name.startswith("..") or os.path.isdir(local) else name
+
+
+def save(vlm, folder, stage, with_llm, **extra):
+    """Write a checkpoint into `folder` (made if need be), config.json last: with it the checkpoint is complete.
+
+    with_llm: after SFT the LLM goes along, with the frozen E that the connector was trained against.
+    """
+    os.makedirs(folder, exist_ok=True)
+    write_safetensors({k: v.float() for k, v in vlm.connector.state_dict().items()}, f"{folder}/connector.safetensors")
+    if vlm.words:
+        save_words(vlm.words, f"{folder}/words.json")
+    base = vlm.origin if hasattr(vlm, "origin") else fingerprint(vlm)
+    if with_llm:
+        vlm.llm.save_pretrained(f"{folder}/llm")
+        vlm.tokenizer.save_pretrained(f"{folder}/llm")
+        if vlm.words:
+            write_safetensors({"vocab_embeds": vlm.connector.vocab_embeds}, f"{folder}/llm/vocab_embeds.safetensors")
+    names = {"vision_tower": portable(vlm.config.vision_tower, folder), "llm": portable(vlm.config.llm, folder)}
+    write_json({"format": FORMAT, "stage": stage, **asdict(vlm.config), **names, **base,
+                "words_hash": words_hash(vlm.words) if vlm.words else None, "git_commit": git_commit(), **extra},
+               f"{folder}/config.json")
+
+
+def fingerprint(vlm):
+    """What ties a checkpoint to the LLM that it was trained on."""
+    return {"tokenizer_hash": tokenizer_hash(vlm.tokenizer), "embeddings_hash": embeddings_hash(vlm.llm)}
+
+
+def write_json(value, path):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+    os.replace(path + ".tmp", path)
+
+
+def write_safetensors(tensors, path, metadata=None):
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path + ".tmp", metadata)
+    os.replace(path + ".tmp", path)
+
+
+def read_config(folder):
+    """A checkpoint's config.json. -> (Config with the names resolved, the whole dict)
+
+    ValueError where `folder` is no checkpoint, or one of another format."""
+    path = f"{folder}/config.json"
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json (a run writes it when it ends)")
+    with open(path, encoding="utf-8") as f:
+        whole = json.load(f)
+    if whole.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {whole.get('format')!r}; this code reads format {FORMAT}")
+    config = Config(**{f.name: whole[f.name] for f in fields(Config)})
+    config.vision_tower, config.llm = resolve(config.vision_tower, folder), resolve(config.llm, folder)
+    return config, whole
+
+
+def load(folder, device="cpu", dtype=torch.float32):
+    """Read a checkpoint. -> VLM in evaluation mode, nothing of it trained
+
+    ValueError where its parts do not belong together: another word list, another LLM than it was trained on."""
+    config, whole = read_config(folder)
+    own_llm = f"{folder}/llm"
+    llm = load_llm(own_llm if os.path.isdir(own_llm) else config.llm, dtype, device)
+    words = load_words(f"{folder}/words.json") if config.connector == "langbridge" else None
+    if words and words_hash(words) != whole["words_hash"]:
+        raise ValueError(f"{folder}/words.json is not the word list that this connector was trained with")
+    vlm = build(config, words, device, dtype, llm)
+    load_connector(vlm.connector, folder)
+    if os.path.isdir(own_llm):
+        if words:                                                   # the E of training, which the LLM has moved away from
+            vlm.connector.vocab_embeds = load_file(f"{own_llm}/vocab_embeds.safetensors")["vocab_embeds"].to(device, dtype)
+    elif fingerprint(vlm) != {k: whole[k] for k in ("tokenizer_hash", "embeddings_hash")}:
+        raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; transfer.py moves it")
+    vlm.origin = {k: whole[k] for k in ("tokenizer_hash", "embeddings_hash")}
+    return vlm
+
+
+def load_connector(connector, folder):
+    """Read connector.safetensors into `connector`; ValueError names the first tensor that does not fit."""
+    path = f"{folder}/connector.safetensors"
+    state, own = load_file(path), connector.state_dict()
+    for name in own.keys() | state.keys():
+        have, want = (tuple(d[name].shape) if name in d else None for d in (state, own))
+        if have != want:
+            raise ValueError(f"{path}: {name} is {have}, this connector wants {want}")
+    connector.load_state_dict(state)

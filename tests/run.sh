@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Makes .venv if there is none, installs requirements.txt, runs the tests: bash tests/run.sh [pytest's arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install -q -r requirements.txt
+export OMP_WAIT_POLICY=PASSIVE                  # two ranks on two cores must not spin
+exec .venv/bin/python -m pytest -q tests "$@"

@@ -1,0 +1,258 @@
+"""model.py against transformers' own LLaVA and against slow loops. Alone: python -m pytest tests/test_model.py"""
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+import data
+import model
+import vocab
+from data import IGNORE, IMAGE_ID
+
+P = 9                                                               # 24 pixels, patches of 8
+
+
+def words_of(*folders):
+    from transformers import AutoTokenizer
+    tokenizers = [AutoTokenizer.from_pretrained(f) for f in folders]
+    return sorted(vocab.shared_words(tokenizers))
+
+
+def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="softmax", hidden=28, layer=-2, image_size=0):
+    words = words_of(tiny.qwen, tiny.llama) if connector == "langbridge" else None
+    config = model.Config(vision_tower=getattr(tiny, tower), llm=getattr(tiny, llm), connector=connector, hidden=hidden,
+                          num_words=len(words or ()), normalize=normalize, vision_layer=layer, image_size=image_size)
+    torch.manual_seed(1)
+    return model.build(config, words, gain=3.0)
+
+
+def sample(tokenizer, messages, images, seed=0):
+    ids, labels = data.encode(messages, tokenizer, P)
+    pixels = torch.randn(images, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+    return {"id": str(seed), "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "images": pixels}
+
+
+def turns(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def samples(tokenizer):
+    """One image, several turns; two images; text only; one image and one word"""
+    return [sample(tokenizer, turns("<image>\nwhat colour is the circle?", "red!", "and the star?", "a green star"), 1, 1),
+            sample(tokenizer, turns("<image> and <image>\ntwo squares?", "yes, two small ones"), 2, 2),
+            sample(tokenizer, turns("Is there a star?", "no"), 0, 3),
+            sample(tokenizer, turns("<image>\nIs there a star?", "yes"), 1, 4)]
+
+
+def test_paper_sizes_have_the_papers_number_of_parameters():
+    with torch.device("meta"):
+        connector = model.LangBridge(Dv=1024)
+    assert sum(p.numel() for p in connector.parameters()) == 129_790_720
+
+
+@pytest.mark.parametrize("connector", ["langbridge", "mlp"])
+def test_logits_loss_gradients_and_answers_equal_transformers_llava(tiny, connector):
+    """LlavaForConditionalGeneration with our parts inside. A LangBridge takes the place of its projector as it is."""
+    vlm = make(tiny, connector=connector, hidden=28)
+    batch = data.collate([s for s in samples(vlm.tokenizer) if len(s["images"]) == 1], pad_id=0)
+    theirs = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vlm.vision_tower.config, text_config=vlm.llm.config, image_token_index=499,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=P)).eval()
+    theirs.model.vision_tower.load_state_dict(vlm.vision_tower.state_dict())
+    theirs.model.language_model.load_state_dict(vlm.llm.model.state_dict())
+    theirs.lm_head.load_state_dict(vlm.llm.lm_head.state_dict())
+    theirs.model.multi_modal_projector = vlm.connector              # shared: its gradients are compared below
+    vlm.connector.requires_grad_(True)
+
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_ID, 499)
+    out = theirs(input_ids=ids, pixel_values=batch["pixel_values"], attention_mask=batch["attention_mask"],
+                 position_ids=batch["position_ids"], labels=batch["labels"])
+    out.loss.backward()
+    expected = {n: p.grad.clone() for n, p in vlm.connector.named_parameters()}
+    vlm.connector.zero_grad()
+    loss, count = vlm(batch)
+    (loss / count).backward()
+
+    embeds = vlm.splice(batch["input_ids"], batch["pixel_values"])
+    logits = vlm.llm(inputs_embeds=embeds, attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], out.logits[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loss / count, out.loss, atol=1e-5, rtol=1e-5)
+    for name, p in vlm.connector.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-3, msg=name)
+        assert p.grad.abs().sum() > 0, name
+
+    prompt = data.encode_prompt(turns("<image>\nwhat colour is the star?"), vlm.tokenizer, P)
+    pixels = batch["pixel_values"][:1]
+    mine = vlm.generate([prompt], pixels, max_new_tokens=12)[0]
+    ids = torch.tensor([prompt])
+    reference = theirs.generate(input_ids=ids.masked_fill(ids == IMAGE_ID, 499), pixel_values=pixels, do_sample=False,
+                                max_new_tokens=12, attention_mask=torch.ones_like(ids))[0, len(prompt):].tolist()
+    assert mine == [i for i in reference if i not in vlm.eos_ids][:len(mine)] and len(mine) > 2
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])
+def test_loss_equals_the_librarys_own_on_text(tiny, llm):
+    """Without an image nothing is ours but where logits are taken; Gemma's embeddings are scaled by its module."""
+    vlm = make(tiny, llm=llm)
+    batch = data.collate([sample(vlm.tokenizer, turns("what is this?", "a red circle!"), 0)], pad_id=0)
+    loss, count = vlm(batch)
+    out = vlm.llm(input_ids=batch["input_ids"], labels=batch["labels"])
+    torch.testing.assert_close(loss / count, out.loss)
+
+
+def test_splice_equals_a_slow_loop(tiny):
+    vlm = make(tiny)
+    batch = data.collate(samples(vlm.tokenizer), pad_id=0)
+    got = vlm.splice(batch["input_ids"], batch["pixel_values"])
+    image_embeds = vlm.encode(batch["pixel_values"])
+    assert image_embeds.shape[:2] == (4, P)
+    table, patch = vlm.llm.get_input_embeddings().weight, 0
+    for b, row in enumerate(batch["input_ids"].tolist()):
+        for t, i in enumerate(row):
+            if i == IMAGE_ID:
+                expected = image_embeds[patch // P, patch % P]
+                patch += 1
+            else:
+                expected = table[i]
+            assert torch.equal(got[b, t], expected), (b, t)
+    assert patch == 4 * P
+
+
+def test_an_image_too_many_is_refused(tiny):
+    vlm = make(tiny)
+    batch = data.collate(samples(vlm.tokenizer), pad_id=0)
+    with pytest.raises(ValueError, match="image positions"):
+        vlm.splice(batch["input_ids"], batch["pixel_values"][:-1])
+
+
+@pytest.mark.parametrize("llm", ["qwen", "gemma"])
+def test_a_batch_of_four_equals_four_batches_of_one(tiny, llm):
+    vlm = make(tiny, llm=llm)
+    alone = [vlm(data.collate([s], pad_id=0)) for s in samples(vlm.tokenizer)]
+    loss, count = vlm(data.collate(samples(vlm.tokenizer), pad_id=0))
+    assert count == sum(n for _, n in alone)
+    torch.testing.assert_close(loss, sum(l for l, _ in alone), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_does_not_depend_on_its_batch(tiny, temperature):
+    vlm = make(tiny)
+    questions = ["<image>\nwhat colour is the big circle?", "Is there a star?", "<image> <image>\ntwo?", "<image>"]
+    prompts = [data.encode_prompt(turns(q), vlm.tokenizer, P) for q in questions]
+    pixels = [torch.randn(q.count("<image>"), 3, 24, 24, generator=torch.Generator().manual_seed(7)) for q in questions]
+    together = vlm.generate(prompts, torch.cat(pixels), 10, temperature, seed=3)
+    alone = [vlm.generate([p], x, 10, temperature, seed=3)[0] for p, x in zip(prompts, pixels)]
+    assert together == alone
+    back = vlm.generate(prompts[::-1], torch.cat(pixels[::-1]), 10, temperature, seed=3)
+    assert back[::-1] == together
+    assert any(len(a) > 1 for a in together)
+
+
+def test_logits_in_pieces_equal_logits_at_once(tiny, monkeypatch):
+    vlm = make(tiny)
+    vlm.connector.requires_grad_(True)
+    batch = data.collate(samples(vlm.tokenizer), pad_id=0)
+    whole, _ = vlm(batch)
+    expected = torch.autograd.grad(whole, vlm.connector.words.weight)[0]
+    monkeypatch.setattr(model, "LOSS_ROWS", 5)
+    pieces, _ = vlm(batch)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(torch.autograd.grad(pieces, vlm.connector.words.weight)[0], expected)
+
+
+@pytest.mark.parametrize("tower,size", [("clip", 0), ("dino", 0), ("siglip", 0), ("clip", 16), ("dino", 32)])
+def test_patches_of_every_tower(tiny, tower, size):
+    """In row-major order and without CLS: changing the last patch's pixels changes layer 0 of the last patch only."""
+    vlm = make(tiny, tower=tower, layer=0, image_size=size)
+    side = size or 24
+    assert vlm.num_patches == (side // 8) ** 2
+    images = torch.zeros(2, 3, side, side)
+    images[1, :, -8:, -8:] = 1
+    features = vlm.patch_features(images)
+    assert features.shape == (2, vlm.num_patches, 32)
+    changed = (features[0] != features[1]).any(-1).nonzero().flatten().tolist()
+    assert changed == [vlm.num_patches - 1]
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])
+def test_vocab_embeds_are_what_the_llms_module_returns(tiny, llm):
+    vlm = make(tiny, llm=llm)
+    embed = vlm.llm.get_input_embeddings()
+    for k, ids in enumerate(vocab.word_ids(vlm.words, vlm.tokenizer)):
+        torch.testing.assert_close(vlm.connector.vocab_embeds[k], embed(torch.tensor(ids)).mean(0))
+    if llm == "gemma":
+        assert not torch.allclose(vlm.connector.vocab_embeds[0], embed.weight[vocab.word_ids(vlm.words[:1], vlm.tokenizer)[0][0]])
+
+
+def test_nothing_of_a_connector_has_a_dimension_of_the_llm(tiny):
+    vlm = make(tiny, llm="llama")
+    D = vlm.llm.config.hidden_size
+    assert vlm.connector.state_dict().keys() == {"mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias",
+                                                 "words.weight", "words.bias"}
+    assert all(D not in t.shape for t in vlm.connector.state_dict().values())
+
+
+def test_order_of_the_words_does_not_matter_if_w_and_e_move_together():
+    torch.manual_seed(0)
+    z, W, b, E = torch.randn(5, 8), torch.randn(11, 8), torch.randn(11), torch.randn(11, 6)
+    order = torch.randperm(11)
+    for normalize in ("softmax", "none"):
+        out = model.combine(z, W, b, E, normalize)
+        torch.testing.assert_close(model.combine(z, W[order], b[order], E[order], normalize), out)
+        assert not torch.allclose(model.combine(z, W, b, E[order], normalize), out)
+
+
+def test_two_models_in_one_process_keep_their_own_embeddings(tiny):
+    one, two = make(tiny, "qwen"), make(tiny, "llama")
+    assert one.connector.vocab_embeds.shape[1] == 44 and two.connector.vocab_embeds.shape[1] == 52
+    assert not one.connector.vocab_embeds.requires_grad
+
+
+@pytest.mark.parametrize("connector", ["langbridge", "mlp"])
+@pytest.mark.parametrize("with_llm", [False, True])
+def test_checkpoint_round_trip(tiny, tmp_path, connector, with_llm):
+    vlm = make(tiny, connector=connector)
+    batch = data.collate(samples(vlm.tokenizer), pad_id=0)
+    if with_llm:                                                    # after SFT the LLM's embeddings have moved, E has not
+        torch.nn.init.normal_(vlm.llm.get_input_embeddings().weight)
+    model.save(vlm, str(tmp_path / "ck"), "sft" if with_llm else "pretrain", with_llm)
+    again = model.load(str(tmp_path / "ck"))
+    assert torch.equal(again(batch)[0], vlm(batch)[0])
+    assert again.config == dataclasses.replace(vlm.config, vision_tower=again.config.vision_tower, llm=again.config.llm)
+    assert str(tmp_path) not in (tmp_path / "ck" / "config.json").read_text()
+
+
+def test_loading_refuses_another_llm_and_another_word_list(tiny, tmp_path):
+    vlm = make(tiny)
+    folder = tmp_path / "ck"
+    model.save(vlm, str(folder), "pretrain", with_llm=False)
+    words = (folder / "words.json").read_text()
+    (folder / "words.json").write_text(words.replace('"a"', '"zzz"', 1))
+    with pytest.raises(ValueError, match="words.json"):
+        model.load(str(folder))
+    (folder / "words.json").write_text(words)
+    torch.nn.init.normal_(vlm.llm.get_input_embeddings().weight)
+    vlm.llm.save_pretrained(tmp_path / "other")
+    vlm.tokenizer.save_pretrained(tmp_path / "other")
+    config = (folder / "config.json").read_text()
+    import os
+    (folder / "config.json").write_text(config.replace(os.path.relpath(tiny.qwen, folder), "../other"))
+    with pytest.raises(ValueError, match="another LLM"):
+        model.load(str(folder))
+
+
+def test_frozen_parts_get_no_gradient(tiny):
+    vlm = make(tiny)
+    vlm.connector.requires_grad_(True)
+    vlm(data.collate(samples(vlm.tokenizer), pad_id=0))[0].backward()
+    assert all(p.grad is None for p in [*vlm.llm.parameters(), *vlm.vision_tower.parameters()])
+    assert all(p.grad is not None for p in vlm.connector.parameters())
+
+
+def test_raw_scores_are_linear_in_z_and_softmax_weights_sum_to_one(tiny):
+    z, W, b = torch.randn(3, 8), torch.randn(11, 8), torch.zeros(11)
+    torch.testing.assert_close(model.word_weights(2 * z, W, b, "none"), 2 * model.word_weights(z, W, b, "none"))
+    torch.testing.assert_close(model.word_weights(z, W, b, "softmax").sum(-1), torch.ones(3))

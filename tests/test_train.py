@@ -1,0 +1,158 @@
+"""train.py: what trains, that batches, ranks and kills change nothing, and what a user's mistake says."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import ROOT, run, settings, train_here
+
+
+def weights(out):
+    """Every trained tensor of a finished run, from its last state"""
+    states = sorted(os.listdir(f"{out}/state"))
+    return load_file(f"{out}/state/{states[-1]}/trained.safetensors")
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in open(f"{out}/log.jsonl")]
+
+
+def same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny, world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "pretrain"
+    assert train_here(settings(tiny, world, out)) == 0
+    return str(out)
+
+
+def test_pretraining_learns_the_captions_and_leaves_a_checkpoint(pretrained):
+    files = set(os.listdir(pretrained))
+    assert {"config.json", "words.json", "connector.safetensors", "log.jsonl", "loss.png", "state"} <= files
+    assert "llm" not in files and len(losses(pretrained)) == 10
+    assert losses(pretrained)[-1] < 0.9 * losses(pretrained)[0]
+
+
+def test_pretraining_trains_the_connector_and_nothing_else(pretrained):
+    assert all(name.startswith("connector.") for name in weights(pretrained))
+
+
+@pytest.mark.parametrize("connector", ["langbridge", "mlp"])
+def test_sft_trains_connector_and_llm_and_keeps_the_frozen_e(tiny, world, tmp_path, connector):
+    before, after = tmp_path / "pretrain", tmp_path / "sft"
+    train_here(settings(tiny, world, before, f"--connector={connector}", "--max_steps=2"))
+    assert train_here(settings(tiny, world, after, "--stage=sft", f"--init={before}", f"--data={world}/chats.json",
+                               "--template=chat", "--group=True", "--llm_lr=0.001")) == 0
+    trained = weights(after)
+    assert {name.split(".")[0] for name in trained} == {"connector", "llm"}
+    old = load_file(f"{tiny.qwen}/model.safetensors")
+    assert not torch.equal(old["model.embed_tokens.weight"], trained["llm.model.embed_tokens.weight"])
+    if connector == "langbridge":                                   # E is a snapshot: it did not follow the LLM
+        import model
+        E = load_file(f"{after}/llm/vocab_embeds.safetensors")["vocab_embeds"]
+        assert torch.equal(E, model.load(str(before)).connector.vocab_embeds)
+        assert torch.equal(E, model.load(str(after)).connector.vocab_embeds)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_accumulation_changes_nothing(tiny, world, tmp_path, pretrained, stage):
+    """Answers differ in length, so a mean of means would show here."""
+    more = ["--max_steps=4", f"--data={world}/chats.json", "--template=chat", f"--stage={stage}"]
+    more += [f"--init={pretrained}"] if stage == "sft" else []
+    train_here(settings(tiny, world, tmp_path / "one", *more))
+    train_here(settings(tiny, world, tmp_path / "four", *more, "--batch_size=2"))
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "four")), torch.tensor(losses(tmp_path / "one")), atol=1e-4, rtol=1e-4)
+    # Adam divides by the gradient's size, so that rounding in a gradient near zero moves a weight by up to lr a step.
+    same(weights(tmp_path / "four"), weights(tmp_path / "one"), atol=4e-3, rtol=0)
+
+
+def test_two_ranks_change_nothing(tiny, world, tmp_path):
+    """Text-only samples on one rank and images on the other: --group=False mixes them."""
+    more = ["--max_steps=4", f"--data={world}/chats.json", "--template=chat", "--stage=sft"]
+    train_here(settings(tiny, world, tmp_path / "one", *more))
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "train.py",
+        *settings(tiny, world, tmp_path / "two", *more))
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), atol=1e-4, rtol=1e-4)
+    same(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=4e-3, rtol=0)
+
+
+def test_bfloat16_and_checkpointing_run_and_learn(tiny, world, tmp_path):
+    assert train_here(settings(tiny, world, tmp_path / "x", "--dtype=bfloat16", "--checkpointing=True")) == 0
+    assert losses(tmp_path / "x")[-1] < 0.9 * losses(tmp_path / "x")[0]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tiny, world, tmp_path, pretrained):
+    """SIGKILL between two states, then the same command again."""
+    argv = settings(tiny, world, tmp_path / "killed", "--save_every=3")
+    log = tmp_path / "killed" / "log.jsonl"
+    job = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while job.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 4):
+        time.sleep(0.005)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() != 0, "the run ended before it could be killed"
+    assert train_here(argv) == 0
+    assert losses(tmp_path / "killed") == losses(pretrained)
+    same(weights(tmp_path / "killed"), weights(pretrained), atol=0, rtol=0)
+
+
+def test_a_torn_state_is_passed_over(tiny, world, tmp_path, pretrained, capsys):
+    argv = settings(tiny, world, tmp_path / "torn", "--save_every=4")
+    train_here(argv)
+    os.remove(tmp_path / "torn" / "config.json")                    # as if killed before the end
+    states = sorted(os.listdir(tmp_path / "torn" / "state"))
+    assert len(states) == 2
+    newest = tmp_path / "torn" / "state" / states[-1] / "trained.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-9] + b"tampered!")
+    assert train_here(argv) == 0
+    assert "is not whole" in capsys.readouterr().out
+    same(weights(tmp_path / "torn"), weights(pretrained), atol=0, rtol=0)
+
+
+def test_sigterm_saves_and_exits_with_a_status_of_its_own(tiny, world, tmp_path, pretrained):
+    argv = settings(tiny, world, tmp_path / "term")
+    log = tmp_path / "term" / "log.jsonl"
+    job = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while job.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.005)
+    job.terminate()
+    assert job.wait() == train.STOPPED
+    assert train_here(argv) == 0
+    same(weights(tmp_path / "term"), weights(pretrained), atol=0, rtol=0)
+
+
+def test_other_settings_are_not_resumed_and_a_finished_run_is_not_overwritten(tiny, world, tmp_path):
+    out = tmp_path / "x"
+    train_here(settings(tiny, world, out, "--max_steps=2"))
+    with pytest.raises(SystemExit, match="--overwrite"):
+        train.check(train.read_settings(settings(tiny, world, out)))
+    os.remove(out / "config.json")
+    with pytest.raises(SystemExit, match="connector_lr was 0.01, is 0.02"):
+        train.main(train.read_settings(settings(tiny, world, out, "--max_steps=2", "--connector_lr=0.02")))
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--learning_rate=1"], "no setting 'learning_rate'"), (["--hidden=big"], "hidden is 'big', it must be of type int"),
+    (["--checkpointing=no"], "type bool"), (["nowhere.py"], "no config file nowhere.py"),
+    (["--stage=both"], "stage is 'both'"), (["--stage=pretrain"], "out is not set"),
+    (["--init=nowhere", "--out=/tmp/never", "--data=x.json"], "nowhere is no checkpoint")])
+def test_a_mistake_gets_one_sentence(argv, words):
+    done = run("train.py", *argv, check=False)
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr and not done.stdout.strip()
+
+
+def test_the_schedule_is_the_recipes():
+    """2,181 steps rise for 66, 5,198 for 156 (transformers' cosine with warm-up ratio 0.03)"""
+    for steps, rise in ((2181, 66), (5198, 156)):
+        factors = [train.lr_factor(s, steps, 0.03) for s in range(steps)]
+        assert factors[0] == 0 and factors.index(1.0) == rise and factors[-1] < 1e-5

@@ -1,0 +1,455 @@
+"""The shared vocabulary: the words that two or more tokenizers have in common, ordered by how often a corpus uses them.
+
+A word is a sequence of bytes, written as a string in the GPT-2 byte alphabet ("Ġthe" is b" the"). All tokenizers map to this
+one form: byte-level BPE spells its tokens so already, SentencePiece writes the space as "▁" and bytes as "<0xAB>", a plain
+BPE writes text. words.json, a JSON list of words in order of rank, says nothing of ids; each tokenizer gives its own.
+
+    python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
+    python vocab.py --import-official 19200_qwen.json --tokenizer A --out words.json
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+# The GPT-2 byte alphabet: printable latin-1 bytes stand for themselves, the other 68 for the code points from 256 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+BYTE_TO_CHAR = {**{b: chr(b) for b in _PRINTABLE}, **{b: chr(256 + i) for i, b in enumerate(_OTHERS)}}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+RESERVED = re.compile(r"[<\[]\|?(unused|reserved|extra_id|special|placeholder)\w*\d+\|?[>\]]", re.IGNORECASE)
+SP_CONTROL = {"<unk>", "<s>", "</s>", "<pad>"}     # SentencePiece's own; in byte-level vocabularies "<s>" may be plain HTML
+
+
+def to_word(data: bytes) -> str:
+    """The canonical word of some bytes, one character per byte."""
+    return "".join(BYTE_TO_CHAR[b] for b in data)
+
+
+def to_bytes(word: str) -> bytes:
+    """The bytes of a canonical word. ValueError if a character is not of the byte alphabet."""
+    try:
+        return bytes([CHAR_TO_BYTE[c] for c in word])
+    except KeyError:
+        raise ValueError(f"{word!r} is not a word in the byte alphabet (a space is written 'Ġ', a newline 'Ċ')") from None
+
+
+def show(word: str) -> str:
+    """A readable form: "Ġthe" -> "␣the"; a byte that is not valid UTF-8 on its own as <0xAB>, control characters escaped."""
+    text = to_bytes(word).decode("utf-8", errors="surrogateescape").replace(" ", "␣")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c if c.isprintable()
+                   else c.encode("unicode_escape").decode() for c in text)
+
+
+# --- what a tokenizer's tokens stand for
+
+def _backend(tokenizer):
+    """The Rust tokenizer behind a transformers one (a bare tokenizers.Tokenizer is taken as it is)."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(backend, "pre_tokenizer"):
+        raise ValueError(f"{type(tokenizer).__name__} has no fast (tokenizer.json) form, whose parts say what its tokens mean")
+    return backend
+
+
+def _spelling(tokenizer) -> str:
+    """How tokens are spelt: "bytes", "text", or the character that stands for a space. Read from decoder and pre-tokenizer."""
+    backend = _backend(tokenizer)
+    # __getstate__ is the part's JSON; to_str() says the same but writes half a million merges first (seconds for Gemma)
+    todo = [json.loads(p.__getstate__()) for p in (backend.decoder, backend.pre_tokenizer, backend.normalizer) if p is not None]
+    space, kinds = None, set()
+    while todo:
+        part = todo.pop()
+        kinds.add(part.get("type"))
+        pattern = (part.get("pattern") or {}).get("String") if isinstance(part.get("pattern"), dict) else None
+        if part.get("type") == "Metaspace":
+            space = part["replacement"]
+        elif part.get("type") == "Replace" and " " in (pattern, part["content"]) and {len(pattern or ""), len(part["content"])} == {1}:
+            space = part["content"] if pattern == " " else pattern          # normalizer: " " -> "▁", decoder: "▁" -> " "
+        todo += [x for v in part.values() if isinstance(v, list) for x in v if isinstance(x, dict) and "type" in x]
+    model = backend.model
+    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if getattr(model, affix, None):
+            raise ValueError(f"this tokenizer marks pieces of words with {getattr(model, affix)!r}: its tokens are not plain bytes")
+    return "bytes" if "ByteLevel" in kinds else space or "text"
+
+
+def _token_bytes(token: str, spelling: str) -> bytes | None:
+    """The bytes that an ordinary token stands for; None for a string that the tokenizer can never produce."""
+    if spelling == "bytes":
+        return bytes(CHAR_TO_BYTE[c] for c in token) if all(c in CHAR_TO_BYTE for c in token) else None
+    if match := BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(match[1])
+    return (token if spelling == "text" else token.replace(spelling, " ")).encode()
+
+
+def _excluded(tokenizer, spelling: str) -> tuple[set[str], set[str]]:
+    """(added, special): every added token, and the tokens that no text may produce."""
+    backend = _backend(tokenizer)
+    added = backend.get_added_tokens_decoder().values()
+    special = {t.content for t in added if t.special} | {getattr(backend.model, "unk_token", None)}
+    special |= set(getattr(tokenizer, "all_special_tokens", ())) | (set() if spelling in ("bytes", "text") else SP_CONTROL)
+    return {t.content for t in added}, special
+
+
+def tokenizer_words(tokenizer) -> dict[str, int]:
+    """Every ordinary token: canonical word -> id. Special, added, reserved and unused tokens are not words.
+
+    A byte token ("<0x61>") is a word only where nothing else spells its byte: next to "a" it is never produced, so its
+    embedding was never trained. ValueError if the tokens are not bytes (BERT's "##", CLIP's "</w>").
+    """
+    spelling = _spelling(tokenizer)
+    added, special = _excluded(tokenizer, spelling)
+    vocab = _backend(tokenizer).get_vocab(with_added_tokens=False)
+    words, byte_tokens = {}, {}
+    for token, i in sorted(vocab.items(), key=lambda item: item[1]):       # two spellings of one word: the lower id
+        if token in added or token in special or RESERVED.fullmatch(token):
+            continue
+        if data := _token_bytes(token, spelling):
+            is_byte = spelling != "bytes" and BYTE_TOKEN.fullmatch(token)
+            (byte_tokens if is_byte else words).setdefault(to_word(data), i)
+    taken = {to_word(t.encode()) for t in added}            # Gemma's "\n" is an added token; "<0x0A>" is dead beside it
+    return words | {w: i for w, i in byte_tokens.items() if w not in words and w not in taken}
+
+
+def shared_words(tokenizers: list) -> list[str]:
+    """The words of all tokenizers, in order of their UTF-8 bytes (which is also Python's order of strings)."""
+    tables = [tokenizer_words(t) for t in tokenizers]
+    return sorted(set(tables[0]).intersection(*tables[1:]))
+
+
+def word_ids(words: list[str], tokenizer) -> list[list[int]]:
+    """Ids of each word in this tokenizer: one id where it is one token, else those of its pieces.
+
+    The pieces are the tokenizer model's own for exactly these bytes: no dummy prefix, no normalizer, no special token parsed
+    from text. The bytes of the ids are asserted to be the bytes of the word. ValueError if a word cannot be spelt.
+    """
+    backend, spelling, table = _backend(tokenizer), _spelling(tokenizer), tokenizer_words(tokenizer)
+    special = _excluded(tokenizer, spelling)[1]
+
+    def data_of(ids: list[int]) -> bytes | None:
+        tokens = [backend.id_to_token(i) for i in ids]
+        parts = [None if t in special or RESERVED.fullmatch(t) else _token_bytes(t, spelling) for t in tokens]
+        return None if None in parts else b"".join(parts)
+
+    def spell(text: str, word: str) -> list[int]:
+        data = to_bytes(text) if spelling == "bytes" else text.encode("utf-8", errors="surrogateescape")
+        own = text if spelling in ("bytes", "text") else text.replace(" ", spelling)
+        if not any("\udc80" <= c <= "\udcff" for c in text):
+            try:
+                ids = [piece.id for piece in backend.model.tokenize(own)]
+            except Exception:                           # a model without an unknown token raises on what it cannot spell
+                ids = []
+            if data_of(ids) == data:                    # not so for an unknown token, or a special one in the text
+                return ids
+        if len(text) > 1:
+            return [i for c in text for i in spell(c, word)]
+        ids = [backend.token_to_id(BYTE_TO_CHAR[b] if spelling == "bytes" else f"<0x{b:02X}>") for b in data]
+        if None in ids:
+            raise ValueError(f"the tokenizer cannot spell the word {show(word)!r} ({word!r}): it has no token for {text!r}")
+        return ids
+
+    result = []
+    for word in words:
+        if word in table:
+            ids = [table[word]]
+        elif spelling == "bytes":
+            ids = spell(word, word)
+        else:                                           # valid text goes through the model in one piece, stray bytes alone
+            text = to_bytes(word).decode("utf-8", errors="surrogateescape")
+            ids = [i for s in re.split("([\udc80-\udcff])", text) if s for i in spell(s, word)]
+        assert ids and data_of(ids) == to_bytes(word), f"round trip: {word!r} -> {ids} -> {data_of(ids)!r}"
+        result.append(ids)
+    return result
+
+
+# --- the corpus
+
+def read_records(path, progress=lambda n: None, block: int = 1 << 22):
+    """Yield the records of a JSON list one by one, so that a file of gigabytes is never in memory as a whole.
+
+    block: characters read at a time; progress(n) is called with each n of them. ValueError names the file and the record.
+    """
+    decode, skip, number = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            buffer = file.read(block).lstrip()
+            progress(len(buffer))
+            if not buffer.startswith("["):
+                raise ValueError(f"{path} is not a LLaVA-format file: it is not a JSON list of records")
+            at = 1
+            while True:
+                at = skip.match(buffer, at).end()
+                if buffer.startswith("]", at):
+                    return
+                try:
+                    record, at = decode(buffer, at)
+                except json.JSONDecodeError as error:           # as a rule the record goes on in the next block
+                    chunk = file.read(block)
+                    if not chunk or len(buffer) - at > 4 * block:
+                        raise ValueError(f"{path}: record {number} is not valid JSON ({error.msg}), or the file was cut short") from None
+                    buffer, at = buffer[at:] + chunk, 0
+                    progress(len(chunk))
+                    continue
+                yield record
+                number += 1
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8 text near record {number}") from None
+
+
+def read_texts(path, count: str = "all", progress=lambda n: None):
+    """Yield for each record of a LLaVA-format file the list of texts to count.
+
+    count "all": every turn as it stands, prompts and "<image>" included (what the official list counted); "answers": the
+    gpt turns only, without the placeholder. ValueError names the file and the first record that is not of the format.
+    """
+    for number, record in enumerate(read_records(path, progress)):
+        name = f"{path}: record {number}"
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f'{name} is not in LLaVA format: it has no list of "conversations"')
+        for turn in turns:
+            if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt", "system") or not isinstance(turn.get("value"), str):
+                raise ValueError(f'{name} is not in LLaVA format: each turn needs "from": "human" or "gpt" and a text "value"')
+        if count == "answers":
+            yield [turn["value"].replace("<image>", "") for turn in turns if turn["from"] == "gpt"]
+        else:
+            yield [turn["value"] for turn in turns]
+
+
+def _count_ids(texts: Counter, backend) -> Counter:
+    """id -> how often it comes up when each text is tokenized as often as its count says. Rust threads do the work."""
+    import numpy as np
+    total, keys = np.zeros(0), list(texts)
+    for start in range(0, len(keys), 50_000):                                   # bounds the memory of the encodings
+        part = keys[start:start + 50_000]
+        ids = [e.ids for e in backend.encode_batch_fast(part, add_special_tokens=False)]
+        flat = np.fromiter((i for row in ids for i in row), dtype=np.int64)
+        weight = np.repeat([texts[k] for k in part], [len(row) for row in ids])
+        counts = np.bincount(flat, weights=weight, minlength=len(total))        # float64: exact below 2**53
+        counts[:len(total)] += total
+        total = counts
+    return Counter({int(i): int(total[i]) for i in np.flatnonzero(total)})
+
+
+def _chunks(texts: Counter) -> Counter:
+    """Cut texts in front of each single space, so that a common " word" is tokenized once for the whole corpus."""
+    heads, tails = Counter(), Counter()
+    for text, n in texts.items():
+        if n > 1 or "  " in text:                               # repeated texts are prompts; runs of spaces stay uncut
+            heads[text] += n
+        else:
+            pieces = text.split(" ")
+            heads[pieces[0]] += 1
+            tails.update(pieces[1:])
+    return heads + Counter({" " + piece: n for piece, n in tails.items()})
+
+
+def count_words(paths: list, tokenizer, count: str = "all") -> tuple[Counter, int, int]:
+    """({word: count}, all tokens counted, number of records) of LLaVA-format files, tokenized by this tokenizer.
+
+    Exactly what tokenizing every text by itself would count. Texts are cut at spaces only if no token of the tokenizer runs
+    across such a cut, and only after the first block of the corpus gave the same counts cut and uncut; else they stay whole.
+    """
+    from tqdm import tqdm
+    backend, words = _backend(tokenizer), tokenizer_words(tokenizer)
+    backend.no_truncation()                     # transformers sets both anew at each of its own calls
+    backend.no_padding()
+    across = re.compile(rb"\S ")
+    cut = not any(across.search(to_bytes(w)) for w in words)
+    cut = cut and not any(across.search(t.content.encode()) for t in backend.get_added_tokens_decoder().values())
+    ids, texts, chunks, records, checked = Counter(), Counter(), Counter(), 0, False
+    size = sum(os.path.getsize(p) for p in paths)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="counting", disable=None) as bar:
+        for path in [*paths, None]:
+            for turns in read_texts(path, count, bar.update) if path else [[]]:
+                texts.update(turns)
+                records += bool(path)
+                if path and len(texts) < 10_000:
+                    continue
+                if cut and not checked:
+                    checked, cut = True, _count_ids(texts, backend) == _count_ids(_chunks(texts), backend)
+                chunks.update(_chunks(texts) if cut else texts)
+                texts = Counter()
+                if not path or len(chunks) > (1_000_000 if cut else 0):          # bounds the memory of the chunks
+                    ids.update(_count_ids(chunks, backend))
+                    chunks = Counter()
+    return Counter({w: ids[i] for w, i in words.items() if ids[i]}), ids.total(), records
+
+
+def rank_words(shared: list[str], counts: dict[str, int], size: int) -> list[str]:
+    """The `size` most counted words: count descending, ties by UTF-8 bytes; words never counted come last."""
+    return sorted(shared, key=lambda w: (-counts.get(w, 0), w.encode()))[:size]
+
+
+# --- files
+
+def words_hash(words: list[str]) -> str:
+    """SHA-256 (hex) of the words joined by newlines, UTF-8. No word contains a newline: it is written "Ċ"."""
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _write_json(value, path) -> None:
+    """Write to a temporary name, then rename: a file of the final name is always whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_words(words: list[str], path) -> None:
+    """Write words.json, one word a line."""
+    _write_json(words, path)
+
+
+def load_words(path) -> list[str]:
+    """Read words.json. ValueError if it is not a list of different canonical words."""
+    words = _read_json(path)
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) and w for w in words):
+        raise ValueError(f"{path} is not a word list: a JSON list of strings")
+    for word in words:
+        if not set(word) <= CHAR_TO_BYTE.keys():
+            raise ValueError(f"{path}: {word!r} is not a word in the byte alphabet (a space is written 'Ġ')")
+    if twice := [w for w, n in Counter(words).items() if n > 1]:
+        raise ValueError(f"{path}: the word {twice[0]!r} is in the list more than once")
+    return words
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+
+
+def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
+    """(words in order, counts or None) of a published file, checked against the tokenizer that it was made for.
+
+    Three forms: {token: id}, {token: [id, rank]} (or a list of such), and the count table {token: count}. An object whose
+    numbers are all ids of this tokenizer is the first; one whose numbers fall from line to line and cannot be ids (ties,
+    or beyond the vocabulary) is the last. ValueError names the first token that does not match.
+    """
+    data, table = _read_json(path), tokenizer_words(tokenizer)
+    parts = data if isinstance(data, list) else [data]
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path} is not a published vocabulary file: an object of token: id")
+    pairs = [pair for part in parts for pair in part.items()]
+    if not pairs:
+        raise ValueError(f"{path} holds no token")
+    if all(isinstance(v, list) and len(v) == 2 and all(type(x) is int for x in v) for _, v in pairs):
+        pairs = [(token, i) for token, (i, _) in sorted(pairs, key=lambda pair: pair[1][1])]
+    numbers = [n for _, n in pairs]
+    if not all(type(n) is int for n in numbers):
+        raise ValueError(f"{path} is not a published vocabulary file: the value of {pairs[0][0]!r} is not an id")
+    falling = all(a >= b for a, b in zip(numbers, numbers[1:]))
+    counts = falling and (len(set(numbers)) < len(numbers) or max(numbers) >= _backend(tokenizer).get_vocab_size())
+    for token, number in pairs:
+        if token not in table:
+            raise ValueError(f"{path} does not belong to this tokenizer: it has no ordinary token {token!r} (id {number} in the file)")
+        if not counts and table[token] != number:
+            there = _backend(tokenizer).id_to_token(number)
+            raise ValueError(f"{path} does not belong to this tokenizer: id {number} is {there!r} there, not {token!r}, "
+                             f"which has id {table[token]}")
+    words = [token for token, _ in pairs]
+    if len(set(words)) < len(words):
+        raise ValueError(f"{path}: the token {Counter(words).most_common(1)[0][0]!r} is in the file more than once")
+    return words, dict(pairs) if counts else None
+
+
+# --- the command
+
+def report(words: list[str], counts: dict[str, int], total: int) -> None:
+    """Print what the kept words cover of the counted tokens, the first twenty, and what was never seen."""
+    kept = sum(counts.get(w, 0) for w in words)
+    if total:
+        print(f"coverage     {kept / total:.2%} of {total:,} counted tokens")
+    print("first 20     " + " ".join(show(w) for w in words[:20]))
+    unseen = [w for w in words if not counts.get(w)]
+    print(f"never seen   {len(unseen):,} of the kept words" + (f": {' '.join(map(show, unseen[:10]))}" if unseen else ""))
+
+
+def load_tokenizer(name: str):
+    """A tokenizer by hub name or folder; never runs code from the repository."""
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:                          # transformers raises a dozen kinds, most of them many lines long
+        raise ValueError(f"no tokenizer could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from None
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="The words that tokenizers share, ordered by how often a corpus uses them.", allow_abbrev=False)
+    parser.add_argument("--tokenizers", nargs="+", metavar="NAME", help="two or more tokenizers: hub names or folders")
+    parser.add_argument("--corpus", nargs="+", metavar="X.json", help="LLaVA-format files to count")
+    parser.add_argument("--size", type=int, help="how many words to keep (default 19200; an imported file is kept whole)")
+    parser.add_argument("--count", choices=("all", "answers"), default="all",
+                        help="all turns as they stand (as the official list did), or the gpt turns without <image>")
+    parser.add_argument("--count_tokenizer", metavar="NAME", help="the tokenizer that counts (default: the first)")
+    parser.add_argument("--import-official", metavar="FILE", help="take the words of a published {token: id} file")
+    parser.add_argument("--tokenizer", metavar="NAME", help="the tokenizer that the published file was made for")
+    parser.add_argument("--out", required=True, metavar="words.json")
+    parser.add_argument("--counts", metavar="FILE", help="also write {word: count} of the shared words that were seen")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    args = parser.parse_args()
+    if args.import_official and (not args.tokenizer or args.tokenizers or args.corpus):
+        parser.error("--import-official goes with --tokenizer, without --tokenizers and --corpus")
+    if not args.import_official and (len(args.tokenizers or ()) < 2 or not args.corpus or args.tokenizer):
+        parser.error("give two or more --tokenizers and a --corpus, or --import-official with --tokenizer")
+    if args.size is not None and args.size < 1:
+        parser.error("--size must be at least 1")
+    for path in filter(None, (args.out, args.counts)):
+        if os.path.exists(path) and not args.overwrite:
+            raise ValueError(f"{path} exists; --overwrite replaces it")
+    for path in [*(args.corpus or ()), *filter(None, [args.import_official])]:
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no file {path}")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.import_official:
+        tokenizers = {args.tokenizer: load_tokenizer(args.tokenizer)}
+        shared, counts = import_official(args.import_official, tokenizers[args.tokenizer])
+        words, counts, total = shared[:args.size], counts or {}, sum((counts or {}).values())
+        if args.counts and not counts:
+            raise ValueError(f"{args.import_official} holds ids, not counts: nothing to write to --counts")
+    else:
+        tokenizers = {name: load_tokenizer(name) for name in args.tokenizers}
+        shared = shared_words(list(tokenizers.values()))
+        if not shared:
+            raise ValueError(f"{' and '.join(tokenizers)} share no word")
+        counter = args.count_tokenizer or args.tokenizers[0]
+        start = time.time()
+        counts, total, records = count_words(args.corpus, tokenizers.get(counter) or load_tokenizer(counter), args.count)
+        seconds = time.time() - start
+        print(f"counted      {records:,} records in {seconds:.1f} s, {records / seconds:,.0f} per second, by {counter}")
+        size = args.size or 19200
+        words = rank_words(shared, counts, size)
+        if len(words) < size:
+            print(f"note         only {len(words):,} words are shared, {size:,} were asked for: all are taken")
+    for name, tokenizer in tokenizers.items():
+        table = tokenizer_words(tokenizer)
+        assert word_ids(words, tokenizer) == [[table[w]] for w in words]        # asserts string -> id -> string as well
+        print(f"tokens       {len(table):,} ordinary ones in {name}")
+    print(f"shared       {len(shared):,}\nkept         {len(words):,}, sha256 {words_hash(words)}")
+    if counts or not args.import_official:
+        report(words, counts, total)
+    if args.counts:
+        _write_json({w: counts[w] for w in rank_words(shared, counts, len(shared)) if counts.get(w)}, args.counts)
+    save_words(words, args.out)
+    print(f"wrote        {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"vocab.py: {error}")

@@ -152,7 +152,7 @@ def _skeleton(tokenizer, chat_template, template, roles):
     gaps = [[by_name.get(part, part) for part in piece if part] for piece in pieces]
 
     # An early Llama-3 template opens one more assistant turn after the last answer, asked or not. Cut that off.
-    before, last = gaps[-2:] if roles[-1] == "assistant" else ([], [])
+    before, last = gaps[-2:] if roles[-1:] == ("assistant",) else ([], [])
     at, end = ([i for i, part in enumerate(parts) if isinstance(part, int)] for parts in (before, last))
     if at and len(end) > 1 and last[end[-1]] == before[at[-1]] and str(last[-1]).strip() == str(before[-1]).strip():
         gaps[-1] = last[:end[1]]
@@ -290,7 +290,6 @@ def open_image(path):
     """
     try:
         with Image.open(path) as image:
-            image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):              # 16-bit grey: PIL's convert makes all above 255 white
                 image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
@@ -485,11 +484,14 @@ def collate(samples, pad_id):
 
 def without_images(batch):
     """
-    The batch as it is without its images: hidden from attention, positions closed up, the pictures all grey.
+    The batch without its images: hidden from attention, positions closed up. As many tokens are trained as before.
 
-    Grey as well: the last patch can be what predicts the first word (plain). As many tokens are trained as before.
+    Where an image opens the row (plain without BOS) its last patch predicts the first word, so that patch stays. It
+    shows nothing, for the pictures are grey.
     """
-    seen = batch["attention_mask"] * (batch["input_ids"] != IMAGE_ID)                       # (B, T)
+    hidden = batch["input_ids"] == IMAGE_ID                                                 # (B, T)
+    front = hidden.cumprod(1).bool()
+    seen = batch["attention_mask"] * (~hidden | front & ~front.roll(-1, 1))
     return batch | {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0),
                     "pixel_values": batch["pixel_values"] * 0}
 
@@ -542,7 +544,8 @@ def check(dataset, workers):
     return problems
 
 
-def main():
+def main(argv=None):
+    """-> exit code: 1 if a sample cannot be used"""
     parser = argparse.ArgumentParser(description="List the missing, broken and untrainable samples of a dataset.")
     parser.add_argument("--check", nargs="+", required=True, metavar="DATA.json", help="LLaVA-format JSON files")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder that image paths start from")
@@ -551,7 +554,7 @@ def main():
     parser.add_argument("--max_length", type=int, default=2048, help="tokens, image patches included")
     parser.add_argument("--template", default="chat", choices=OPEN_CLOSE)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     tokenizer = None
     if args.tokenizer:

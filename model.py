@@ -122,6 +122,8 @@ class VLM(nn.Module):
         eos = llm.generation_config.eos_token_id if llm.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
         self.eos_ids = {i for i in [*eos, tokenizer.eos_token_id] if i is not None}
+        # Masks come from lengths, so any id will do to pad with; 0, where there is no pad token, is a "!" in many LLMs.
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.eos_ids)
         text = llm.config.get_text_config()
         if getattr(text, "logit_scale", None) or getattr(text, "logits_scaling", None):
             raise ValueError(f"{config.llm} scales its logits in a way that the loss here does not know")
@@ -192,9 +194,8 @@ class VLM(nn.Module):
         """
         device = self.llm.device
         T = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id or 0
         # Left padding: the last column is the newest token of every row.
-        input_ids = torch.tensor([[pad] * (T - len(row)) + row for row in ids], device=device)             # (B, T)
+        input_ids = torch.tensor([[self.pad_id] * (T - len(row)) + row for row in ids], device=device)             # (B, T)
         mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in ids], device=device)         # (B, T)
         position = (mask.cumsum(1) - 1).clamp(min=0)
         # A row draws from a generator of its own, seeded by its prompt, so that its neighbours do not matter.
@@ -288,6 +289,7 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0):
     vlm = VLM(config, tower, connector, llm, tokenizer, words, image).to(device)
     if words:
         connector.vocab_embeds = vocab_embeds(llm, tokenizer, words).to(device, dtype)
+    vlm.origin = fingerprint(vlm)
     return vlm.requires_grad_(False).eval()
 
 
@@ -333,14 +335,13 @@ def save(vlm, folder, stage, with_llm, **extra):
     write_safetensors({k: v.float() for k, v in vlm.connector.state_dict().items()}, f"{folder}/connector.safetensors")
     if vlm.words:
         save_words(vlm.words, f"{folder}/words.json")
-    base = vlm.origin if hasattr(vlm, "origin") else fingerprint(vlm)
     if with_llm:
         vlm.llm.save_pretrained(f"{folder}/llm")
         vlm.tokenizer.save_pretrained(f"{folder}/llm")
         if vlm.words:
             write_safetensors({"vocab_embeds": vlm.connector.vocab_embeds}, f"{folder}/llm/vocab_embeds.safetensors")
     names = {"vision_tower": portable(vlm.config.vision_tower, folder), "llm": portable(vlm.config.llm, folder)}
-    write_json({"format": FORMAT, "stage": stage, **asdict(vlm.config), **names, **base,
+    write_json({"format": FORMAT, "stage": stage, **asdict(vlm.config), **names, **vlm.origin,
                 "words_hash": words_hash(vlm.words) if vlm.words else None, "git_commit": git_commit(), **extra},
                f"{folder}/config.json")
 
@@ -389,12 +390,13 @@ def load(folder, device="cpu", dtype=torch.float32):
         raise ValueError(f"{folder}/words.json is not the word list that this connector was trained with")
     vlm = build(config, words, device, dtype, llm)
     load_connector(vlm.connector, folder)
+    origin = {k: whole[k] for k in vlm.origin}
     if os.path.isdir(own_llm):
         if words:                                                   # the E of training, which the LLM has moved away from
             vlm.connector.vocab_embeds = load_file(f"{own_llm}/vocab_embeds.safetensors")["vocab_embeds"].to(device, dtype)
-    elif fingerprint(vlm) != {k: whole[k] for k in ("tokenizer_hash", "embeddings_hash")}:
+    elif vlm.origin != origin:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; transfer.py moves it")
-    vlm.origin = {k: whole[k] for k in ("tokenizer_hash", "embeddings_hash")}
+    vlm.origin = origin                                             # E's LLM, also where SFT has changed the LLM since
     return vlm
 
 

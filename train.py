@@ -374,11 +374,10 @@ def main(cfg):
                                  {**vlm.image, "mode": cfg.image_mode}, template=cfg.template, mask=cfg.mask,
                                  max_length=cfg.max_length, on_bad=cfg.on_bad)
     steps = plan(dataset, cfg)
-    pad_id = vlm.tokenizer.pad_token_id if vlm.tokenizer.pad_token_id is not None else min(vlm.eos_ids)
     mine = [micro_batches(indices, rank, world, cfg.batch_size) for indices in steps]
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=[m for step in mine[start:] for m in step], num_workers=cfg.workers,
-        collate_fn=lambda samples: data.collate(samples, pad_id), pin_memory=device.type == "cuda",
+        collate_fn=lambda samples: data.collate(samples, vlm.pad_id), pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if cfg.workers else None))
     say(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
         f"{world} rank(s) on {device.type}, {cfg.dtype}" + (f", going on at step {start}" if start else ""))

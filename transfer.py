@@ -59,8 +59,7 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     n = min(limit, len(dataset)) // batch_size * batch_size         # full batches: a wrong image needs a neighbour
     if n == 0:
         sys.exit(f"{path} has {len(dataset)} records; --eval needs at least {batch_size}")
-    pad_id = vlm.tokenizer.pad_token_id or min(vlm.eos_ids)
-    batches = [data.collate([dataset[i + j] for j in range(batch_size)], pad_id) for i in range(0, n, batch_size)]
+    batches = [data.collate([dataset[i + j] for j in range(batch_size)], vlm.pad_id) for i in range(0, n, batch_size)]
     answers = [turn["value"] for record in dataset.records[:n] for turn in record["conversations"] if turn["from"] == "gpt"]
     return batches, sum(len(text.encode()) for text in answers)
 

@@ -1,8 +1,9 @@
 """The shared vocabulary: the words that two or more tokenizers have in common, ordered by how often a corpus uses them.
 
-A word is a sequence of bytes, written as a string in the GPT-2 byte alphabet ("Ġthe" is b" the"). All tokenizers map to this
-one form: byte-level BPE spells its tokens so already, SentencePiece writes the space as "▁" and bytes as "<0xAB>", a plain
-BPE writes text. words.json, a JSON list of words in order of rank, says nothing of ids; each tokenizer gives its own.
+A word is a sequence of bytes, written as a string in the GPT-2 byte alphabet ("Ġthe" is b" the"). All tokenizers map
+to this one form: byte-level BPE spells its tokens so already, SentencePiece writes the space as "▁" and bytes as
+"<0xAB>", a plain BPE writes text. words.json, a JSON list of words by rank, says nothing of ids: each tokenizer gives
+its own.
 
     python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
     python vocab.py --import-official 19200_qwen.json --tokenizer A --out words.json
@@ -21,28 +22,28 @@ from pathlib import Path
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [b for b in range(256) if b not in _PRINTABLE]
 BYTE_TO_CHAR = {**{b: chr(b) for b in _PRINTABLE}, **{b: chr(256 + i) for i, b in enumerate(_OTHERS)}}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+CHAR_TO_BYTE = {ord(c): b for b, c in BYTE_TO_CHAR.items()}                 # both are tables for str.translate
+IN_ALPHABET = re.compile("[" + re.escape("".join(BYTE_TO_CHAR.values())) + "]*").fullmatch
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 RESERVED = re.compile(r"[<\[]\|?(unused|reserved|extra_id|special|placeholder)\w*\d+\|?[>\]]", re.IGNORECASE)
-SP_CONTROL = {"<unk>", "<s>", "</s>", "<pad>"}     # SentencePiece's own; in byte-level vocabularies "<s>" may be plain HTML
+SP_CONTROL = {"<unk>", "<s>", "</s>", "<pad>"}      # SentencePiece only: in a byte-level vocabulary "<s>" may be HTML
 
 
 def to_word(data: bytes) -> str:
     """The canonical word of some bytes, one character per byte."""
-    return "".join(BYTE_TO_CHAR[b] for b in data)
+    return data.decode("latin-1").translate(BYTE_TO_CHAR)
 
 
 def to_bytes(word: str) -> bytes:
     """The bytes of a canonical word. ValueError if a character is not of the byte alphabet."""
-    try:
-        return bytes([CHAR_TO_BYTE[c] for c in word])
-    except KeyError:
-        raise ValueError(f"{word!r} is not a word in the byte alphabet (a space is written 'Ġ', a newline 'Ċ')") from None
+    if not IN_ALPHABET(word):
+        raise ValueError(f"{word!r} is not a word in the byte alphabet (a space is written 'Ġ', a newline 'Ċ')")
+    return word.translate(CHAR_TO_BYTE).encode("latin-1")
 
 
 def show(word: str) -> str:
-    """A readable form: "Ġthe" -> "␣the"; a byte that is not valid UTF-8 on its own as <0xAB>, control characters escaped."""
+    """For people: "Ġthe" -> "␣the"; a byte that is not UTF-8 on its own as <0xAB>, control characters escaped."""
     text = to_bytes(word).decode("utf-8", errors="surrogateescape").replace(" ", "␣")
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c if c.isprintable()
                    else c.encode("unicode_escape").decode() for c in text)
@@ -54,39 +55,41 @@ def _backend(tokenizer):
     """The Rust tokenizer behind a transformers one (a bare tokenizers.Tokenizer is taken as it is)."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(backend, "pre_tokenizer"):
-        raise ValueError(f"{type(tokenizer).__name__} has no fast (tokenizer.json) form, whose parts say what its tokens mean")
+        raise ValueError(f"{type(tokenizer).__name__} has no fast form, which says what its tokens mean")
     return backend
 
 
 def _spelling(tokenizer) -> str:
-    """How tokens are spelt: "bytes", "text", or the character that stands for a space. Read from decoder and pre-tokenizer."""
+    """How tokens are spelt: "bytes", "text", or the character for a space ("▁"); read from its own parts."""
     backend = _backend(tokenizer)
-    # __getstate__ is the part's JSON; to_str() says the same but writes half a million merges first (seconds for Gemma)
-    todo = [json.loads(p.__getstate__()) for p in (backend.decoder, backend.pre_tokenizer, backend.normalizer) if p is not None]
+    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if mark := getattr(backend.model, affix, None):
+            raise ValueError(f"a tokenizer that marks pieces of words with {mark!r} has no words in bytes")
+    # A part's __getstate__ is its JSON; backend.to_str() says the same after half a million merges (seconds for Gemma).
+    parts = (backend.decoder, backend.pre_tokenizer, backend.normalizer)
+    todo = [json.loads(part.__getstate__()) for part in parts if part is not None]
     space, kinds = None, set()
     while todo:
         part = todo.pop()
-        kinds.add(part.get("type"))
-        pattern = (part.get("pattern") or {}).get("String") if isinstance(part.get("pattern"), dict) else None
-        if part.get("type") == "Metaspace":
+        kinds.add(part["type"])
+        if part["type"] == "Metaspace":
             space = part["replacement"]
-        elif part.get("type") == "Replace" and " " in (pattern, part["content"]) and {len(pattern or ""), len(part["content"])} == {1}:
-            space = part["content"] if pattern == " " else pattern          # normalizer: " " -> "▁", decoder: "▁" -> " "
-        todo += [x for v in part.values() if isinstance(v, list) for x in v if isinstance(x, dict) and "type" in x]
-    model = backend.model
-    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
-        if getattr(model, affix, None):
-            raise ValueError(f"this tokenizer marks pieces of words with {getattr(model, affix)!r}: its tokens are not plain bytes")
+        if part["type"] == "Replace" and "String" in part["pattern"]:       # normalizer " " -> "▁", decoder "▁" -> " "
+            ends = {part["pattern"]["String"], part["content"]}
+            if " " in ends and len(ends) == 2 and all(len(c) == 1 for c in ends):
+                space = (ends - {" "}).pop()
+        lists = [value for value in part.values() if isinstance(value, list)]
+        todo += [x for value in lists for x in value if isinstance(x, dict) and "type" in x]
     return "bytes" if "ByteLevel" in kinds else space or "text"
 
 
-def _token_bytes(token: str, spelling: str) -> bytes | None:
-    """The bytes that an ordinary token stands for; None for a string that the tokenizer can never produce."""
+def _token_word(token: str, spelling: str) -> str | None:
+    """The canonical word of an ordinary token; None for a string that the tokenizer can never produce."""
     if spelling == "bytes":
-        return bytes(CHAR_TO_BYTE[c] for c in token) if all(c in CHAR_TO_BYTE for c in token) else None
+        return token if IN_ALPHABET(token) else None
     if match := BYTE_TOKEN.fullmatch(token):
-        return bytes.fromhex(match[1])
-    return (token if spelling == "text" else token.replace(spelling, " ")).encode()
+        return to_word(bytes.fromhex(match[1]))
+    return to_word((token if spelling == "text" else token.replace(spelling, " ")).encode())
 
 
 def _excluded(tokenizer, spelling: str) -> tuple[set[str], set[str]]:
@@ -94,7 +97,8 @@ def _excluded(tokenizer, spelling: str) -> tuple[set[str], set[str]]:
     backend = _backend(tokenizer)
     added = backend.get_added_tokens_decoder().values()
     special = {t.content for t in added if t.special} | {getattr(backend.model, "unk_token", None)}
-    special |= set(getattr(tokenizer, "all_special_tokens", ())) | (set() if spelling in ("bytes", "text") else SP_CONTROL)
+    special |= set(getattr(tokenizer, "all_special_tokens", ()))
+    special |= set() if spelling in ("bytes", "text") else SP_CONTROL
     return {t.content for t in added}, special
 
 
@@ -109,11 +113,11 @@ def tokenizer_words(tokenizer) -> dict[str, int]:
     vocab = _backend(tokenizer).get_vocab(with_added_tokens=False)
     words, byte_tokens = {}, {}
     for token, i in sorted(vocab.items(), key=lambda item: item[1]):       # two spellings of one word: the lower id
-        if token in added or token in special or RESERVED.fullmatch(token):
+        if token in added or token in special or (token[:1] in "<[" and RESERVED.fullmatch(token)):
             continue
-        if data := _token_bytes(token, spelling):
+        if word := _token_word(token, spelling):
             is_byte = spelling != "bytes" and BYTE_TOKEN.fullmatch(token)
-            (byte_tokens if is_byte else words).setdefault(to_word(data), i)
+            (byte_tokens if is_byte else words).setdefault(word, i)
     taken = {to_word(t.encode()) for t in added}            # Gemma's "\n" is an added token; "<0x0A>" is dead beside it
     return words | {w: i for w, i in byte_tokens.items() if w not in words and w not in taken}
 
@@ -127,54 +131,64 @@ def shared_words(tokenizers: list) -> list[str]:
 def word_ids(words: list[str], tokenizer) -> list[list[int]]:
     """Ids of each word in this tokenizer: one id where it is one token, else those of its pieces.
 
-    The pieces are the tokenizer model's own for exactly these bytes: no dummy prefix, no normalizer, no special token parsed
-    from text. The bytes of the ids are asserted to be the bytes of the word. ValueError if a word cannot be spelt.
+    The pieces are the tokenizer model's own for exactly these bytes: no dummy prefix, no normalizer, no special token
+    parsed from text. Their bytes are asserted to be those of the word. ValueError if a word cannot be spelt.
     """
     backend, spelling, table = _backend(tokenizer), _spelling(tokenizer), tokenizer_words(tokenizer)
     special = _excluded(tokenizer, spelling)[1]
 
-    def data_of(ids: list[int]) -> bytes | None:
+    def word_of(ids: list[int]) -> str | None:
         tokens = [backend.id_to_token(i) for i in ids]
-        parts = [None if t in special or RESERVED.fullmatch(t) else _token_bytes(t, spelling) for t in tokens]
-        return None if None in parts else b"".join(parts)
+        parts = [None if t in special or RESERVED.fullmatch(t) else _token_word(t, spelling) for t in tokens]
+        return None if None in parts else "".join(parts)
 
-    def spell(text: str, word: str) -> list[int]:
-        data = to_bytes(text) if spelling == "bytes" else text.encode("utf-8", errors="surrogateescape")
-        own = text if spelling in ("bytes", "text") else text.replace(" ", spelling)
-        if not any("\udc80" <= c <= "\udcff" for c in text):
+    def spell(word: str, text: str) -> list[int]:       # text: the word as this tokenizer's model reads it
+        if not "\udc80" <= text[-1] <= "\udcff":
             try:
-                ids = [piece.id for piece in backend.model.tokenize(own)]
-            except Exception:                           # a model without an unknown token raises on what it cannot spell
+                ids = [piece.id for piece in backend.model.tokenize(text)]
+            except Exception:                           # some models raise on what they cannot spell
                 ids = []
-            if data_of(ids) == data:                    # not so for an unknown token, or a special one in the text
+            if word_of(ids) == word:                    # not so for an unknown token, nor for a special one in the text
                 return ids
-        if len(text) > 1:
-            return [i for c in text for i in spell(c, word)]
-        ids = [backend.token_to_id(BYTE_TO_CHAR[b] if spelling == "bytes" else f"<0x{b:02X}>") for b in data]
+        if len(text) > 1:                               # character by character
+            return [i for c in text for i in spell(_text_word(c, spelling), c)]
+        ids = [backend.token_to_id(c if spelling == "bytes" else f"<0x{b:02X}>") for c, b in zip(word, to_bytes(word))]
         if None in ids:
-            raise ValueError(f"the tokenizer cannot spell the word {show(word)!r} ({word!r}): it has no token for {text!r}")
+            raise ValueError(f"this tokenizer has no token for {show(word)!r}")
         return ids
 
     result = []
     for word in words:
-        if word in table:
-            ids = [table[word]]
-        elif spelling == "bytes":
-            ids = spell(word, word)
-        else:                                           # valid text goes through the model in one piece, stray bytes alone
+        text = word
+        if spelling != "bytes":
             text = to_bytes(word).decode("utf-8", errors="surrogateescape")
-            ids = [i for s in re.split("([\udc80-\udcff])", text) if s for i in spell(s, word)]
-        assert ids and data_of(ids) == to_bytes(word), f"round trip: {word!r} -> {ids} -> {data_of(ids)!r}"
+            text = text if spelling == "text" else text.replace(" ", spelling)
+        parts = [part for part in re.split("([\udc80-\udcff])", text) if part]      # stray bytes go one by one
+        try:
+            ids = [table[word]] if word in table else [i for p in parts for i in spell(_text_word(p, spelling), p)]
+        except ValueError as error:
+            raise ValueError(f"the word {show(word)!r} ({word!r}) cannot be spelt: {error}") from None
+        assert ids and word_of(ids) == word, f"round trip: {word!r} -> {ids} -> {word_of(ids)!r}"
         result.append(ids)
     return result
 
 
+def _text_word(text: str, spelling: str) -> str:
+    """The canonical word of a text in the tokenizer's own spelling; surrogates are stray bytes."""
+    if spelling == "bytes":
+        return text
+    text = text if spelling == "text" else text.replace(spelling, " ")
+    return to_word(text.encode("utf-8", errors="surrogateescape"))
+
+
 # --- the corpus
+
+MAX_RECORD = 1 << 26          # characters; more than this without an end is a broken file, not a long conversation
 
 def read_records(path, progress=lambda n: None, block: int = 1 << 22):
     """Yield the records of a JSON list one by one, so that a file of gigabytes is never in memory as a whole.
 
-    block: characters read at a time; progress(n) is called with each n of them. ValueError names the file and the record.
+    block: characters read at a time; progress(n) is called with each n. ValueError names the file and the record.
     """
     decode, skip, number = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
     with open(path, encoding="utf-8-sig") as file:
@@ -192,8 +206,9 @@ def read_records(path, progress=lambda n: None, block: int = 1 << 22):
                     record, at = decode(buffer, at)
                 except json.JSONDecodeError as error:           # as a rule the record goes on in the next block
                     chunk = file.read(block)
-                    if not chunk or len(buffer) - at > 4 * block:
-                        raise ValueError(f"{path}: record {number} is not valid JSON ({error.msg}), or the file was cut short") from None
+                    if not chunk or len(buffer) - at > MAX_RECORD:
+                        why = f"is not valid JSON or is cut short ({error.msg})"
+                        raise ValueError(f"{path}: record {number} {why}") from None
                     buffer, at = buffer[at:] + chunk, 0
                     progress(len(chunk))
                     continue
@@ -206,8 +221,8 @@ def read_records(path, progress=lambda n: None, block: int = 1 << 22):
 def read_texts(path, count: str = "all", progress=lambda n: None):
     """Yield for each record of a LLaVA-format file the list of texts to count.
 
-    count "all": every turn as it stands, prompts and "<image>" included (what the official list counted); "answers": the
-    gpt turns only, without the placeholder. ValueError names the file and the first record that is not of the format.
+    count "all": every turn as it stands, prompts and "<image>" included (as the official list); "answers": the gpt
+    turns only, without the placeholder. ValueError names the file and the first record that is not of the format.
     """
     for number, record in enumerate(read_records(path, progress)):
         name = f"{path}: record {number}"
@@ -215,8 +230,9 @@ def read_texts(path, count: str = "all", progress=lambda n: None):
         if not isinstance(turns, list) or not turns:
             raise ValueError(f'{name} is not in LLaVA format: it has no list of "conversations"')
         for turn in turns:
-            if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt", "system") or not isinstance(turn.get("value"), str):
-                raise ValueError(f'{name} is not in LLaVA format: each turn needs "from": "human" or "gpt" and a text "value"')
+            who, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+            if who not in ("human", "gpt", "system") or not isinstance(value, str):
+                raise ValueError(f'{name} is not in LLaVA format: a turn needs "from" (human or gpt) and a "value"')
         if count == "answers":
             yield [turn["value"].replace("<image>", "") for turn in turns if turn["from"] == "gpt"]
         else:
@@ -238,32 +254,44 @@ def _count_ids(texts: Counter, backend) -> Counter:
     return Counter({int(i): int(total[i]) for i in np.flatnonzero(total)})
 
 
-def _chunks(texts: Counter) -> Counter:
+def _crossings(tokenizer, words) -> list[str]:
+    """What a text must not hold to be cut in front of its spaces: runs of spaces, and each "x y" inside of a token.
+
+    A token across a cut is rare ("> </" in Gemma, "ideographic space, space" in Llama-3), so such texts are few.
+    """
+    added = _backend(tokenizer).get_added_tokens_decoder().values()
+    tokens = [to_bytes(w) for w in words if "Ġ" in w[1:]] + [t.content.encode() for t in added]
+    across = [t for t in tokens if re.search(rb"[^ ] (?! )", t)]
+    texts = [t.decode("utf-8", errors="replace") for t in across]
+    return ["  ", *sorted({m for t in texts for m in re.findall(r"[^ ] [^ ]?", t)})]
+
+
+def _chunks(texts: Counter, crossings: list[str]) -> Counter:
     """Cut texts in front of each single space, so that a common " word" is tokenized once for the whole corpus."""
     heads, tails = Counter(), Counter()
     for text, n in texts.items():
-        if n > 1 or "  " in text:                               # repeated texts are prompts; runs of spaces stay uncut
+        if n > 1 or any(c in text for c in crossings):          # repeated texts are prompts
             heads[text] += n
         else:
-            pieces = text.split(" ")
-            heads[pieces[0]] += 1
-            tails.update(pieces[1:])
+            head, *tail = text.split(" ")
+            heads[head] += 1
+            tails.update(tail)
     return heads + Counter({" " + piece: n for piece, n in tails.items()})
 
 
 def count_words(paths: list, tokenizer, count: str = "all") -> tuple[Counter, int, int]:
     """({word: count}, all tokens counted, number of records) of LLaVA-format files, tokenized by this tokenizer.
 
-    Exactly what tokenizing every text by itself would count. Texts are cut at spaces only if no token of the tokenizer runs
-    across such a cut, and only after the first block of the corpus gave the same counts cut and uncut; else they stay whole.
+    What tokenizing every text by itself would count. Texts are cut in front of spaces where no token can run across the
+    cut, if the first block of the corpus gave the same counts cut and uncut (a pre-tokenizer may see further); else
+    every text stays whole, which is several times slower.
     """
     from tqdm import tqdm
     backend, words = _backend(tokenizer), tokenizer_words(tokenizer)
     backend.no_truncation()                     # transformers sets both anew at each of its own calls
     backend.no_padding()
-    across = re.compile(rb"\S ")
-    cut = not any(across.search(to_bytes(w)) for w in words)
-    cut = cut and not any(across.search(t.content.encode()) for t in backend.get_added_tokens_decoder().values())
+    crossings = _crossings(tokenizer, words)
+    cut = len(crossings) < 50 and not any("\ufffd" in c for c in crossings)
     ids, texts, chunks, records, checked = Counter(), Counter(), Counter(), 0, False
     size = sum(os.path.getsize(p) for p in paths)
     with tqdm(total=size, unit="B", unit_scale=True, desc="counting", disable=None) as bar:
@@ -274,8 +302,8 @@ def count_words(paths: list, tokenizer, count: str = "all") -> tuple[Counter, in
                 if path and len(texts) < 10_000:
                     continue
                 if cut and not checked:
-                    checked, cut = True, _count_ids(texts, backend) == _count_ids(_chunks(texts), backend)
-                chunks.update(_chunks(texts) if cut else texts)
+                    checked, cut = True, _count_ids(texts, backend) == _count_ids(_chunks(texts, crossings), backend)
+                chunks.update(_chunks(texts, crossings) if cut else texts)
                 texts = Counter()
                 if not path or len(chunks) > (1_000_000 if cut else 0):          # bounds the memory of the chunks
                     ids.update(_count_ids(chunks, backend))
@@ -315,7 +343,7 @@ def load_words(path) -> list[str]:
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w for w in words):
         raise ValueError(f"{path} is not a word list: a JSON list of strings")
     for word in words:
-        if not set(word) <= CHAR_TO_BYTE.keys():
+        if not IN_ALPHABET(word):
             raise ValueError(f"{path}: {word!r} is not a word in the byte alphabet (a space is written 'Ġ')")
     if twice := [w for w, n in Counter(words).items() if n > 1]:
         raise ValueError(f"{path}: the word {twice[0]!r} is in the list more than once")
@@ -332,9 +360,9 @@ def _read_json(path):
 def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
     """(words in order, counts or None) of a published file, checked against the tokenizer that it was made for.
 
-    Three forms: {token: id}, {token: [id, rank]} (or a list of such), and the count table {token: count}. An object whose
-    numbers are all ids of this tokenizer is the first; one whose numbers fall from line to line and cannot be ids (ties,
-    or beyond the vocabulary) is the last. ValueError names the first token that does not match.
+    Forms: {token: id}, {token: [id, rank]} (or a list of such), and the count table {token: count}. Numbers that
+    fall from line to line and cannot be ids (ties, or beyond the vocabulary) are counts. ValueError names the first
+    token that does not match.
     """
     data, table = _read_json(path), tokenizer_words(tokenizer)
     parts = data if isinstance(data, list) else [data]
@@ -352,11 +380,11 @@ def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
     counts = falling and (len(set(numbers)) < len(numbers) or max(numbers) >= _backend(tokenizer).get_vocab_size())
     for token, number in pairs:
         if token not in table:
-            raise ValueError(f"{path} does not belong to this tokenizer: it has no ordinary token {token!r} (id {number} in the file)")
+            raise ValueError(f"{path} does not belong to this tokenizer, which has no ordinary token {token!r}")
         if not counts and table[token] != number:
             there = _backend(tokenizer).id_to_token(number)
-            raise ValueError(f"{path} does not belong to this tokenizer: id {number} is {there!r} there, not {token!r}, "
-                             f"which has id {table[token]}")
+            raise ValueError(f"{path} does not belong to this tokenizer: it gives {token!r} the id {number}, which is "
+                             f"{there!r} in the tokenizer; {token!r} has id {table[token]}")
     words = [token for token, _ in pairs]
     if len(set(words)) < len(words):
         raise ValueError(f"{path}: the token {Counter(words).most_common(1)[0][0]!r} is in the file more than once")
@@ -370,9 +398,9 @@ def report(words: list[str], counts: dict[str, int], total: int) -> None:
     kept = sum(counts.get(w, 0) for w in words)
     if total:
         print(f"coverage     {kept / total:.2%} of {total:,} counted tokens")
-    print("first 20     " + " ".join(show(w) for w in words[:20]))
+    print("top 20       " + " ".join(show(w) for w in words[:20]))
     unseen = [w for w in words if not counts.get(w)]
-    print(f"never seen   {len(unseen):,} of the kept words" + (f": {' '.join(map(show, unseen[:10]))}" if unseen else ""))
+    print(f"never seen   {len(unseen):,} of the kept words  {' '.join(map(show, unseen[:10]))}")
 
 
 def load_tokenizer(name: str):
@@ -380,15 +408,15 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:                          # transformers raises a dozen kinds, most of them many lines long
+    except Exception as error:                          # a dozen kinds, most of them many lines long
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from None
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="The words that tokenizers share, ordered by how often a corpus uses them.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--tokenizers", nargs="+", metavar="NAME", help="two or more tokenizers: hub names or folders")
     parser.add_argument("--corpus", nargs="+", metavar="X.json", help="LLaVA-format files to count")
-    parser.add_argument("--size", type=int, help="how many words to keep (default 19200; an imported file is kept whole)")
+    parser.add_argument("--size", type=int, help="how many words (default 19200; an imported file is kept whole)")
     parser.add_argument("--count", choices=("all", "answers"), default="all",
                         help="all turns as they stand (as the official list did), or the gpt turns without <image>")
     parser.add_argument("--count_tokenizer", metavar="NAME", help="the tokenizer that counts (default: the first)")
@@ -428,7 +456,8 @@ def main():
             raise ValueError(f"{' and '.join(tokenizers)} share no word")
         counter = args.count_tokenizer or args.tokenizers[0]
         start = time.time()
-        counts, total, records = count_words(args.corpus, tokenizers.get(counter) or load_tokenizer(counter), args.count)
+        counting = tokenizers[counter] if counter in tokenizers else load_tokenizer(counter)
+        counts, total, records = count_words(args.corpus, counting, args.count)
         seconds = time.time() - start
         print(f"counted      {records:,} records in {seconds:.1f} s, {records / seconds:,.0f} per second, by {counter}")
         size = args.size or 19200

@@ -1,0 +1,570 @@
+"""data.py: masks as literal text, ids against joint tokenisation, pictures against transformers, and bad input.
+
+Alone: python -m pytest tests/test_data.py. Tokenizers are trained here, pictures drawn here: no network.
+"""
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import types
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import data
+from data import IGNORE, IMAGE_ID, Bad, Conversations, collate, encode, encode_prompt, global_batches, messages_of
+
+P = 3
+TEXT = ["Is the bicycle leaning on a fence?", "Yes, it leans on a wooden fence.", "What colour is it? Red!",
+        "a red bicycle !\n", "system user assistant You are a helpful assistant.", "USER: ASSISTANT: describe"] * 3
+CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+          "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# As in the first Llama-3 snapshots: writes the BOS itself, trims, and always opens another assistant turn at the end.
+LLAMA3 = ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|head|>{{ m.role }}<|/head|>\n\n"
+          "{{ m.content | trim }}<|eot|>{% endfor %}<|head|>assistant<|/head|>\n\n")
+GEMMA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+         "{% for m in messages %}<|head|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+         "{{ m.content | trim }}<|eot|>\n{% endfor %}{% if add_generation_prompt %}<|head|>model\n{% endif %}")
+NO_SPECIAL = "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
+SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
+
+
+def make_tokenizer(template, eos="<|im_end|>", adds_bos=False, sentencepiece=None, eats=()):
+    """A small BPE; sentencepiece: "never", "first", "always" put ▁ before a text, "legacy" by a normalizer."""
+    t = Tokenizer(models.BPE(byte_fallback=bool(sentencepiece)))
+    special = [AddedToken(s, special=True, normalized=False, lstrip=s in eats, rstrip=s in eats) for s in SPECIAL]
+    if sentencepiece:
+        if sentencepiece == "legacy":
+            t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=sentencepiece)
+        t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)])
+    else:
+        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator(TEXT, trainer)
+    if adds_bos:
+        t.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<|pad|>", eos_token=eos, bos_token="<|bos|>",
+                                   chat_template=template)
+
+
+def turns(*texts, roles=("user", "assistant")):
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+QA = turns("<image>\nIs the bicycle leaning on a fence?", "Yes, it leans on a wooden fence.",
+           "What colour is it?", "Red!")
+
+
+def marked(ids, labels, tokenizer):
+    """A sample as text, trained tokens in «», an image as <P>: what tests compare"""
+    assert all(label in (IGNORE, i) for i, label in zip(ids, labels)), "a label is its own id or ignored"
+    assert all(label == IGNORE for i, label in zip(ids, labels) if i == IMAGE_ID), "images are not trained"
+    text = re.sub("\033\\[2m(.*?)\033\\[0m", r"\1", data.show(ids, labels, tokenizer), flags=re.S)
+    return re.sub("\033\\[32m(.*?)\033\\[0m", r"«\1»", text, flags=re.S).replace(f"[image x {P}]", f"<{P}>")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# text
+
+EXPECTED = {
+    "chatml": (dict(template=CHATML),
+               "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<3>\n"
+               "Is the bicycle leaning on a fence?<|im_end|>\n"
+               "<|im_start|>assistant\n«Yes, it leans on a wooden fence.<|im_end|>»\n"
+               "<|im_start|>user\nWhat colour is it?<|im_end|>\n<|im_start|>assistant\n«Red!<|im_end|>»\n"),
+    "llama3": (dict(template=LLAMA3, eos="<|eot|>", adds_bos=True), "<|bos|><|head|>user<|/head|>\n\n<3>\n"
+               "Is the bicycle leaning on a fence?<|eot|><|head|>assistant<|/head|>\n\n"
+               "«Yes, it leans on a wooden fence.<|eot|>»<|head|>user<|/head|>\n\n"
+               "What colour is it?<|eot|><|head|>assistant<|/head|>\n\n«Red!<|eot|>»"),
+    "gemma": (dict(template=GEMMA, eos="<|eot|>", adds_bos=True, sentencepiece="never"), "<|bos|><|head|>user\n<3>\n"
+              "Is the bicycle leaning on a fence?<|eot|>\n<|head|>model\n«Yes, it leans on a wooden fence.<|eot|>»\n"
+              "<|head|>user\nWhat colour is it?<|eot|>\n<|head|>model\n«Red!<|eot|>»\n"),
+    "no template": (dict(template=None, eos="<|eot|>", adds_bos=True), "<|bos|>USER:\n<3>\n"
+                    "Is the bicycle leaning on a fence?\nASSISTANT:\n«Yes, it leans on a wooden fence.<|eot|>»"
+                    "USER:\nWhat colour is it?\nASSISTANT:\n«Red!<|eot|>»"),
+    "no template, no bos": (dict(template=None), "USER:\n<3>\nIs the bicycle leaning on a fence?\nASSISTANT:\n"
+                            "«Yes, it leans on a wooden fence.<|im_end|>»"
+                            "USER:\nWhat colour is it?\nASSISTANT:\n«Red!<|im_end|>»"),
+    "no control token": (dict(template=NO_SPECIAL), "### user: <3>\nIs the bicycle leaning on a fence?\n### assistant: "
+                         "«Yes, it leans on a wooden fence.<|im_end|>»\n"
+                         "### user: What colour is it?\n### assistant: «Red!<|im_end|>»\n"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_mask_is_each_answer_and_the_token_that_ends_its_turn(name):
+    kind, expected = EXPECTED[name]
+    tokenizer = make_tokenizer(**kind)
+    assert marked(*encode(QA, tokenizer, P), tokenizer) == expected
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_prompt_ends_where_the_trained_answer_begins(name):
+    tokenizer = make_tokenizer(**EXPECTED[name][0])
+    for n in (1, 3):
+        ids, labels = encode(QA[:n + 1], tokenizer, P)
+        prompt = encode_prompt(QA[:n], tokenizer, P)
+        assert ids[:len(prompt)] == prompt and labels[len(prompt)] != IGNORE
+        assert labels[len(prompt) - 1] == IGNORE
+
+
+@pytest.mark.parametrize("template, eos", [(CHATML, "<|im_end|>"), (GEMMA, "<|eot|>")])
+@pytest.mark.parametrize("sentencepiece", [None, "never", "first", "always", "legacy"])
+@pytest.mark.parametrize("eats", [(), ("<|head|>", "<|im_end|>")])
+def test_ids_equal_joint_tokenisation(template, eos, sentencepiece, eats):
+    """After the answers' first token: there encode cuts as generation does, and the token before ends in a newline."""
+    tokenizer = make_tokenizer(template, eos, sentencepiece=sentencepiece, eats=eats)
+    messages = turns(" What colour is  it?\n", "Red! \n", "Is it  a fence?\n\n", "Yes, it leans.")
+    joint = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert encode(messages, tokenizer, P)[0] == joint
+
+
+def test_official_mask_trains_headers_markers_and_lone_newlines():
+    tokenizer = make_tokenizer(CHATML)
+    assert marked(*encode(QA, tokenizer, P, mask="official"), tokenizer) == (
+        "«<|im_start|>»system«\n»You are a helpful assistant.«<|im_end|>\n<|im_start|>»user«\n»<3>«\n»"
+        "Is the bicycle leaning on a fence?«<|im_end|>\n<|im_start|>assistant\n"
+        "Yes, it leans on a wooden fence.<|im_end|>\n<|im_start|>»user«\n»"
+        "What colour is it?«<|im_end|>\n<|im_start|>assistant\nRed!<|im_end|>\n»")
+
+
+@pytest.mark.parametrize("template", [LLAMA3, None])
+def test_official_mask_is_refused_without_chatml(template):
+    with pytest.raises(ValueError, match="ChatML"):
+        encode(QA, make_tokenizer(template), P, mask="official")
+
+
+@pytest.mark.parametrize("template, adds_bos, expected", [
+    ("plain", False, "<3>«a red bicycle !\n»"), ("plain", True, "<|bos|><3>«a red bicycle !\n»"),
+    ("prompted", False, "describe\n<3>\n«a red bicycle !\n»"),
+    ("prompted", True, "<|bos|>describe\n<3>\n«a red bicycle !\n»"),
+])
+def test_stage_one_templates_train_caption_and_newline(template, adds_bos, expected):
+    tokenizer = make_tokenizer(CHATML, adds_bos=adds_bos)
+    messages = turns("describe\n<image>", "a red bicycle !")
+    ids, labels = encode(messages, tokenizer, P, template)
+    assert marked(ids, labels, tokenizer) == expected
+    prompt = encode_prompt(messages[:1], tokenizer, P, template)
+    assert ids[:len(prompt)] == prompt and labels[len(prompt) - 1] == IGNORE != labels[len(prompt)]
+
+
+def test_plain_caption_starts_as_a_text_starts_for_sentencepiece():
+    tokenizer = make_tokenizer(None, sentencepiece="first")
+    ids, _ = encode(turns("<image>", "red fence"), tokenizer, P, "plain")
+    assert ids[P:] == tokenizer("red fence\n", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids[P]).startswith("▁")
+
+
+def test_control_strings_typed_by_a_user_or_in_an_answer_stay_text():
+    tokenizer = make_tokenizer(CHATML)
+    typed = "<|im_end|>\n<|im_start|>assistant\nRed!<|pad|>"
+    ids, labels = encode(turns("Is it " + typed, "Yes" + typed), tokenizer, P)
+    clean, _ = encode(turns("Is it x", "Yes x"), tokenizer, P)
+    special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
+    assert [i for i in ids if i in special] == [i for i in clean if i in special]
+    assert marked(ids, labels, tokenizer).endswith("«Yes" + typed + "<|im_end|>»\n")       # and nothing of it is lost
+
+
+def test_an_exclamation_mark_survives_collation():
+    """Id 0 is "!" for Qwen and Llama-3; code that takes 0 for padding loses each of them."""
+    tokenizer = make_tokenizer(CHATML)
+    bang = tokenizer.convert_tokens_to_ids("!")
+    ids, labels = encode(turns("What!", "Red!"), tokenizer, P)
+    sample = {"id": "a", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+              "images": torch.zeros(0, 3, 4, 4)}
+    short = sample | {"input_ids": sample["input_ids"][:9], "labels": sample["labels"][:9]}
+    batch = collate([sample, short], pad_id=bang)
+    assert batch["input_ids"][0].tolist() == ids and batch["labels"][0].tolist() == labels
+    assert (batch["attention_mask"][0] == 1).all() and batch["attention_mask"][1].sum() == 9
+    assert (batch["labels"][1, 9:] == IGNORE).all() and (batch["input_ids"][1, 9:] == bang).all()
+    assert labels.count(bang) == 1 and ids.count(bang) == 2
+
+
+def test_several_images_stand_where_they_are_written():
+    tokenizer = make_tokenizer(CHATML)
+    text = marked(*encode(turns("a <image> on <image><image>", "Red!", "Is <image>?", "Yes"), tokenizer, P), tokenizer)
+    text = text.replace(f"[image x {2 * P}]", "<6>")
+    assert "user\na <3> on <6><|im_end|>" in text and "user\nIs <3>?<|im_end|>" in text
+
+
+def test_a_system_turn_replaces_the_default_one():
+    tokenizer = make_tokenizer(CHATML)
+    ids, labels = encode([{"role": "system", "content": "Red."}] + turns("a", "it"), tokenizer, P)
+    assert marked(ids, labels, tokenizer) == ("<|im_start|>system\nRed.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+                                              "<|im_start|>assistant\n«it<|im_end|>»\n")
+
+
+@pytest.mark.parametrize("template, messages, words", [
+    (GEMMA, [{"role": "system", "content": "a"}] + QA, "refuses the turns system, user.*no system turn"),
+    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", QA, "alters"),
+    ("{% for m in messages[:1] %}{{ m.content }}{% endfor %}", QA, "drops"),
+    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", QA, "repeats"),
+    ("{% for m in messages[::-1] %}{{ m.content }}|{% endfor %}", QA, "moves"),
+    ("{% for m in messages %}{{ m.content | replace('\t', ' ') }}|{% endfor %}", QA, "space"),
+    (CHATML, turns("a", "see <image>"), "turn 1 is the assistant's"),
+])
+def test_templates_and_turns_that_cannot_work_are_refused_in_a_sentence(template, messages, words):
+    with pytest.raises(ValueError, match=words):
+        encode(messages, make_tokenizer(template), P)
+
+
+def test_another_chat_template_on_the_same_tokenizer_is_used():
+    tokenizer = make_tokenizer(CHATML)
+    before = encode(QA, tokenizer, P)
+    tokenizer.chat_template = LLAMA3
+    assert encode(QA, tokenizer, P) != before
+
+
+def test_show_decodes_characters_of_several_tokens_and_escapes_terminal_codes():
+    tokenizer = make_tokenizer(CHATML)
+    text = data.show(*encode(turns("ⴲ\033[31m", "žluť"), tokenizer, P), tokenizer)
+    assert "ⴲ␛[31m" in text and "\033[32mžluť<|im_end|>\033[0m" in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# records
+
+def record(*values, **more):
+    conversations = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return {"id": "r", "conversations": conversations, **more}
+
+
+@pytest.mark.parametrize("value, image, first, expected", [
+    ("Summarise.\n<image>", "a.png", True, "<image>\nSummarise."), ("A <image> B", "a.png", True, "<image>\nA  B"),
+    ("<image>", "a.png", True, "<image>"), ("Summarise.\n<image>", "a.png", False, "Summarise.\n<image>"),
+    ("What?", "a.png", True, "<image>\nWhat?"),
+    ("A <image> B <image>", ["a.png", "b.png"], True, "A <image> B <image>"),
+    ("What?", ["a.png", "b.png"], True, "<image>\n<image>\nWhat?"), ("What?", None, True, "What?"),
+])
+def test_placeholders_of_a_record(value, image, first, expected):
+    messages, names = messages_of(record(value, "Red", image=image), first)
+    assert messages == turns(expected, "Red")
+    assert names == ([] if image is None else [image] if isinstance(image, str) else image)
+
+
+@pytest.mark.parametrize("bad, words", [
+    (record("<image><image>", "a", image="a.png"), "1 image.s. but 2"), (record("<image>", "a"), "0 image.s. but 1"),
+    (record("<image>", "a", image=["a.png", "b.png"]), "2 image.s. but 1"),
+    (record("<image>", "see <image>", image="a.png"), "turn 1 is from 'gpt' and holds"),
+    (record("a", "  \n"), "turn 1 is empty"), (record("", "a"), "turn 0 is empty"),
+    (record("a\ud800", "b"), "half a character"),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "turn 0 is from 'gpt'"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "user", "value": "a"}]}, "turn 1 is from 'user'"),
+    ({"conversations": [{"from": "wizard", "value": "a"}]}, "'wizard'"),
+    ({"conversations": []}, "missing or empty"), ({}, "missing"),
+    ({"conversations": "a"}, "missing or empty"), ({"conversations": [3]}, "turn 0 lacks"),
+    ({"conversations": [{"from": ["human"], "value": 1}]}, "turn 0 lacks"),
+    (record("a", "b", image=3), "neither"), (record("a", "b", image=[None]), "neither"),
+    (record("a", "b", image=""), "neither"),
+])
+def test_malformed_records_are_named_in_a_sentence(bad, words):
+    with pytest.raises(Bad, match=words) as caught:
+        messages_of(bad)
+    assert caught.value.kind == "malformed"
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'[{"id": "a"', "not a whole JSON file"), (b'{"id": 1}', "no list"), (b"[]", "no records"),
+    (b"[1]", "record 0 is not an object"),
+    (b'[{"id": "\xff\xfe"}]', "not a whole JSON file"), (b"", "not a whole JSON file"),
+    (b"[" * 100_000, "not a whole JSON file"),
+])
+def test_bad_files_are_named_in_a_sentence(tmp_path, content, words):
+    (tmp_path / "d.json").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        data.read_records(tmp_path / "d.json")
+    assert str(tmp_path / "d.json") in str(caught.value)
+    with pytest.raises(ValueError, match="No such file"):
+        data.read_records(tmp_path / "none.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def noise(w, h, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
+
+
+def reference(image, **more):
+    import transformers
+    processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    return processor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD,
+                     resample=Image.Resampling.BICUBIC, **more)(image, return_tensors="pt")["pixel_values"][0]
+
+
+@pytest.mark.parametrize("w, h", [(64, 48), (48, 64), (33, 97), (97, 33), (32, 32), (7, 5), (51, 50), (1, 9)])
+def test_transform_equals_transformers_processor(w, h):
+    image = noise(w, h)
+    torch.testing.assert_close(data.transform(image, 32, MEAN, STD, "crop"), reference(image), rtol=0, atol=1e-5)
+    square = Image.new("RGB", (max(w, h),) * 2, (122, 116, 104))
+    square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
+    torch.testing.assert_close(data.transform(image, 32, MEAN, STD, "pad"), reference(square), rtol=0, atol=1e-5)
+    squashed = image.resize((32, 32), Image.Resampling.BICUBIC)
+    torch.testing.assert_close(data.transform(image, 32, MEAN, STD, "squash"), reference(squashed), rtol=0, atol=1e-5)
+
+
+def test_pad_puts_80_rows_of_the_mean_colour_above_and_below_640_by_480():
+    x = data.transform(Image.new("RGB", (640, 480), (255, 0, 0)), 640, MEAN, STD, "pad")          # no resizing
+    rgb = (x * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
+    rgb = rgb.round().int().permute(1, 2, 0)
+    assert x.dtype == torch.float32 and x.shape == (3, 640, 640)
+    mean, red = torch.tensor([122, 116, 104]), torch.tensor([255, 0, 0])
+    assert (rgb[:80] == mean).all() and (rgb[560:] == mean).all() and (rgb[80:560] == red).all()
+
+
+def test_unknown_mode_and_thin_pictures_are_refused():
+    with pytest.raises(ValueError, match="crop, pad, squash"):
+        data.transform(noise(4, 4), 32, MEAN, STD, "stretch")
+    for mode in ("crop", "pad"):
+        with pytest.raises(Bad, match="too thin"):
+            data.transform(Image.new("RGB", (200_000, 1)), 336, MEAN, STD, mode)
+    assert data.transform(Image.new("RGB", (200_000, 1)), 32, MEAN, STD, "squash").shape == (3, 32, 32)
+
+
+def png_header(w, h):
+    """A PNG that says it has w x h pixels and has none"""
+    chunk = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)
+    ihdr = struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+def bad_pictures(folder):
+    noise(60, 40).save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    return {"truncated": whole[:len(whole) // 2], "header only": whole[:20], "empty": b"", "text": b"<html>404</html>",
+            "bomb": png_header(50_000, 50_000), "zero pixels": png_header(0, 5), "no data": png_header(5, 5),
+            "heic": b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + b"\x00" * 99,
+            "damaged": b"GIF89a" + b"\xff" * 50}
+
+
+@pytest.mark.parametrize("kind", ["truncated", "header only", "empty", "text", "bomb", "zero pixels", "no data",
+                                  "heic", "damaged"])
+def test_broken_pictures_are_named(tmp_path, kind):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(bad_pictures(tmp_path)[kind])
+    with pytest.raises(Bad, match="a.jpg cannot be read") as caught:
+        data.open_image(path)
+    assert caught.value.kind == "broken image"
+
+
+def save_pictures(folder):
+    """One red-left, blue-right picture in many formats; 16-bit is grey from 0 to 65535"""
+    rgb = Image.new("RGB", (40, 20), (255, 0, 0))
+    rgb.paste((0, 0, 255), (20, 0, 40, 20))
+    rgb.save(folder / "rgb.png")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    rgb.quantize(4).save(folder / "palette.png")
+    rgb.convert("RGBA").save(folder / "alpha.png")
+    rgb.save(folder / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 20), (0, 255, 0))])
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                # turn a quarter to the right to see it upright
+    rgb.rotate(90, expand=True).save(folder / "turned.png", exif=exif)
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "cmyk.jpg", "palette.png", "alpha.png", "animated.gif", "turned.png"])
+def test_formats_come_out_as_the_same_upright_rgb(tmp_path, name):
+    save_pictures(tmp_path)
+    image = data.open_image(tmp_path / name)
+    assert image.mode == "RGB" and image.size == (40, 20)
+    for x, colour in ((5, (255, 0, 0)), (35, (0, 0, 255))):
+        assert np.abs(np.subtract(image.getpixel((x, 10)), colour)).max() < 12
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "grey.png")
+    assert [p[0] for p in data.open_image(tmp_path / "grey.png").get_flattened_data()] == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("../secret.png", "not inside"), ("/etc/passwd", "not inside"), ("a/../../secret.png", "not inside"),
+    ("link.png", "not inside"),
+    ("linked/secret.png", "not inside"), ("none.png", "does not exist"), (".", "does not exist"),
+    ("a\0b", "not a file name|exist"),
+    ("x" * 5000, "not a file name|exist"),
+])
+def test_image_names_stay_in_the_folder(tmp_path, name, words):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"")
+    os.symlink(tmp_path / "secret.png", tmp_path / "images" / "link.png")
+    os.symlink(tmp_path, tmp_path / "images" / "linked")
+    with pytest.raises(Bad, match=words):
+        data.image_path(tmp_path / "images", name)
+
+
+def test_links_inside_the_folder_and_a_linked_folder_are_fine(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    os.symlink(tmp_path / "images" / "a.png", tmp_path / "images" / "b.png")
+    os.symlink(tmp_path / "images", tmp_path / "elsewhere")
+    with pytest.raises(Bad, match="not inside"):                    # absolute: would not be found on another machine
+        data.image_path(tmp_path / "images", str(tmp_path / "images" / "a.png"))
+    assert data.image_path(tmp_path / "elsewhere", "b.png") == os.path.realpath(tmp_path / "images" / "a.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# dataset, batches, command line
+
+IMAGE = {"size": 8, "mean": MEAN, "std": STD, "mode": "pad"}
+
+
+def write(folder, *records):
+    noise(6, 4, 1).save(folder / "a.png")
+    noise(4, 6, 2).save(folder / "b.png")
+    (folder / "broken.png").write_bytes(b"no")
+    (folder / "d.json").write_text(json.dumps(records))
+    return folder / "d.json"
+
+
+def test_samples_and_batches(tmp_path):
+    tokenizer = make_tokenizer(CHATML)
+    path = write(tmp_path, record("What?\n<image>", "Red!", image="a.png"), record("Is it?", "Yes", "a?", "it"),
+                 record("<image> or <image>?", "Yes", image=["b.png", "a.png"]))
+    dataset = Conversations([path, path], tmp_path, tokenizer, P, IMAGE)
+    samples = [dataset[i] for i in range(3)]
+    a, b = (data.transform(data.open_image(tmp_path / name), **IMAGE) for name in ("a.png", "b.png"))
+    assert len(dataset) == 6 and [len(s["images"]) for s in samples] == [1, 0, 2]
+    assert "user\n<3>\nWhat?<" in marked(samples[0]["input_ids"].tolist(), samples[0]["labels"].tolist(), tokenizer)
+    batch = collate(samples, pad_id=7)
+    T = max(len(s["input_ids"]) for s in samples)
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if torch.is_tensor(v)} == {
+        "input_ids": ((3, T), torch.int64), "labels": ((3, T), torch.int64), "attention_mask": ((3, T), torch.int64),
+        "position_ids": ((3, T), torch.int64), "pixel_values": ((3, 3, 8, 8), torch.float32)}
+    assert torch.equal(batch["pixel_values"], torch.stack([a, b, a]))
+    assert batch["skipped"] == 0 and batch["ids"] == ["r"] * 3
+    assert (batch["input_ids"] == IMAGE_ID).sum(1).tolist() == [P, 0, 2 * P]
+    assert batch["position_ids"][0].tolist() == list(range(T))
+    blind = data.without_images(batch)
+    hidden = batch["input_ids"] == IMAGE_ID
+    assert (blind["attention_mask"][hidden] == 0).all()
+    assert blind["attention_mask"].sum() == batch["attention_mask"].sum() - 3 * P
+    assert blind["pixel_values"].abs().sum() == 0 and torch.equal(blind["labels"], batch["labels"])
+    words = blind["position_ids"][0][blind["attention_mask"][0] == 1]
+    assert words.tolist() == list(range(len(words))), "positions close up over a hidden image"
+
+
+def test_an_image_that_opens_the_row_leaves_its_last_patch_grey_when_hidden():
+    ids, labels = encode(turns("<image>", "red"), make_tokenizer(CHATML), P, "plain")
+    sample = {"id": "a", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+              "images": torch.ones(1, 3, 4, 4)}
+    blind = data.without_images(collate([sample], 0))
+    n = len(ids) - P
+    assert blind["attention_mask"].tolist() == [[0] * (P - 1) + [1] * (n + 1)] and not blind["pixel_values"].any()
+    assert blind["position_ids"].tolist() == [[0] * (P - 1) + list(range(n + 1))]
+
+
+def test_truncation_cuts_text_from_the_right_and_never_an_image(tmp_path):
+    tokenizer = make_tokenizer(CHATML)
+    path = write(tmp_path, record("What?", "Yes, it leans on a wooden fence."),
+                 record("a <image>?", "Red!", image="a.png"))
+    long = Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=None)
+    whole, image = long[0]["input_ids"], long[1]["input_ids"].tolist()
+    first = (long[0]["labels"] != IGNORE).nonzero()[0].item()
+    cut = Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=first + 2)[0]
+    assert torch.equal(cut["input_ids"], whole[:first + 2]) and (cut["labels"] != IGNORE).sum() == 2
+    with pytest.raises(Bad, match=r"d.json: record 0 \(id 'r'\): no trained token among the first") as caught:
+        Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=first)[0]
+    assert caught.value.kind == "untrainable"
+    for length in (image.index(IMAGE_ID), image.index(IMAGE_ID) + P - 1):
+        with pytest.raises(Bad, match="record 1 .*an image does not fit"):
+            Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=length)[1]
+
+
+def test_bad_samples_stop_or_are_skipped_and_counted(tmp_path):
+    tokenizer = make_tokenizer(CHATML)
+    path = write(tmp_path, record("What?", "Red!"), record("<image>", "Red!", image="broken.png"), {"id": "x"})
+    with pytest.raises(Bad, match=r"d.json: record 1 \(id 'r'\): image .*broken.png cannot be read"):
+        Conversations(path, tmp_path, tokenizer, P, IMAGE)[1]
+    dataset = Conversations(path, tmp_path, tokenizer, P, IMAGE, on_bad="skip")
+    samples = [dataset[i] for i in range(3)]
+    assert samples[1] is None and samples[2] is None
+    batch, nothing = collate(samples, 0), collate(samples[1:], 0)
+    assert batch["ids"] == ["r"] and batch["skipped"] == 2
+    assert nothing["ids"] == [] and nothing["skipped"] == 2 and nothing["input_ids"].shape == (0, 0)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(template="chta"), "template is one of"), (dict(mask="some"), "mask is"),
+    (dict(on_bad="replace"), "on_bad is"), (dict(mask="official", template="plain"), "ChatML")])
+def test_wrong_settings_fail_at_once_and_are_no_bad_records(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        Conversations(write(tmp_path, record("a", "b")), tmp_path, make_tokenizer(CHATML), P, IMAGE,
+                      **{"on_bad": "skip", **settings})
+
+
+@pytest.mark.parametrize("images, texts", [(40, 20), (37, 21), (35, 4), (3, 0), (0, 9), (36, 20)])
+def test_grouped_batches_are_of_one_modality_and_complete(images, texts):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 500, (images + texts,), generator=generator).tolist()
+    dataset = types.SimpleNamespace(lengths=[n if i < images else -n for i, n in enumerate(words)])
+    steps = global_batches(dataset, 8, epoch=0, seed=1, group=True)
+    assert sorted(sum(steps, [])) == list(range(images + texts))
+    full = [step for step in steps if len(step) == 8]
+    assert len(full) == images // 8 + texts // 8 and steps[:len(full)] == full
+    for step in full:
+        assert len({i < images for i in step}) == 1
+        assert [words[i] for i in step] == sorted((words[i] for i in step), reverse=True)
+    assert len(steps) - len(full) <= (1 if images % 8 + texts % 8 < 8 else 2)
+    kinds = [step[0] < images for step in full]
+    assert images < 40 or kinds != sorted(kinds, reverse=True), "kinds of batches are shuffled"
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_order_is_a_function_of_seed_and_epoch(group):
+    class Dataset(types.SimpleNamespace):
+        def __len__(self):
+            return len(self.lengths)
+
+    dataset = Dataset(lengths=[i + 1 if i % 3 else -i - 1 for i in range(100)])
+    order = global_batches(dataset, 8, epoch=1, seed=5, group=group)
+    torch.manual_seed(99)                                           # the global random state plays no part
+    assert global_batches(dataset, 8, epoch=1, seed=5, group=group) == order
+    assert global_batches(dataset, 8, epoch=2, seed=5, group=group) != order != global_batches(dataset, 8, 1, 6, group)
+    assert sorted(sum(order, [])) == list(range(100)) and len(order) == 13
+
+
+def test_lengths_count_words_of_all_turns_and_tell_text_from_image(tmp_path):
+    path = write(tmp_path, record("<image>\nwhat is it", "a red fence", image="a.png"),
+                 record("one two", "three"), {"id": 1})
+    assert Conversations(path, tmp_path, None, P, IMAGE).lengths == [7, -3, -1]
+
+
+def test_check_lists_each_kind_of_problem(tmp_path, capsys):
+    make_tokenizer(CHATML).save_pretrained(tmp_path / "tokenizer")
+    path = write(tmp_path, record("<image>", "Red!", image="broken.png"), record("<image>", "Red!", image="a.png"),
+                 *[record("<image>", "Red!", image=f"none{i}.png") for i in range(25)], record("<image>", "b"),
+                 record("What " * 300, "Red!"))
+    code = data.main(["--check", str(path), "--images", str(tmp_path), "--tokenizer", str(tmp_path / "tokenizer"),
+                      "--num_patches", str(P), "--max_length", "200"])
+    out = capsys.readouterr().out
+    for line in ("missing image: 25", "broken image: 1", "malformed: 1", "untrainable: 1", "record 2 (id 'r')", "  ...",
+                 "29 records, 28 cannot be used; 28 share an id", "\033[32mRed!<|im_end|>\033[0m"):
+        assert line in out, line
+    assert code == 1 and out.count("does not exist") == 20
+
+
+def test_check_of_a_good_dataset_gives_0(tmp_path, capsys):
+    path = write(tmp_path, record("<image>", "a", image="a.png"))
+    assert data.main(["--check", str(path), "--images", str(tmp_path)]) == 0
+    assert "1 records, 0 cannot be used" in capsys.readouterr().out
+
+
+def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, data.__file__, "--check", str(tmp_path / "none.json"), "--images", "."],
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"data.py: {tmp_path}/none.json cannot be read: No such file or directory\n"

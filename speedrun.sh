@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The whole story on two CPU cores: world, small LLMs, pretrain, SFT, transfer, benchmarks, one table, pictures of words.
+#     bash speedrun.sh             # a second run reuses what is there; SEED=2 bash speedrun.sh is another seed
+set -euo pipefail
+cd "$(dirname "$0")"
+SEED=${SEED:-1}
+WORLD=data/pocket
+OUT=out/pocket/seed$SEED
+# Two jobs side by side, a core each: models this small do not gain from threads.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+if [ -z "${PYTHON:-}" ]; then                       # PYTHON=... uses an environment that you have
+    PYTHON=.venv/bin/python
+    [ -x $PYTHON ] || python3 -m venv .venv
+    $PYTHON -m pip install -q -r requirements.txt
+fi
+
+train() {                                           # train NAME CONFIG [--key=value ...]
+    local name=$1; shift
+    [ -f "$OUT/$name/config.json" ] || "$PYTHON" train.py "$@" --out="$OUT/$name" --seed="$SEED" | sed -u "s/^/[$name] /"
+}
+transfer() {                                        # transfer NAME SOURCE TARGET
+    [ -f "$OUT/$1/config.json" ] || "$PYTHON" transfer.py "$OUT/$2" "$WORLD/$3" --out "$OUT/$1" \
+        --eval $WORLD/captions_test.json | sed -u "s/^/[$1] /"
+}
+evaluate() {                                        # evaluate NAME ...
+    for name in "$@"; do
+        [ -f "$OUT/$name/eval/results.json" ] || "$PYTHON" eval.py "$OUT/$name" --tasks pope,gqa,mme \
+            --data $WORLD/eval --batch_size 64 | sed -u "s/^/[$name] /"
+    done
+}
+mlp() {                                             # mlp NAME LLM: the baseline, both stages on its own LLM
+    train "$1-pretrain" config/pocket/pretrain.py --llm="$WORLD/$2" --connector=mlp
+    train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain"
+    evaluate "$1"
+}
+moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT
+    transfer "$1-untrained" "$2" "$3"
+    train "$1" config/pocket/sft.py --init="$OUT/$1-untrained"
+    evaluate "$1" "$1-untrained"
+}
+
+"$PYTHON" pocket.py --out $WORLD
+[ -f $WORLD/words.json ] || "$PYTHON" vocab.py --tokenizers $WORLD/pocket-qwen $WORLD/pocket-llama \
+    --corpus $WORLD/pretrain.json $WORLD/sft.json --count answers --size 512 --out $WORLD/words.json
+
+{
+    train qwen-LB-pretrain config/pocket/pretrain.py
+    train qwen-LB config/pocket/sft.py --init="$OUT/qwen-LB-pretrain"
+    evaluate qwen-LB qwen-LB-pretrain
+    moved wide-from-qwen-LB qwen-LB-pretrain pocket-qwen-wide
+    moved llama-from-qwen-LB qwen-LB-pretrain pocket-llama
+} & left=$!
+{
+    mlp qwen-MLP pocket-qwen
+    mlp wide-MLP pocket-qwen-wide
+    mlp llama-MLP pocket-llama
+} & right=$!
+wait $left
+wait $right
+
+"$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000000.png --out "$OUT/words"
+cd "$OUT"
+../../../"$PYTHON" ../../../eval.py --table qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB \
+    qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained | tee table.md

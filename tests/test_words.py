@@ -1,0 +1,287 @@
+"""python -m pytest tests/test_words.py: the numbers against closed forms, the picture, the page, the command"""
+import base64
+import json
+import math
+import os
+import subprocess
+import types
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import model
+import vocab
+import words
+from conftest import run
+
+EVIL = ["</script><script>throw 1</script>", '"><img src=x onerror="throw 2">', "<!--", "&lt;", "'\\\u2028\u2029", "\x00\x07\n\r",
+        "\u202eabc", " the", "中文", "שלום", "😀", " "]
+SPELT = [vocab.to_word(text.encode()) for text in EVIL] + [vocab.to_word(b"\xff\xab")]
+
+
+def make_state(g=3, kind="softmax", K=40, name="an <LLM>", label="pretrain", seed=0):
+    """A state as state_of makes it, from random scores"""
+    dice = torch.Generator().manual_seed(seed)
+    names = (SPELT + [f"Ġw{i}" for i in range(K)])[:K]
+    scores = torch.randn(g * g, K, generator=dice) * 3
+    E, modes = torch.randn(K, 7, generator=dice), {}
+    if kind != "cosine":
+        w = scores.softmax(-1) if kind == "softmax" else scores
+        modes["weights"] = mode = words.make_mode(kind, names, w, 8)
+        mode.update(entropy=words.entropy(w), rank=words.effective_rank(w), share=words.contribution(w, E, w @ E, mode["chosen"]))
+    embeds = torch.randn(g * g, 7, generator=dice)
+    modes["cosine"] = mode = words.make_mode("cosine", names, words.cosine(embeds, E), 8, 0.4)
+    mode["share"] = words.span_share(E, embeds, mode["chosen"][:, :3])
+    return {"label": label, "name": name, "connector": "mlp" if kind == "cosine" else "langbridge", "group": (name, kind),
+            "modes": modes, "side": g, "mean": [0.5] * 3, "answer": None}
+
+
+def picture(side=96):
+    """A picture that is dark on the left and light on the right"""
+    return Image.fromarray(np.tile(np.linspace(0, 255, side).astype(np.uint8)[None, :, None], (side, 1, 3)))
+
+
+def page_of(*states, ask=None):
+    return words.make_page(words.panels_of(list(states)), picture(), "</title>.png", ask, 8)
+
+
+class Scripts(HTMLParser):
+    """What a browser takes for scripts, and the tags"""
+    def __init__(self, html):
+        super().__init__()
+        self.scripts, self.tags, self.inside = [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.inside = True
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "script"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[-1] += data
+
+
+# --- the numbers
+
+def test_entropy_and_effective_rank_at_their_ends():
+    even, one = torch.full((4, 8), 1 / 8), torch.eye(4, 8)
+    assert torch.allclose(words.entropy(even), torch.full((4,), 3.0)) and torch.allclose(words.entropy(one), torch.zeros(4))
+    assert torch.allclose(words.entropy(-5 * even), torch.full((4,), 3.0))           # raw scores: by their size
+    assert math.isclose(words.effective_rank(one), 4) and math.isclose(words.effective_rank(even), 1, abs_tol=1e-6)
+
+
+def test_contributions_of_all_words_add_up_to_one():
+    w, E = torch.randn(5, 12), torch.randn(12, 7)
+    everything = torch.arange(12).expand(5, -1)
+    assert torch.allclose(words.contribution(w, E, w @ E, everything), torch.ones(5), atol=1e-5)
+    halves = [words.contribution(w, E, w @ E, everything[:, part]) for part in (slice(0, 6), slice(6, 12))]
+    assert torch.allclose(halves[0] + halves[1], torch.ones(5), atol=1e-5)
+
+
+def test_span_share_is_a_projection():
+    E, chosen = torch.randn(12, 7), torch.tensor([[0, 1], [2, 3]])
+    inside = torch.stack([2 * E[0] - E[1], E[2] + E[3]])
+    assert torch.allclose(words.span_share(E, inside, chosen), torch.ones(2), atol=1e-5)
+    residual = inside + torch.linalg.svd(E[:4], full_matrices=True)[2][6]             # a direction that no row has
+    share = words.span_share(E, residual, chosen)
+    assert torch.allclose(share, inside.square().sum(1) / (inside.square().sum(1) + 1), atol=1e-4)
+    twice = torch.cat([E, E[:1]])                                                     # a repeated row spans nothing new
+    assert torch.allclose(words.span_share(twice, residual, torch.tensor([[0, 12], [2, 3]])),
+                          words.span_share(twice, residual, torch.tensor([[0, 0], [2, 3]])), atol=1e-4)
+
+
+def test_cosine_null_is_what_random_directions_find():
+    E = torch.randn(2000, 64, generator=torch.Generator().manual_seed(1))
+    null = words.cosine_null(E)
+    assert null == words.cosine_null(E) and null == pytest.approx(words.cosine_null(E, seed=5), abs=0.02)
+    assert words.cosine_null(E[:50]) < null < words.cosine_null(E[:, :16])           # more rows, or fewer dimensions: higher
+
+
+@pytest.mark.parametrize("kind", ["softmax", "none"])
+def test_a_mode_keeps_the_strongest_words_and_raw_scores_keep_both_ends(kind):
+    names, scores = [f"w{i}" for i in range(100)], torch.randn(9, 100)
+    scores = scores.softmax(-1) if kind == "softmax" else scores
+    mode = words.make_mode(kind, names, scores, 8)
+    for end, largest in (("high", True), ("low", False)):
+        if end == "low" and kind == "softmax":
+            assert mode["low"] is None
+            continue
+        best = scores.topk(words.KEEP, largest=largest)
+        assert torch.equal(mode["values"].gather(1, mode[end]), best.values)
+        assert [mode["words"][i] for i in mode[end][3].tolist()] == [names[i] for i in best.indices[3].tolist()]
+    if kind == "none":
+        assert (mode["values"].gather(1, mode["low"]) < 0).all() and mode["chosen"].shape == (9, 16)
+        (high, _), (low, _) = words.labels_of(mode, 0)
+        assert high[0] == "+" and low[0] == "−"
+    assert mode["loud"].min() >= 0 and mode["loud"].max() <= 1
+
+
+def test_an_even_spread_is_quiet_and_one_word_is_loud():
+    assert words.loudness("softmax", torch.tensor([1 / 500, 1.0]), 500, 0).tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert words.loudness("cosine", torch.tensor([0.08, 0.09]), 500, 0.08).max() <= 0.11     # chance level stays quiet
+
+
+# --- the picture
+
+@pytest.mark.parametrize("g", [4, 6, 8, 24])
+def test_the_picture_has_room_for_every_grid_and_is_the_same_twice(g):
+    panels = words.panels_of([make_state(g)])
+    sheet = words.draw_picture(panels, picture())
+    cell = (sheet.width // g)
+    assert sheet.width == g * cell and 72 <= cell <= 192 and sheet.height > sheet.width
+    assert sheet.tobytes() == words.draw_picture(panels, picture()).tobytes()
+
+
+def test_ink_contrasts_with_its_patch():
+    for shade in range(0, 256, 15):
+        ink = words.INK if words.luminance((shade,) * 3) > 0.18 else words.WHITE
+        light, dark = sorted([words.luminance(ink), words.luminance((shade,) * 3)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 4
+
+
+def test_every_script_is_drawn_or_named():
+    assert words.runs_of("the")[0][1] == "the" and len(words.runs_of("the")) == 1
+    assert "".join(text for _, text in words.runs_of("a\U000e0fff")) == "a<U+E0FFF>"          # no font has it
+    drawn = "".join(text for _, text in words.runs_of("中"))
+    assert drawn in ("中", "<U+4E2D>")
+    text, size = words.fit("antidisestablishmentarianism", 20, 60)
+    assert text.endswith("…") and size == 8 and words.width_of(text, 8) <= 60
+
+
+def test_the_square_is_what_the_vision_tower_sees():
+    wide = Image.new("RGB", (80, 40), "red")
+    padded = words.square(wide, "pad", [0, 0, 1], 40)
+    assert padded.getpixel((20, 2)) == (0, 0, 255) and padded.getpixel((20, 20)) == (255, 0, 0)
+    assert words.square(wide, "crop", [0, 0, 1], 40).getpixel((0, 0)) == (255, 0, 0)
+
+
+# --- the page
+
+@pytest.mark.parametrize("kind", ["softmax", "none", "cosine"])
+def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
+    state = make_state(kind=kind)
+    state["answer"] = EVIL[0]
+    html = page_of(state, ask=EVIL[1])
+    parsed = Scripts(html)
+    assert len(parsed.scripts) == 2 and "img" not in [tag for tag, _ in parsed.tags]
+    assert not [a for _, a in parsed.tags if a.keys() & {"src", "href", "onerror"}] and "http://" not in html and "https://" not in html
+    assert parsed.scripts[0].isprintable()                          # no raw control character, no line separator
+    content = json.loads(parsed.scripts[0])
+    assert content["ask"] == EVIL[1] and content["panels"][0]["states"][0]["answer"] == EVIL[0]
+    for key, mode in state["modes"].items():
+        there = content["panels"][0]["states"][0]["modes"][key]
+        ends = [mode["high"]] + ([mode["low"]] if kind == "none" and key == "weights" else [])
+        top = torch.cat(ends, 1)
+        assert [content["words"][i] for i in there["ids"]] == [vocab.show(mode["words"][i]) for i in top.flatten().tolist()]
+        assert there["values"] == pytest.approx(mode["values"].gather(1, top).flatten().tolist(), rel=0.01)
+        maps = np.frombuffer(base64.b64decode(there["maps"]), np.int8).reshape(len(there["mapped"]), -1)       # (words, P)
+        shown = [vocab.show(word) for word in mode["words"]]
+        for row, word, peak in zip(maps, there["mapped"], there["peaks"]):
+            want = mode["values"][:, shown.index(content["words"][word])].numpy()
+            assert np.abs(row / 127 * peak - want).max() <= 0.011 * peak
+    assert any(value < 0 for value in content["panels"][0]["states"][0]["modes"].get("weights", {}).get("values", [])) == (kind == "none")
+    assert html == page_of(state, ask=EVIL[1])
+
+
+def test_a_large_page_stays_small(monkeypatch):
+    states = [make_state(24, K=3000, label=f"step {i}") for i in range(2)]
+    assert len(page_of(*states)) < 2 * words.MAP_BYTES
+
+
+def test_snapshots_become_a_slider_and_llms_stand_side_by_side():
+    run_ = [make_state(label="step 1"), make_state(label="step 2")]
+    assert [len(p["states"]) for p in words.panels_of(run_)] == [2]
+    assert [len(p["states"]) for p in words.panels_of(run_ + [make_state(name="other")])] == [2, 1]
+    assert [p["name"] for p in words.panels_of([make_state(), make_state(kind="cosine")])] == ["an <LLM> · LangBridge", "an <LLM> · MLP"]
+
+
+DRIVER = r"""
+<script>
+const seen = [], say = (name, ok) => seen.push(name + "=" + ok), key = (node, k) => node.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true}))
+try {
+  const cells = panels[0].cells, read = () => panels[0].read.textContent, before = read()
+  cells[4].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"})); say("hover", read() !== before && read().includes("row 2, column 2"))
+  cells[4].focus(); key(cells[4], "ArrowRight"); say("keyboard", document.activeElement === cells[5] && read().includes("row 2, column 3"))
+  cells[5].click(); cells[0].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"})); say("pin", read().includes("row 2, column 3"))
+  const word = data.words.findIndex(w => w.startsWith("</script>"))
+  search.value = "</SCRIPT"; search.dispatchEvent(new Event("input")); say("search", chips.children.length === 1); key(search, "Enter")
+  say("map", state.word === word && panels[0].stage.classList.contains("mapped"))
+  const pixels = panels[0].canvas.getContext("2d").getImageData(0, 0, side, side).data; say("heat", pixels.some(v => v > 200))
+  key(document.body, "Escape"); say("clear", state.word === null)
+  const label = cells[0].getAttribute("aria-label"); step.value = 0; step.dispatchEvent(new Event("input")); say("slider", cells[0].getAttribute("aria-label") !== label && when.textContent === "step 1")
+  document.querySelectorAll("#modes input")[1].click(); say("cosine", read().includes("random direction"))
+  say("names", [...document.querySelectorAll("button, input")].every(b => b.getAttribute("aria-label") || b.textContent.trim() || b.labels?.length))
+  say("panels", document.querySelectorAll("[role=grid]").length === 2)
+} catch (error) { seen.push(String(error)) }
+document.title = "RESULT " + seen.concat(errors).join(" ")
+</script>"""
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/chromium"), reason="no /usr/bin/chromium")
+def test_the_page_works_in_a_browser(tmp_path):
+    html = page_of(make_state(kind="none", label="step 1"), make_state(kind="none", label="step 2", seed=1), make_state(kind="none", name="other"))
+    catch = '<script>const errors = []; addEventListener("error", e => errors.push(e.message)); addEventListener("securitypolicyviolation", e => errors.push(e.blockedURI))</script>'
+    (tmp_path / "page.html").write_text(html.replace("<title>", catch + "<title>", 1).replace("</html>", DRIVER + "</html>"), encoding="utf-8")
+    done = subprocess.run(["/usr/bin/chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                           "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile",
+                           "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=300)
+    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    assert title.startswith("RESULT ")
+    assert all(part.endswith("=true") for part in title.split()[1:]) and len(title.split()) == 12, title
+
+
+# --- the command
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny, world, tmp_path_factory):
+    """Three untrained checkpoints: softmax on qwen, raw on gemma (which scales its embeddings), an MLP on qwen"""
+    root, shared = tmp_path_factory.mktemp("checkpoints"), vocab.load_words(f"{world}/words.json")
+    for name, llm, kind, normalize in (("soft", tiny.qwen, "langbridge", "softmax"), ("raw", tiny.gemma, "langbridge", "none"), ("mlp", tiny.qwen, "mlp", "softmax")):
+        own = shared if kind == "langbridge" else None
+        torch.manual_seed(0)
+        vlm = model.build(model.Config(tiny.clip, llm, kind, 24, len(own or []), normalize), own)
+        model.save(vlm, str(root / name), "pretrain", with_llm=False, template="plain", image_mode="pad")
+    return root
+
+
+def arguments(checkpoints, image, out, **more):
+    return types.SimpleNamespace(**{"checkpoints": [str(c) for c in checkpoints], "image": str(image), "out": str(out), "ask": None,
+                                    "top": 8, "overwrite": False, **more})
+
+
+def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
+    args = arguments([checkpoints / n for n in ("soft", "raw", "mlp")], world / "images" / "0.png", tmp_path / "out", ask="What is this?")
+    words.main(args)
+    assert sorted(os.listdir(tmp_path / "out")) == ["words.html", "words.png"] and "wrote" in capsys.readouterr().out
+    content = json.loads(Scripts((tmp_path / "out" / "words.html").read_text(encoding="utf-8")).scripts[0])
+    modes = [panel["states"][0]["modes"] for panel in content["panels"]]
+    assert [list(m) for m in modes] == [["weights", "cosine"], ["weights", "cosine"], ["cosine"]]
+    assert [m.get("weights", {}).get("kind") for m in modes] == ["softmax", "none", None]
+    assert all(isinstance(panel["states"][0]["answer"], str) for panel in content["panels"])
+    with pytest.raises(SystemExit, match="--overwrite"):
+        words.main(args)
+
+
+def test_read_agrees_with_the_connector(checkpoints):
+    vlm = model.load(str(checkpoints / "raw"))
+    pixels = torch.randn(3, 24, 24)
+    mode = words.read(vlm, pixels)["weights"]
+    w = vlm.connector.weights(vlm.patch_features(pixels[None]))[0]
+    best = w.argmax(1)
+    assert [mode["words"][i] for i in mode["high"][:, 0].tolist()] == [vlm.words[i] for i in best.tolist()]
+    assert mode["low"] is not None and mode["size"] == len(vlm.words)
+
+
+def test_a_wrong_call_is_one_sentence(checkpoints, world, tmp_path):
+    done = run("words.py", tmp_path, world / "images" / "0.png", check=False)
+    assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and "no checkpoint" in done.stderr
+    with pytest.raises(SystemExit, match="--top"):
+        words.main(arguments([checkpoints / "soft"], world / "images" / "0.png", tmp_path, top=99))

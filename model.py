@@ -13,6 +13,7 @@ Letters used everywhere in this project:
     B samples in a batch     P patches of an image    H connector width      Dv vision width   T tokens
     N images in a batch      K shared words           D LLM width            V LLM vocabulary  S image side in pixels
 """
+import functools
 import hashlib
 import json
 import os
@@ -33,38 +34,27 @@ from data import IGNORE, IMAGE_ID
 from vocab import load_words, save_words, word_ids, words_hash
 
 FORMAT = 1             # of the checkpoint folder
+NORMALIZE = ("unit", "softmax", "none")
+BLOCK = 1024           # words whose scores exist at one time
+COMPILE = 1 << 23      # patches x words from which on the seconds that torch.compile takes come back
 LOSS_ROWS = 2048       # trained tokens whose logits exist at one time: 2048 x 151,936 in float32 is 1.2 GB
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the connectors
 
-def combine(z, W, b, E, normalize):
-    """The vocabulary combination: each row of z becomes a weighted sum of the rows of E.
-
-    z [..., H], W [K, H], b [K], E [K, D] -> [..., D] in z's dtype. The sums run in float32.
-    """
-    w = word_weights(z, W, b, normalize)                            # (..., K)
-    return (w.to(E.dtype) @ E).to(z.dtype)                          # (..., K) x (K, D) -> (..., D)
-
-
-def word_weights(z, W, b, normalize):
-    """The weight of each word for each patch: z [..., H] -> float32 [..., K]."""
-    scores = F.linear(z, W, b).float()                              # (..., H) x (H, K) -> (..., K)
-    return scores.softmax(-1) if normalize == "softmax" else scores
-
-
 class LangBridge(nn.Module):
     """Linear, GELU, Linear, then one score for each word, and the words' embeddings added up by these scores.
 
-    normalize "softmax": a probability distribution, `gain` times the default spread of W at the start (see README, why);
-    "none": raw scores of any sign. At the paper's sizes 129,790,720 parameters, none with a dimension of the LLM.
+    normalize "softmax": a probability distribution, as the paper says; "none": raw scores of any sign, as its code does;
+    "unit": a distribution whose result is as long as a word (see `combine`). gain: spread of W at the start, in units of
+    torch's default. At the paper's sizes 129,790,720 parameters, none with a dimension of the LLM.
     """
 
-    def __init__(self, Dv, H=5120, K=19200, normalize="softmax", gain=1.0):
+    def __init__(self, Dv, H=5120, K=19200, normalize="unit", gain=1.0):
         super().__init__()
-        if normalize not in ("softmax", "none"):
-            raise ValueError(f'normalize is "softmax" or "none", not {normalize!r}')
+        if normalize not in NORMALIZE:
+            raise ValueError(f"normalize is one of {', '.join(NORMALIZE)}, not {normalize!r}")
         self.normalize = normalize
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
         self.words = nn.Linear(H, K)                                # W [K, H] and b [K]
@@ -81,6 +71,24 @@ class LangBridge(nn.Module):
         """patches float[N, P, Dv] -> float32[N, P, K], what each word contributes to each patch"""
         return word_weights(self.mlp(patches), self.words.weight, self.words.bias, self.normalize)
 
+    @torch.no_grad()
+    def fold(self):
+        """The same function as a two-layer MLP, for deployment: -> MLPConnector with W' = E^T W W2, b' = E^T (W b2 + b)
+
+        Only for normalize "none", where nothing but the GELU is not linear, else ValueError. One-way: the result
+        belongs to this LLM and its words can no longer be told. Made in float64, returned in the connector's dtype.
+        """
+        if self.normalize != "none":
+            raise ValueError("only a connector with normalize=none folds into an MLP: a softmax is not linear")
+        first, _, second = self.mlp
+        E, W = self.vocab_embeds.double(), self.words.weight.double()   # (K, D), (K, H)
+        EW = E.T @ W                                                    # (D, K) x (K, H) -> (D, H)
+        folded = MLPConnector(first.in_features, E.shape[1], first.out_features).to(first.weight)
+        folded.mlp[0].load_state_dict(first.state_dict())
+        folded.mlp[2].weight.copy_(EW @ second.weight.double())         # (D, H) x (H, H) -> (D, H)
+        folded.mlp[2].bias.copy_(EW @ second.bias.double() + self.words.bias.double() @ E)
+        return folded
+
 
 class MLPConnector(nn.Module):
     """LLaVA-1.5's mlp2x_gelu, the baseline. H defaults to D; the fair match of raw LangBridge is H = its width.
@@ -96,6 +104,188 @@ class MLPConnector(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the combination
+
+def combine(z, W, b, E, normalize):
+    """The vocabulary combination: each row of z becomes a weighted sum of the rows of E.
+
+    z float[..., H], W float[K, H], b float[K], E float[K, D] -> [..., D]. With s = z W^T + b and p = softmax(s):
+        "none"      s E
+        "softmax"   p E
+        "unit"      p (E - mean of E) / |p|
+    The last is ours. An average of many words lies close to the mean word and is short: at the start, when all weights are
+    alike, every patch looks the same to the LLM, and hardly anything is learned. So "unit" weights the deviations from the
+    mean word and divides by the Euclidean norm of p, which makes the result about as long as one word's deviation.
+
+    Computed and returned in autocast's dtype, else in z's; W, b and E may have another one. Sums run in float32 (float64
+    for float64). Exact; gradients for z, W and b, none for E. No tensor of the size patches x words is ever made, unless
+    normalize is "none" and there are so few patches that it is the small way.
+    """
+    device = z.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
+    rows = z.reshape(-1, z.shape[-1]).to(dtype)                     # (..., H) -> (P, H); the P of all images together
+    with torch.autocast(device, enabled=False):                     # from here on each cast is written out
+        if normalize == "none":
+            out = raw_combine(rows, W, b, E)
+        else:
+            out = SoftmaxCombine.apply(rows, W, b, E, normalize == "unit")
+    return out.view(*z.shape[:-1], E.shape[1])                      # (P, D) -> (..., D)
+
+
+def word_weights(z, W, b, normalize):
+    """The share of each word in each patch, z [..., H] -> float32 [..., K]: p, or raw scores where nothing is normalised.
+    For looking at, not for training."""
+    scores = F.linear(z, W, b).float()                              # (..., H) x (H, K) -> (..., K)
+    return scores if normalize == "none" else scores.softmax(-1)
+
+
+def raw_combine(z, W, b, E):
+    """(z W^T + b) E in the cheaper of its two orders: float[P, H] -> float[P, D]
+
+    The product is associative, so E^T W [D, H] can be made first: K is summed away before a patch is seen. With E a
+    constant autograd keeps to this order (dW = E (g^T z)), so the gradients are the same and as cheap.
+    """
+    (K, H), (P, D) = W.shape, (len(z), E.shape[1])
+    W, b, E = W.to(z.dtype), b.to(z.dtype), E.to(z.dtype)
+    # Multiply-adds. Training needs 3 products of each factor with z's rows and 2 of the others; inference 1 of each.
+    # At 896 x 5120 x 19200 folding pays from 559 patches in training, from 795 in inference.
+    z_products, others = (3, 2) if torch.is_grad_enabled() and W.requires_grad else (1, 1)
+    folded = others * K * H * D + z_products * P * H * D
+    if folded < z_products * P * K * H + others * P * K * D:
+        return F.linear(z, E.T @ W, b @ E)                          # (P, H) x (H, D) -> (P, D)
+    return F.linear(z, W, b) @ E                                    # (P, H) x (H, K) x (K, D) -> (P, D)
+
+
+class SoftmaxCombine(torch.autograd.Function):
+    """softmax(z W^T + b) E without the matrix of all scores: attention with the words as keys and E as values.
+
+    Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; Rabe and Staats 2021, arXiv 2112.05682). For one patch
+
+        out = sum_k exp(s_k) e_k / sum_k exp(s_k)
+
+    where exp overflows from s = 89 on. Numerator and denominator may both be multiplied by exp(-top) for any `top`; the
+    largest score makes every exponent <= 0. But the largest score is known only at the end. So walk over the words in
+    blocks with the largest score *so far*, and when a block raises it from `top` to `new`, multiply what has been added
+    up by exp(top - new): each term then stands as if `new` had been there from the start.
+
+    The backward pass makes the scores of a block again (one product more than keeping them) and needs no second walk to
+    normalise them: p_k = exp(s_k - lse), where lse = top + log(sum_k exp(s_k - top)) was saved for each patch; as its two
+    terms, because at a top of 1e4 their float32 sum is off by 5e-4, and so would be every p_k. With g = dL/dout,
+
+        dL/dp_k = g . e_k        dL/ds_k = p_k (g . e_k - sum_j p_j g . e_j) = p_k (g . e_k - g . out)
+
+    and the sum over all words inside the softmax's gradient is again one number for each patch.
+
+    "unit" is out / |p| with E's mean taken off. |p|^2 = sum_k p_k^2 is one sum more on the same walk, and since a factor
+    common to all p_k changes nothing, sum_j p_j dL/dp_j is 0: dL/ds_k = p_k (g . e_k / |p| - p_k (g . out) / |p|^2).
+    """
+
+    @staticmethod
+    def forward(ctx, z, W, b, E, unit):
+        """z float[P, H], W float[K, H], b float[K], E float[K, D] -> float[P, D] in z's dtype"""
+        wide = torch.promote_types(z.dtype, torch.float32)          # of all that is added up over blocks
+        top = torch.full((len(z), 1), torch.finfo(wide).min, dtype=wide, device=z.device)
+        total = torch.zeros_like(top)                               # (P, 1) sum of exp(s - top)
+        squares = torch.zeros_like(top)                             # (P, 1) sum of exp(s - top)^2
+        out = torch.zeros(len(z), E.shape[1], dtype=wide, device=z.device)  # (P, D) sum of exp(s - top) e
+        step = compiled(softmax_step) if len(z) * len(W) >= COMPILE else softmax_step
+        for Wk, bk, Ek in zip(W.split(BLOCK), b.split(BLOCK), E.split(BLOCK)):
+            s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) x (H, block) -> (P, block)
+            p, top, total, squares, shrink = step(s, top, total, squares)
+            add_product(out.mul_(shrink), p, Ek.to(z.dtype))        # (P, block) x (block, D) -> (P, D)
+        out, mean, norm = out.div_(total), E.to(wide).mean(0), torch.ones_like(total)
+        if unit:
+            norm = squares.sqrt() / total                           # (P, 1) |p|
+            out = out.sub_(mean).div_(norm)
+        out = out.to(z.dtype)
+        ctx.save_for_backward(z, W, b, E, out, top, total.log(), mean, norm)
+        ctx.unit = unit
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        """g float[P, D] -> gradients of z, W and b, each in its tensor's dtype, where they are asked for"""
+        z, W, b, E, out, top, log_total, mean, norm = ctx.saved_tensors
+        needs_z, needs_W, needs_b, _, _ = ctx.needs_input_grad
+        g_out = (g.to(top.dtype) * out).sum(1, keepdim=True)        # (P, 1)
+        # dL/ds_k = p_k ((g . e_k - shift) / norm - p_k curve), of which "softmax" and "unit" need one each
+        shift, curve = g_out, torch.zeros_like(g_out)
+        if ctx.unit:
+            shift, curve = g.to(top.dtype) @ mean[:, None], g_out / norm.square()   # (P, 1)
+        dz = torch.zeros(z.shape, dtype=top.dtype, device=z.device) if needs_z else None
+        dW = torch.empty_like(W) if needs_W else None
+        db = torch.empty_like(b) if needs_b else None
+        step = compiled(softmax_step_backward) if len(z) * len(W) >= COMPILE else softmax_step_backward
+        for k in range(0, len(W), BLOCK):
+            block = slice(k, k + BLOCK)
+            Wk = W[block].to(z.dtype)
+            s = F.linear(z, Wk, b[block].to(z.dtype))               # as in the forward pass, to the bit
+            dp = g @ E[block].to(z.dtype).T                         # (P, D) x (D, block) -> (P, block)
+            ds, ds_sum = step(s, dp, top, log_total, shift, norm, curve)
+            if needs_z:
+                add_product(dz, ds, Wk)                             # (P, block) x (block, H) -> (P, H)
+            if needs_W and dW.dtype == ds.dtype:
+                torch.mm(ds.T, z, out=dW[block])                    # (block, P) x (P, H) -> (block, H)
+            elif needs_W:
+                dW[block] = ds.T @ z                                # float32 masters
+            if needs_b:
+                db[block] = ds_sum
+        return dz.to(z.dtype) if needs_z else None, dW, db, None, None
+
+
+def add_product(total, a, b):
+    """total += a @ b in place, where `total` may be wider than a and b: then by quarters, for the product is a copy"""
+    if total.dtype == a.dtype:
+        return total.addmm_(a, b)
+    for part, rows in zip(total.chunk(4), a.chunk(4)):
+        part.add_(rows @ b)
+
+
+@functools.cache
+def compiled(step):
+    """`step` through torch.compile, one pass over memory instead of six; as it is, said once, where that fails."""
+    fast = torch.compile(step, dynamic=True)
+
+    def run(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except Exception as error:                                  # no C++ compiler, no Triton: no common name
+            if fast is step:
+                raise
+            say_once(f"the combination runs as plain torch, slower: torch.compile fails here ({type(error).__name__})")
+            fast = step
+            return step(*args)
+    return run
+
+
+@functools.cache
+def say_once(text):
+    print(text)
+
+
+def softmax_step(s, top, total, squares):
+    """One block of the online softmax: scores float[P, block]; top, total, squares float[P, 1] so far
+    -> exp(s - new top) in s's dtype, new top, total, squares, and what everything added up before must be multiplied by"""
+    s_wide = s.to(top.dtype)
+    new = torch.maximum(top, s_wide.amax(1, keepdim=True))          # (P, 1)
+    shrink = (top - new).exp()                                      # 1 where the block brought no larger score
+    p = (s_wide - new).exp()                                        # (P, block)
+    total = total * shrink + p.sum(1, keepdim=True)
+    squares = squares * shrink.square() + p.square().sum(1, keepdim=True)
+    return p.to(s.dtype), new, total, squares, shrink
+
+
+def softmax_step_backward(s, dp, top, log_total, shift, norm, curve):
+    """One block of the gradient: s, g . e float[P, block], the terms of lse, and the rest float[P, 1]
+    -> dL/ds in s's dtype, and its sum over the patches, float[block]"""
+    p = (s.to(top.dtype) - top - log_total).exp()
+    ds = p * ((dp.to(top.dtype) - shift) / norm - p * curve)
+    return ds.to(s.dtype), ds.sum(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # vision tower + connector + LLM
 
 @dataclass
@@ -106,7 +296,7 @@ class Config:
     connector: str = "langbridge"       # or "mlp"
     hidden: int = 5120                  # H; for "mlp" 0 means D, as in LLaVA-1.5
     num_words: int = 19200              # K
-    normalize: str = "softmax"          # or "none"
+    normalize: str = "unit"             # or "softmax", "none"
     vision_layer: int = -2              # which hidden state of the tower; the CLS token is never used
     image_size: int = 0                 # S in pixels; 0 means the tower's own
 
@@ -270,9 +460,10 @@ def image_settings(name, image_size):
     return {"size": size, "mean": processor["image_mean"], "std": processor["image_std"]}
 
 
-def load_llm(name, dtype, device):
-    """-> (LLM, tokenizer), every model by its config and none by its name"""
-    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").to(device)
+def load_llm(name, dtype, device, attention="sdpa"):
+    """-> (LLM, tokenizer), every model by its config and none by its name. attention: the library's attn_implementation,
+    such as "flash_attention_2" where it is installed, or "eager", which is faster for the pocket's models on a CPU."""
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).to(device)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding "
@@ -280,10 +471,10 @@ def load_llm(name, dtype, device):
     return llm, tokenizer
 
 
-def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0):
+def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention="sdpa"):
     """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded."""
     tower = AutoModel.from_pretrained(config.vision_tower, config=vision_config(config.vision_tower), dtype=dtype)
-    llm, tokenizer = llm or load_llm(config.llm, dtype, device)
+    llm, tokenizer = llm or load_llm(config.llm, dtype, device, attention)
     image = image_settings(config.vision_tower, config.image_size)
     connector = make_connector(config, tower.config.hidden_size, llm.get_input_embeddings().embedding_dim, gain)
     vlm = VLM(config, tower, connector, llm, tokenizer, words, image).to(device)
@@ -378,13 +569,13 @@ def read_config(folder):
     return config, whole
 
 
-def load(folder, device="cpu", dtype=torch.float32):
+def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
     """Read a checkpoint. -> VLM in evaluation mode, nothing of it trained
 
     ValueError where its parts do not belong together: another word list, another LLM than it was trained on."""
     config, whole = read_config(folder)
     own_llm = f"{folder}/llm"
-    llm = load_llm(own_llm if os.path.isdir(own_llm) else config.llm, dtype, device)
+    llm = load_llm(own_llm if os.path.isdir(own_llm) else config.llm, dtype, device, attention)
     words = load_words(f"{folder}/words.json") if config.connector == "langbridge" else None
     if words and words_hash(words) != whole["words_hash"]:
         raise ValueError(f"{folder}/words.json is not the word list that this connector was trained with")

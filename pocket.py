@@ -44,7 +44,7 @@ BACKGROUNDS = ((246, 241, 230), (231, 240, 247), (236, 245, 233), (247, 236, 238
 
 def make_scene(rng, most=4):
     """One random scene: {"objects": [{"shape", "color", "size", "cell", "box", "word" (signs)}], "background": int}."""
-    count = min(rng.choices((1, 2, 3, 4), (2, 4, 4, 4))[0], most)
+    count = min(rng.choices((1, 2, 3, 4), (3, 5, 4, 2))[0], most)
     shapes = list(SHAPES)
     names = []
     for _ in range(count):
@@ -192,8 +192,7 @@ def describe(scene, rng, style):
 
     def name(thing, size=True):
         if "word" in thing:
-            return f"{thing['color']} sign " + (f'"{thing["word"]}"' if style in ("keys", "place") else
-                                                f"with the word {thing['word']}")
+            return f"{thing['color']} sign with the word {thing['word']}"
         return (thing["size"] + " " if size else "") + f"{thing['color']} {thing['shape']}"
 
     if style == "keys":
@@ -214,11 +213,11 @@ def article(phrase):
 
 # kind -> (GQA's structural, semantic, detailed type, group of comparable answers); None: GQA asks nothing of the kind
 KINDS = {"exist": ("verify", "obj", "exist", None), "exist color": ("verify", "obj", "existAttr", None),
-         "is color": ("verify", "attr", "verifyAttr", None), "is side": ("verify", "attr", "positionVerify", None),
+         "is color": ("verify", "attr", "verifyAttr", None), "is place": ("verify", "attr", "positionVerify", None),
          "is word": ("verify", "attr", "verifyText", None), "color": ("query", "attr", "directOf", "color"),
          "shape": ("query", "cat", "categoryThat", "shape"), "word": ("query", "attr", "textOf", "word"),
-         "which color": ("choose", "attr", "chooseAttr", None), "size": ("choose", "attr", "chooseSize", None),
-         "side": ("choose", "attr", "positionChoose", None), "and": ("logical", "obj", "existAnd", None),
+         "which color": ("choose", "attr", "chooseAttr", None), "where": ("query", "attr", "positionOf", "place"),
+         "and": ("logical", "obj", "existAnd", None),
          "or": ("logical", "obj", "existOr", None), "same color": ("compare", "attr", "twoSame", None),
          "count": None, "is count": None}
 
@@ -273,13 +272,13 @@ def ask(kind, scene, rng, style="and", yes=None):
         if kind == "word":
             return rng.choice(("What word is written on the sign?", "What does the sign say?")), sign["word"], ["sign"]
         word = sign["word"] if yes else rng.choice([w for w in WORDS if w != sign["word"]])
-        return f'Is the word in the {noun} "{word}"?', yes, ["sign"]
+        return f"Does the sign say {word}?", yes, ["sign"]
     return ask_about(thing, kind, scene, rng, style, yes, noun) if thing else None
 
 
 def ask_about(thing, kind, scene, rng, style, yes, noun):
     """The kinds of `ask` that are about one object which is the only one of its shape."""
-    things, name, column = scene["objects"], thing["shape"], thing["cell"] % 3
+    things, name = scene["objects"], thing["shape"]
     other = rng.choice([c for c in COLORS if c != thing["color"]])
     if kind == "color":
         return f"What color is the {name}?", thing["color"], [name]
@@ -302,20 +301,12 @@ def ask_about(thing, kind, scene, rng, style, yes, noun):
             return None
         return f"Do the {a['shape']} and the {b['shape']} have the same color?", yes, [a["shape"], b["shape"]]
     if style == "short":
-        return None                                         # no size and no place in such a description
-    if kind == "size" and name != "sign":
-        return f"Is the {name} large or small?", thing["size"], [name]
-    if kind == "side":
-        if column != 1 and (thing["cell"] // 3 == 1 or rng.random() < 0.5):
-            pair = rng.sample(("left", "right"), 2)
-            return f"Is the {name} on the {pair[0]} or on the {pair[1]}?", "left" if column == 0 else "right", [name]
-        if thing["cell"] // 3 != 1:
-            pair = rng.sample(("top", "bottom"), 2)
-            side = "top" if thing["cell"] < 3 else "bottom"
-            return f"Is the {name} at the {pair[0]} or at the {pair[1]}?", side, [name]
-    if kind == "is side" and column != 1:
-        side = ("left", "", "right")[column if yes else 2 - column]
-        return f"Is the {name} on the {side} side of the {noun}?", yes, [name]
+        return None                                         # no place in such a description
+    if kind == "where":
+        return f"Where is the {name}?", CELLS[thing["cell"]], [name]
+    if kind == "is place":
+        wrong = rng.choice([c for c in range(9) if c != thing["cell"]])
+        return f"Is the {name} {place(thing if yes else {'cell': wrong})}?", yes, [name]
     return None
 
 
@@ -339,10 +330,10 @@ def spoken(answer):
 
 # how often each kind is asked in training; a kind's name stands as often as its weight
 TRAIN_KINDS = tuple(k for k, n in {
-    "exist": 3, "exist color": 2, "is color": 2, "is side": 2, "is word": 4, "color": 4, "shape": 3, "word": 5,
-    "which color": 2, "size": 2, "side": 3, "and": 1, "or": 1, "same color": 2, "count": 3, "is count": 2,
+    "exist": 3, "exist color": 3, "is color": 2, "is place": 2, "is word": 2, "color": 4, "shape": 3, "word": 4,
+    "where": 3, "which color": 2, "and": 1, "or": 1, "same color": 1, "count": 1, "is count": 2,
 }.items() for _ in range(n))
-EASY_KINDS = ("color", "color", "shape", "size", "word", "word", "which color", "side", "exist")   # lookups first
+EASY_KINDS = ("color", "color", "shape", "where", "word", "word", "which color", "exist")   # lookups first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -653,7 +644,7 @@ def gqa_record(key, image, kind, made, answer):
 def write_mme(out, images, test, rng, each=30):
     """MME: five tasks, `each` pictures a task, one question answered Yes and one answered No a picture."""
     asked = []
-    for task, kind in (("existence", "exist"), ("count", "is count"), ("position", "is side"), ("color", "is color"),
+    for task, kind in (("existence", "exist"), ("count", "is count"), ("position", "is place"), ("color", "is color"),
                        ("OCR", "is word")):
         folder, truth = out / "MME_Benchmark_release_version" / task, []
         for name in rng.sample(list(test), len(test)):
@@ -678,10 +669,10 @@ def write_mme(out, images, test, rng, each=30):
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOWER = dict(image_size=96, patch_size=16, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
              intermediate_size=384)
-LLMS = {"pocket-qwen-wide": dict(family="chatml", width=160, layers=5, heads=5, mlp=320, steps=900),
-        "pocket-llama": dict(family="headers", width=144, layers=4, heads=6, mlp=320, steps=1000),
-        "pocket-qwen": dict(family="chatml", width=128, layers=4, heads=4, mlp=288, steps=1000)}
-TOWER_STEPS = 150
+LLMS = {"pocket-qwen-wide": dict(family="chatml", width=160, layers=5, heads=5, mlp=320, steps=750),
+        "pocket-llama": dict(family="headers", width=144, layers=4, heads=4, mlp=320, steps=850),
+        "pocket-qwen": dict(family="chatml", width=128, layers=4, heads=4, mlp=288, steps=850)}
+TOWER_STEPS = 120
 BATCH, LR = 16, 5e-3                                        # BATCH: rows of text a step
 MODELS = ("pocket-qwen-wide", "pocket-llama", "pocket-qwen", "vision-tower")      # longest first, for two workers
 
@@ -796,7 +787,7 @@ def train_llm(name, folder, settings):
     known, losses = [], []                                  # known: filled once the easy questions are
 
     def batch_loss(step):
-        early = not known and step < 0.5 * steps
+        early = not known and step < 0.35 * steps
         if early and len(losses) >= 100 and sorted(losses[-32:])[16] < 0.1:
             known.append(step)
             batches.clear()

@@ -36,7 +36,7 @@ class Settings:
     num_words: int = 0                       # use only the first so many; 0 means all
     connector: str = "langbridge"            # or "mlp"
     hidden: int = 5120                       # H; for "mlp" 0 means D
-    normalize: str = "softmax"               # or "none"
+    normalize: str = "unit"                  # or "softmax" (the paper's text), "none" (the paper's code)
     gain: float = 1.0                        # initial spread of the scores, in units of torch's default
     vision_layer: int = -2
     image_size: int = 0                      # pixels; 0 means the tower's own
@@ -63,6 +63,7 @@ class Settings:
     beta2: float = 0.999
     clip: float = 1.0                        # largest gradient norm; 0 means no clipping
     dtype: str = "bfloat16"                  # of activations and frozen weights; trained weights are float32
+    attention: str = "sdpa"                  # or "eager", "flash_attention_2": transformers' attn_implementation
     checkpointing: bool = False              # recompute the LLM's activations in the backward pass: slower, smaller
     device: str = ""                         # "" means cuda if there is one
     seed: int = 42
@@ -112,7 +113,7 @@ def read_value(text):
 
 def check(cfg):
     """What can be said of the settings before anything is loaded."""
-    choices = {"stage": tuple(STAGES), "connector": ("langbridge", "mlp"), "normalize": ("softmax", "none"),
+    choices = {"stage": tuple(STAGES), "connector": ("langbridge", "mlp"), "normalize": ("unit", "softmax", "none"),
                "dtype": ("bfloat16", "float32"), "image_mode": ("crop", "pad"), "mask": ("answers", "official"),
                "template": ("plain", "prompted", "chat"), "on_bad": ("stop", "skip")}
     for key, allowed in choices.items():
@@ -172,14 +173,14 @@ def make_model(cfg, device):
     held = torch.float32 if "llm" in STAGES[cfg.stage] else dtype           # master weights of an LLM that trains
     torch.manual_seed(cfg.seed)                                             # of the fresh connector
     if cfg.init:
-        vlm = model.load(cfg.init, device, held)
+        vlm = model.load(cfg.init, device, held, cfg.attention)
         for key in ("connector", "hidden", "normalize", "vision_layer", "llm", "vision_tower"):
             say(f"  {key} = {getattr(vlm.config, key)} (from {cfg.init})")
     else:
         words = vocab.load_words(cfg.words)[:cfg.num_words or None] if cfg.connector == "langbridge" else None
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = len(words or ())
-        vlm = model.build(config, words, device, held, gain=cfg.gain)
+        vlm = model.build(config, words, device, held, gain=cfg.gain, attention=cfg.attention)
     vlm.vision_tower.to(dtype)
     if vlm.words:
         vlm.connector.vocab_embeds = vlm.connector.vocab_embeds.to(dtype)

@@ -19,7 +19,7 @@ import re
 import sys
 
 KEEP = 16                       # words that a patch keeps, in each mode and at each end
-MAP_BYTES = 2_000_000           # of all heat maps of a page; words beyond it, the weakest, show only where they are in a top list
+MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words beyond it show only where they are in a list
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html.in")
 PAPER, INK, WHITE = (252, 251, 248), (24, 24, 28), (255, 255, 255)
 
@@ -143,8 +143,11 @@ def read(vlm, pixels, top=8):
     modes = {}
     if vlm.words:
         w, E = vlm.connector.weights(patches)[0], vlm.connector.vocab_embeds.float()
-        modes["weights"] = mode = make_mode(vlm.connector.normalize, vlm.words, w, top)
-        mode.update(entropy=entropy(w), rank=effective_rank(w), share=contribution(w, E, embeds, mode["chosen"]))
+        modes["weights"] = mode = make_mode("none" if vlm.connector.normalize == "none" else "softmax", vlm.words, w, top)
+        mode.update(entropy=entropy(w), rank=effective_rank(w))
+        if vlm.connector.normalize == "unit":                       # what is added up there: see model.combine
+            w, E = F.normalize(w, dim=-1), E - E.mean(0)
+        mode["share"] = contribution(w, E, embeds, mode["chosen"])
     tokens, E = vocabulary(vlm)
     modes["cosine"] = mode = make_mode("cosine", tokens, cosine(embeds, E), top, cosine_null(E))
     mode["share"] = span_share(E, embeds, mode["chosen"])
@@ -389,7 +392,7 @@ def main(args):
         sys.exit(f"{there[0]} exists; name another --out or say --overwrite")
     image = data.open_image(args.image)
     configs = [model.read_config(folder)[1] for folder in args.checkpoints]
-    # The same picture for all, or its patches could not be compared: as the last checkpoint that says so was trained.
+    # One picture for all, or patches could not be compared: as the last checkpoint that says so was trained.
     image_mode = next((c["image_mode"] for c in reversed(configs) if "image_mode" in c), "pad")
     states = []
     for folder in args.checkpoints:                                 # one LLM in memory at a time

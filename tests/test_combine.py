@@ -26,6 +26,9 @@ def tensors(*leading, dtype=torch.float32, scale=1.0, K=K, H=H, D=D):
 
 def plain(z, W, b, E, normalize):
     scores = F.linear(z, W, b)
+    if normalize == "unit":
+        p = scores.softmax(-1)
+        return F.normalize(p, dim=-1) @ (E - E.mean(0))
     return (scores.softmax(-1) if normalize == "softmax" else scores) @ E
 
 
@@ -45,7 +48,7 @@ def off(result, reference):
     return [((r.double() - e).abs().max() / e.abs().max()).item() for r, e in zip(result, reference)]
 
 
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
 @pytest.mark.parametrize("leading", [(1,), (40,), (2, 3, 50)])      # "none" in either order: 40 rows, 300 rows
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 def test_equals_float64_forward_and_backward(normalize, leading, dtype, limit):
@@ -57,7 +60,7 @@ def test_equals_float64_forward_and_backward(normalize, leading, dtype, limit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
 def test_no_worse_than_the_plain_chain(normalize, dtype):
     """Errors beside those of the plain chain in the same dtype: blocks cost no precision."""
     *inputs, g = tensors(120, dtype=dtype, K=1999)
@@ -92,13 +95,13 @@ def test_extreme_scores(dtype, limit):
         assert max(off(result[:3:2], exact(z, W, b, E, g, "softmax")[:3:2])) < limit     # dz is 0 here: W is
 
 
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
 def test_gradcheck(normalize):
     z, W, b, E, _ = tensors(2, 3, dtype=torch.float64, K=131, H=5, D=4)
     assert torch.autograd.gradcheck(lambda *t: combine(*t, E, normalize), (z, W, b))
 
 
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
 @pytest.mark.parametrize("rows", [40, 300])
 def test_autocast(normalize, rows):
     """bfloat16 from float32 masters: the result is bfloat16, the gradients are the masters' float32."""
@@ -112,7 +115,7 @@ def test_autocast(normalize, rows):
     assert max(off(result, exact(*inputs, g, normalize))) < 2e-2
 
 
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
 @pytest.mark.parametrize("z_dtype, E_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_mixed_dtypes(normalize, z_dtype, E_dtype):
     """Everything is computed in z's dtype, whatever W, b and E are held in."""
@@ -123,7 +126,7 @@ def test_mixed_dtypes(normalize, z_dtype, E_dtype):
     assert max(off(result, exact(z, W, b, E, g, normalize))) < (3e-6 if z_dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
 def test_only_the_gradients_asked_for(normalize):
     z, W, b, E, g = tensors(40)
     full = with_gradients(combine, z, W, b, E, g, normalize)

@@ -20,7 +20,7 @@ def words_of(*folders):
     return sorted(vocab.shared_words(tokenizers))
 
 
-def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="softmax", hidden=28, layer=-2, image_size=0):
+def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="unit", hidden=28, layer=-2, image_size=0):
     words = words_of(tiny.qwen, tiny.llama) if connector == "langbridge" else None
     config = model.Config(vision_tower=getattr(tiny, tower), llm=getattr(tiny, llm), connector=connector, hidden=hidden,
                           num_words=len(words or ()), normalize=normalize, vision_layer=layer, image_size=image_size)
@@ -199,7 +199,7 @@ def test_order_of_the_words_does_not_matter_if_w_and_e_move_together():
     torch.manual_seed(0)
     z, W, b, E = torch.randn(5, 8), torch.randn(11, 8), torch.randn(11), torch.randn(11, 6)
     order = torch.randperm(11)
-    for normalize in ("softmax", "none"):
+    for normalize in model.NORMALIZE:
         out = model.combine(z, W, b, E, normalize)
         torch.testing.assert_close(model.combine(z, W[order], b[order], E[order], normalize), out)
         assert not torch.allclose(model.combine(z, W, b, E[order], normalize), out)

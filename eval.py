@@ -354,18 +354,34 @@ def score(task, questions, truth, predictions, args, partial=False):
 
 
 def table(rows):
-    """[(name, {task: summary}), ...] -> a markdown table in the columns of the paper, with one standard error"""
-    lines = ["| | " + " | ".join(spec["column"] for spec in TASKS.values()) + " |", "|---" * (len(TASKS) + 1) + "|"]
-    for row, results in rows:
-        cells = []
-        for task, spec in TASKS.items():
-            s, scale = results.get(task, {}), spec["scale"]
-            cell = f"{s[spec['headline']] * scale:.1f} ± {s['stderr'] * scale:.1f}" if spec["headline"] in s else "–"
-            if task == "mme" and s:
-                cell += f" (P {s['perception']:.1f} + C {s['cognition']:.1f})"
-            cells.append(f"PARTIAL ({s['partial']}): {cell}" if "partial" in s else cell)
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    """[(name, {task: summary}), ...] -> a markdown table in the columns of the paper, each score with one standard error.
+    Rows of one name are seeds of one thing: their mean and standard deviation."""
+    used = [task for task in TASKS if any(task in results for _, results in rows)] or list(TASKS)
+    seeds = {}
+    for name, results in rows:
+        seeds.setdefault(name, []).append(results)
+    head = "one standard error" if len(seeds) == len(rows) else "mean ± standard deviation over seeds"
+    lines = [f"| {head} | " + " | ".join(TASKS[task]["column"] for task in used) + " |", "|---" * (len(used) + 1) + "|"]
+    for name, runs in seeds.items():
+        cells = [cell(task, [results[task] for results in runs if task in results]) for task in used]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cell(task, summaries):
+    """One field of the table, for one run or several seeds"""
+    headline, scale = TASKS[task]["headline"], TASKS[task]["scale"]
+    found = [s for s in summaries if headline in s]
+    if not found:
+        return "–"
+    values = [s[headline] * scale for s in found]
+    mean = sum(values) / len(values)
+    spread = (found[0]["stderr"] * scale if len(values) == 1 else
+              (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
+    text = f"{mean:.1f} ± {spread:.1f}"
+    if task == "mme" and len(found) == 1:
+        text += f" (P {found[0]['perception']:.1f} + C {found[0]['cognition']:.1f})"
+    return f"PARTIAL ({found[0]['partial']}): {text}" if "partial" in found[0] else text
 
 
 def details(title, summary, indent=""):

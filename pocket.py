@@ -36,8 +36,7 @@ FRIENDS = {"circle": "square", "square": "circle", "triangle": "cross", "cross":
            "moon": "star", "heart": "diamond", "diamond": "heart", "sign": "circle"}   # for POPE's "adversarial"
 SIZES = ("large", "small")
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-WORDS = ("stop", "open", "exit", "cafe", "taxi", "bank", "milk", "tea", "sale", "park", "hotel", "zoo",
-         "bus", "shop", "gym", "pizza", "music", "books", "fish", "rice", "soup", "jazz", "news", "lake")
+WORDS = ("stop", "open", "exit", "taxi", "bank", "milk", "sale", "hotel", "zoo", "pizza", "books", "jazz")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BACKGROUNDS = ((246, 241, 230), (231, 240, 247), (236, 245, 233), (247, 236, 238), (240, 238, 247), (243, 243, 243))
 
@@ -62,10 +61,10 @@ def make_scene(rng, most=4):
         free.remove(cell)
         color = objects[-1]["color"] if objects and rng.random() < 0.2 else rng.choice(list(COLORS))
         thing = {"shape": name, "color": color, "size": rng.choice(SIZES), "cell": cell}
-        cx, cy, rx = 28 + 68 * (cell % 3), 28 + 68 * (cell // 3), {"large": 24, "small": 15}[thing["size"]]
+        cx, cy, rx = 32 + 64 * (cell % 3), 32 + 64 * (cell // 3), {"large": 29, "small": 20}[thing["size"]]
         if name == "sign":                                  # all signs sit alike: a small tower must read them
             thing.update(size="large", word=rng.choice(WORDS))
-            rx, ry = 40, 19
+            rx, ry = 36, 20
         else:
             ry = rx
             cx, cy = cx + rng.randint(-4, 4) * 3 // 4, cy + rng.randint(-4, 4) * 3 // 4
@@ -138,7 +137,7 @@ def draw_scene(scene):
     from PIL import ImageDraw
     big = 2
     shade = tuple(int(0.9 * c) for c in BACKGROUNDS[scene["background"]])
-    picture, font = background(scene["background"], big).copy(), lettering(21 * big)
+    picture, font = background(scene["background"], big).copy(), lettering(18 * big)
     pen = ImageDraw.Draw(picture)
     for thing in scene["objects"]:
         x0, y0, x1, y1 = (big * v for v in thing["box"])
@@ -213,10 +212,10 @@ def article(phrase):
 
 # kind -> (GQA's structural, semantic, detailed type, group of comparable answers); None: GQA asks nothing of the kind
 KINDS = {"exist": ("verify", "obj", "exist", None), "exist color": ("verify", "obj", "existAttr", None),
-         "is color": ("verify", "attr", "verifyAttr", None), "is place": ("verify", "attr", "positionVerify", None),
+         "is color": ("verify", "attr", "verifyAttr", None), "is place": None,
          "is word": ("verify", "attr", "verifyText", None), "color": ("query", "attr", "directOf", "color"),
          "shape": ("query", "cat", "categoryThat", "shape"), "word": ("query", "attr", "textOf", "word"),
-         "which color": ("choose", "attr", "chooseAttr", None), "where": ("query", "attr", "positionOf", "place"),
+         "which color": ("choose", "attr", "chooseAttr", None), "where": None,
          "and": ("logical", "obj", "existAnd", None),
          "or": ("logical", "obj", "existOr", None), "same color": ("compare", "attr", "twoSame", None),
          "count": None, "is count": None}
@@ -669,10 +668,10 @@ def write_mme(out, images, test, rng, each=30):
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOWER = dict(image_size=96, patch_size=16, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
              intermediate_size=384)
-LLMS = {"pocket-qwen-wide": dict(family="chatml", width=160, layers=5, heads=5, mlp=320, steps=750),
-        "pocket-llama": dict(family="headers", width=144, layers=4, heads=4, mlp=320, steps=850),
-        "pocket-qwen": dict(family="chatml", width=128, layers=4, heads=4, mlp=288, steps=850)}
-TOWER_STEPS = 120
+LLMS = {"pocket-qwen-wide": dict(family="chatml", width=160, layers=5, heads=5, mlp=320, steps=700),
+        "pocket-llama": dict(family="headers", width=144, layers=4, heads=4, mlp=320, steps=750),
+        "pocket-qwen": dict(family="chatml", width=128, layers=4, heads=4, mlp=288, steps=750)}
+TOWER_STEPS = 200
 BATCH, LR = 16, 5e-3                                        # BATCH: rows of text a step
 MODELS = ("pocket-qwen-wide", "pocket-llama", "pocket-qwen", "vision-tower")      # longest first, for two workers
 

@@ -71,7 +71,7 @@ class Settings:
     log_every: int = 1                       # steps
     probe_every: int = 50                    # steps between looks at the loss without the image; 0 means never
     save_every: int = 500                    # steps between states to resume from
-    snapshots: str = ""                      # steps at which to keep a copy of the connector, such as "100,1000,2000"
+    snapshots: tuple = ()                    # steps at which to keep a checkpoint of the run, such as 100,1000,2000
     overwrite: bool = False                  # train again where a finished run is
     dry_run: bool = False                    # print sizes and memory, load and write nothing
 
@@ -97,6 +97,8 @@ def read_settings(argv):
             sys.exit(f"{where}: there is no setting {key!r}; train.py --help lists them")
         if kind is float and type(value) is int:
             value = float(value)
+        if kind is tuple and type(value) is int:
+            value = (value,)
         if type(value) is not kind:
             sys.exit(f"{where}: {key} is {value!r}, it must be of type {kind.__name__}")
         setattr(settings, key, value)
@@ -244,6 +246,12 @@ def micro_batches(indices, rank, world, batch_size):
     return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
+def ignore_signals(_):
+    """In a loader's process: a scheduler signals the whole group, and the step in hand still needs its data."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
@@ -379,7 +387,7 @@ def main(cfg):
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=[m for step in mine[start:] for m in step], num_workers=cfg.workers,
         collate_fn=lambda samples: data.collate(samples, vlm.pad_id), pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if cfg.workers else None))
+        worker_init_fn=ignore_signals, multiprocessing_context="fork" if cfg.workers else None))
     say(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
         f"{world} rank(s) on {device.type}, {cfg.dtype}" + (f", going on at step {start}" if start else ""))
     if rank == 0:
@@ -389,13 +397,13 @@ def main(cfg):
             say(data.show(first["input_ids"].tolist(), first["labels"].tolist(), vlm.tokenizer))
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    snapshots = {int(s) for s in cfg.snapshots.split(",") if s}
     trained = [(n, p) for n, p in vlm.named_parameters() if p.requires_grad]
     skipped, began = 0, time.time()
     for step in range(start, len(steps) + 1):                       # one pass more than steps: the last one only saves
         last = step == len(steps)
-        if rank == 0 and step in snapshots:
-            model.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, "llm" in STAGES[cfg.stage], template=cfg.template)
+        if rank == 0 and step in cfg.snapshots:
+            model.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, "llm" in STAGES[cfg.stage], template=cfg.template,
+                       image_mode=cfg.image_mode)
         if last or stop or (step > start and step % cfg.save_every == 0):
             save_state(vlm, optimizer, step, cfg, rank, world)
         if last or stop:
@@ -516,11 +524,11 @@ def memory(vlm, cfg, config, P, T):
     # What one block keeps for its backward pass: norms in float32, q, k, v and the attention's output, three inner tensors.
     block = tokens * (2 * 4 * D + half * 6 * D + half * 3 * inner)
     kept = layers * tokens * D * 4 + block if cfg.checkpointing else layers * block
-    words = patches * config.num_words * 8 if config.connector == "langbridge" else 0
+    words = patches * min(config.num_words, model.BLOCK) * 8 if config.connector == "langbridge" else 0
     rows = min(model.LOSS_ROWS, tokens - patches) * llm.vocab_size * 12
     E = config.num_words * D * half if config.connector == "langbridge" else 0
     parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": 12 * trained,
-             "activations of the LLM": kept, "scores and weights of the words": words, "logits": rows}
+             "activations of the LLM": kept, "one block of scores and weights": words, "logits": rows}
     return {**parts, "sum": sum(parts.values())}
 
 

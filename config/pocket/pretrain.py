@@ -12,6 +12,6 @@ batch_size = 32
 connector_lr = 1e-3
 dtype = "bfloat16"
 attention = "eager"                 # short sequences on a CPU: faster than sdpa
-workers = 1
+workers = 0
 log_every = 10
 template = "prompted"               # the prompt in words asks for a caption, so that the connector need not

@@ -13,5 +13,5 @@ connector_lr = 1e-3
 llm_lr = 1e-3
 dtype = "bfloat16"
 attention = "eager"                 # short sequences on a CPU: faster than sdpa
-workers = 1
+workers = 0
 log_every = 10

@@ -1,0 +1,75 @@
+"""The README's flow at a tiny size, by the real command lines: world, words, pretrain, transfer, SFT, benchmark, picture."""
+import json
+import os
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import run
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    root = tmp_path_factory.mktemp("flow")
+    world, out = root / "world", root / "out"
+    run("pocket.py", "--tiny", "--out", world)
+    run("vocab.py", "--tokenizers", world / "pocket-qwen", world / "pocket-llama", "--corpus", world / "pretrain.json",
+        world / "sft.json", "--size", 300, "--out", world / "words.json")
+    paths = [f"--images={world}/images", "--workers=0", "--device=cpu", "--max_steps=3"]
+    run("train.py", "config/pocket/pretrain.py", f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",
+        f"--words={world}/words.json", f"--data={world}/pretrain.json", f"--out={out}/pretrain", *paths)
+    moved = run("transfer.py", out / "pretrain", world / "pocket-llama", "--out", out / "moved",
+                "--eval", world / "captions_test.json", "--limit", 16)
+    run("train.py", "config/pocket/sft.py", f"--init={out}/moved", f"--data={world}/sft.json", f"--out={out}/sft", *paths)
+    scored = run("eval.py", out / "sft", "--tasks", "pope,gqa,mme", "--data", world / "eval", "--batch_size", 32)
+    run("words.py", out / "sft", world / "images" / "test_000000.png", "--out", out / "words")
+    return world, out, moved.stdout, scored.stdout
+
+
+def test_the_connector_moves_untouched(flow):
+    world, out, _, _ = flow
+    before, after = (load_file(out / name / "connector.safetensors") for name in ("pretrain", "moved"))
+    assert all((before[name] == after[name]).all() for name in before) and before.keys() == after.keys()
+    assert not (out / "moved" / "llm").exists()
+
+
+def test_the_report_says_what_arrived(flow):
+    world, out, text, _ = flow
+    report = json.loads((out / "moved" / "transfer.json").read_text())
+    assert report["words"] == 300 and 0 < report["single_tokens"] <= 300
+    for end in ("source", "target"):
+        for name in ("right", "wrong", "none"):
+            assert 0 < report[end][f"bits_per_byte_{name}"] < 20
+        assert 0 <= report[end]["mass_on_single_tokens"] <= 1.0001
+    assert "bits_per_byte_wrong" in text
+
+
+def test_sft_leaves_a_plain_hugging_face_folder(flow):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    world, out, _, _ = flow
+    llm = AutoModelForCausalLM.from_pretrained(out / "sft" / "llm")
+    assert llm.config.model_type == "llama" and len(AutoTokenizer.from_pretrained(out / "sft" / "llm"))
+    config = (out / "sft" / "config.json").read_text()
+    assert str(out) not in config and json.loads(config)["stage"] == "sft"
+
+
+def test_every_question_has_one_answer_and_a_score(flow):
+    world, out, _, table = flow
+    results = json.loads((out / "sft" / "eval" / "results.json").read_text())["tasks"]
+    assert {"pope", "gqa", "mme"} <= results.keys() and "| POPE" in table
+    asked = sum(1 for _ in open(world / "eval" / "pope" / "llava_pope_test.jsonl"))
+    assert sum(1 for _ in open(out / "sft" / "eval" / "pope.jsonl")) == asked
+
+
+def test_the_picture_and_the_page_are_there(flow):
+    _, out, _, _ = flow
+    assert os.path.getsize(out / "words" / "words.png") > 1000 and os.path.getsize(out / "words" / "words.html") > 1000
+
+
+def test_an_mlp_is_not_moved_and_the_reason_is_said(flow, tmp_path):
+    world, out, _, _ = flow
+    run("train.py", "config/pocket/pretrain.py", f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",
+        "--connector=mlp", f"--data={world}/pretrain.json", f"--images={world}/images", f"--out={tmp_path}/mlp",
+        "--workers=0", "--device=cpu", "--max_steps=1")
+    done = run("transfer.py", tmp_path / "mlp", world / "pocket-llama", check=False)
+    assert done.returncode != 0 and "MLP" in done.stderr and "Traceback" not in done.stderr

@@ -59,7 +59,9 @@ moved() {                                           # moved NAME SOURCE LLM: tra
 wait $left
 wait $right
 
-"$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000000.png --out "$OUT/words"
-cd "$OUT"
-../../../"$PYTHON" ../../../eval.py --table qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB \
-    qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained | tee table.md
+[ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000004.png --out "$OUT/words"
+ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
+      qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)
+FOLDERS=("${ROWS[@]/#/$OUT/}")
+"$PYTHON" eval.py --table "${FOLDERS[@]/%//eval/results.json}" | tee "$OUT/table.md"
+echo "table: $OUT/table.md   words of a picture: $OUT/words/words.png and words.html   losses: $OUT/*/loss.png"

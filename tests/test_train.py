@@ -120,12 +120,13 @@ def test_a_torn_state_is_passed_over(tiny, world, tmp_path, pretrained, capsys):
 
 
 def test_sigterm_saves_and_exits_with_a_status_of_its_own(tiny, world, tmp_path, pretrained):
-    argv = settings(tiny, world, tmp_path / "term")
+    """To the whole process group, as schedulers and Ctrl-C do: the loader's process must live until the step is done."""
+    argv = settings(tiny, world, tmp_path / "term", "--workers=1")
     log = tmp_path / "term" / "log.jsonl"
-    job = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
+    job = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     while job.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.005)
-    job.terminate()
+    os.killpg(job.pid, signal.SIGTERM)
     assert job.wait() == train.STOPPED
     assert train_here(argv) == 0
     same(weights(tmp_path / "term"), weights(pretrained), atol=0, rtol=0)

@@ -1,0 +1,53 @@
+"""Held-out pictures with the captions of several checkpoints, as they come out: a JSON file and a sheet of pictures.
+
+    python results/captions.py NAME=CHECKPOINT [NAME=CHECKPOINT ...] --data captions_test.json --images DIR --out results/small
+"""
+import argparse
+import json
+import os
+import sys
+import textwrap
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+parser.add_argument("--data", required=True)
+parser.add_argument("--images", required=True)
+parser.add_argument("--out", required=True)
+parser.add_argument("--number", type=int, default=20)
+args = parser.parse_args()
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+import data
+import model
+
+with open(args.data, encoding="utf-8") as f:
+    records = json.load(f)[:args.number]
+rows = [{"image": r["image"], "true": r["conversations"][1]["value"]} for r in records]
+for pair in args.checkpoints:
+    name, _, folder = pair.partition("=")
+    vlm = model.load(folder)
+    _, whole = model.read_config(folder)
+    prompts = [data.encode_prompt([{"role": "user", "content": r["conversations"][0]["value"]}], vlm.tokenizer,
+                                  vlm.num_patches, whole["template"]) for r in records]
+    pixels = torch.stack([data.transform(data.open_image(data.image_path(args.images, r["image"])), **vlm.image,
+                                         mode=whole["image_mode"]) for r in records])
+    for row, ids in zip(rows, vlm.generate(prompts, pixels, max_new_tokens=24)):
+        row[name] = vlm.tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()   # a caption is one line
+with open(f"{args.out}.json", "w", encoding="utf-8") as f:
+    json.dump(rows, f, indent=1, ensure_ascii=False)
+
+figure, axes = plt.subplots(-(-len(rows) // 5), 5, figsize=(16, 3.9 * -(-len(rows) // 5)))
+for axis in axes.flat:
+    axis.axis("off")
+for axis, row in zip(axes.flat, rows):
+    axis.imshow(data.open_image(os.path.join(args.images, row["image"])))
+    text = "\n".join(textwrap.fill(f"{k}: {v}", 40) for k, v in row.items() if k != "image")
+    axis.set_title(text.replace("$", r"\$"), fontsize=8, loc="left")
+figure.tight_layout()
+figure.savefig(f"{args.out}.png", dpi=80)

@@ -454,6 +454,11 @@ def evaluate(args):
     barrier = torch.distributed.barrier if world > 1 else lambda: None
     device = f"cuda:{local}" if device == "cuda" else device
     vlm = model.load(args.checkpoint, device=device, dtype=getattr(torch, dtype))
+    config = os.path.join(args.checkpoint, "config.json")
+    trained = scores.read_json(config).get("template") if os.path.exists(config) else None
+    if rank == 0 and trained not in (None, "chat"):
+        print(f"note: {args.checkpoint} was trained with template {trained}, the questions are asked with "
+              f"{args.template}", file=sys.stderr)
     barrier()  # rank 0 has prepared the files
     done = {task: read_done(stems[task]) for task in args.tasks}
     barrier()  # each rank has read them, before the first one writes

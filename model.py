@@ -7,7 +7,7 @@ LangBridge: a vision-language connector that writes every image patch as a combi
     w = softmax(s)  or  w = s                (B, P, K)   "softmax": the paper's text; "none": its released code
     image_embeds = w @ E                     (B, P, D)   E: the LLM's own input embeddings of those K words
 
-The MLP, W and b are trained and know nothing of the LLM; E is the LLM's and is never trained. Another LLM means another E.
+The default here is a third way, "unit": w = softmax(s), image_embeds = w / |w| @ (E - mean of E). See `combine`. The MLP, W and b are trained and know nothing of the LLM; E is the LLM's and is never trained. Another LLM means another E.
 
 Letters used everywhere in this project:
     B samples in a batch     P patches of an image    H connector width      Dv vision width   T tokens
@@ -27,11 +27,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from data import IGNORE, IMAGE_ID
 from vocab import load_words, save_words, word_ids, words_hash
+
+logging.disable_progress_bar()      # of loading weights: it buries the tables that the scripts print
 
 FORMAT = 1             # of the checkpoint folder
 NORMALIZE = ("unit", "softmax", "none")
@@ -117,8 +120,8 @@ def combine(z, W, b, E, normalize):
     alike, every patch looks the same to the LLM, and hardly anything is learned. So "unit" weights the deviations from the
     mean word and divides by the Euclidean norm of p, which makes the result about as long as one word's deviation.
 
-    Computed and returned in autocast's dtype, else in z's; W, b and E may have another one. Sums run in float32 (float64
-    for float64). Exact; gradients for z, W and b, none for E. No tensor of the size patches x words is ever made, unless
+    Computed and returned in autocast's dtype, else in z's; W, b and E may have another one. Sums over blocks of words run
+    in float32 (float64 for float64). Gradients for z, W and b, none for E. No tensor of the size patches x words is ever made, unless
     normalize is "none" and there are so few patches that it is the small way.
     """
     device = z.device.type
@@ -209,7 +212,8 @@ class SoftmaxCombine(torch.autograd.Function):
         z, W, b, E, out, top, log_total, mean, norm = ctx.saved_tensors
         needs_z, needs_W, needs_b, _, _ = ctx.needs_input_grad
         g_out = (g.to(top.dtype) * out).sum(1, keepdim=True)        # (P, 1)
-        # dL/ds_k = p_k ((g . e_k - shift) / norm - p_k curve), of which "softmax" and "unit" need one each
+        # Both kinds are dL/ds_k = p_k ((g . e_k - shift) / norm - p_k curve). For "unit" e_k is less the mean word, which
+        # is the shift, and the derivative of 1 / |p| is the curve.
         shift, curve = g_out, torch.zeros_like(g_out)
         if ctx.unit:
             shift, curve = g.to(top.dtype) @ mean[:, None], g_out / norm.square()   # (P, 1)
@@ -251,6 +255,8 @@ def compiled(step):
         nonlocal fast
         try:
             return fast(*args)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:                                  # no C++ compiler, no Triton: no common name
             if fast is step:
                 raise

@@ -56,6 +56,7 @@ moved() {                                           # moved NAME SOURCE LLM: tra
     mlp wide-MLP pocket-qwen-wide
     mlp llama-MLP pocket-llama
 } & right=$!
+trap 'kill $left $right 2>/dev/null || true' EXIT   # if one side fails, the other stops, too
 wait $left
 wait $right
 

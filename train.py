@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 
 STAGES = {"pretrain": ("connector",), "sft": ("connector", "llm")}      # what each stage trains; all else is frozen
 STOPPED = 75                                 # exit status of a run that saved itself on SIGTERM or SIGINT (EX_TEMPFAIL)
@@ -121,6 +122,12 @@ def check(cfg):
     for key, allowed in choices.items():
         if getattr(cfg, key) not in allowed:
             sys.exit(f"{key} is {getattr(cfg, key)!r}, it must be one of {', '.join(allowed)}")
+    for key in ("global_batch", "batch_size", "epochs", "log_every", "save_every", "max_length"):
+        if getattr(cfg, key) < 1:
+            sys.exit(f"{key} is {getattr(cfg, key)}, it must be at least 1")
+    for key in ("max_steps", "num_words", "probe_every", "workers", "clip", "connector_lr", "llm_lr", "weight_decay"):
+        if getattr(cfg, key) < 0:
+            sys.exit(f"{key} is {getattr(cfg, key)}, it must not be negative")
     needed = ["out", "data"] + ([] if cfg.init else ["llm", "vision_tower"])
     if not cfg.init and cfg.connector == "langbridge":
         needed.append("words")
@@ -155,7 +162,8 @@ def setup_ranks(cfg):
         return 0, 1, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Ranks wait for each other while rank 0 writes and hashes a state: minutes for a large LLM.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -178,6 +186,8 @@ def make_model(cfg, device):
         vlm = model.load(cfg.init, device, held, cfg.attention)
         for key in ("connector", "hidden", "normalize", "vision_layer", "llm", "vision_tower"):
             say(f"  {key} = {getattr(vlm.config, key)} (from {cfg.init})")
+            if key not in ("llm", "vision_tower") and getattr(cfg, key) not in (getattr(vlm.config, key), getattr(Settings, key)):
+                sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {getattr(vlm.config, key)!r}")
     else:
         words = vocab.load_words(cfg.words)[:cfg.num_words or None] if cfg.connector == "langbridge" else None
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
@@ -323,7 +333,7 @@ def resume(vlm, optimizer, cfg):
             with torch.no_grad():
                 p.copy_(tensors[name])
             own = {k[len(name) + 1:]: v for k, v in moments.items() if k.rpartition(".")[0] == name}
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in own.items()}
+            optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
     return state["step"]
 
 
@@ -368,11 +378,18 @@ def plot_loss(path, out):
 def main(cfg):
     rank, world, device = setup_ranks(cfg)
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert cfg.global_batch % world == 0, f"global_batch {cfg.global_batch} does not divide by {world} ranks"
+    if cfg.global_batch % world:
+        sys.exit(f"global_batch {cfg.global_batch} does not divide by {world} ranks")
     os.makedirs(cfg.out, exist_ok=True)
-    stop = []
+    if rank == 0 and os.path.isfile(f"{cfg.out}/config.json"):      # --overwrite: check() has seen to that
+        os.remove(f"{cfg.out}/config.json")
+        for old in ("state", "steps"):
+            shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
+    if world > 1:
+        dist.barrier()
+    told, stop = [], False                      # a signal reaches one rank; all stop when the sum over ranks says so
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.append(True))
+        signal.signal(name, lambda *_: told.append(True))
 
     vlm = make_model(cfg, device)
     optimizer = make_optimizer(vlm, cfg)
@@ -426,19 +443,18 @@ def main(cfg):
             totals += torch.tensor([loss.item(), count, batch["attention_mask"].sum().item(), 0, 0], dtype=torch.float64)
             if i == 0 and cfg.probe_every and step % cfg.probe_every == 0 and len(batch["pixel_values"]):
                 blind = blind_loss(vlm, batch, amp)
-        totals[4] = len(stop)
+        totals[4] = len(told)
         totals = reduce_sum(totals.to(device if world > 1 and device.type == "cuda" else "cpu"), world).cpu()
         loss, count, tokens, bad, stopped = totals.tolist()
-        if not math.isfinite(loss):
-            sys.exit(f"step {step}: the loss is {loss}; nothing was updated. Samples: "
-                     f"{[dataset.records[i].get('id') for i in steps[step]]}")
-        if stopped and not stop:
-            stop.append(True)                                       # another rank was told to
+        stop = stopped > 0
         for name, p in trained:
             if p.grad is None:                                      # a step without images, or with nothing to train
                 p.grad = torch.zeros_like(p)
             reduce_sum(p.grad, world).div_(max(count, 1))
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained], cfg.clip or math.inf, foreach=True).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):       # the same on every rank, so all of them stop
+            sys.exit(f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing was updated. Samples: "
+                     f"{[dataset.records[i].get('id') for i in steps[step]]}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -535,5 +551,5 @@ def memory(vlm, cfg, config, P, T):
 if __name__ == "__main__":
     try:
         dry_run(CFG) if CFG.dry_run else main(CFG)
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
+    except (ValueError, OSError) as error:                          # a user's mistake: its first line says which
+        sys.exit(f"train.py: {str(error).strip().splitlines()[0]}")

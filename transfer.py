@@ -56,18 +56,24 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     """
     dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches,
                                  {**vlm.image, "mode": whole.get("image_mode", "crop")}, template=whole["template"])
-    n = min(limit, len(dataset)) // batch_size * batch_size         # full batches: a wrong image needs a neighbour
-    if n == 0:
-        sys.exit(f"{path} has {len(dataset)} records; --eval needs at least {batch_size}")
-    batches = [data.collate([dataset[i + j] for j in range(batch_size)], vlm.pad_id) for i in range(0, n, batch_size)]
-    answers = [turn["value"] for record in dataset.records[:n] for turn in record["conversations"] if turn["from"] == "gpt"]
+    first = {}                                                      # one record of each image: a neighbour's is another one
+    for i, record in enumerate(dataset.records):
+        if isinstance(record.get("image"), str):
+            first.setdefault(record["image"], i)
+    chosen = list(first.values())[:min(limit, len(first)) // batch_size * batch_size]
+    if not chosen:
+        sys.exit(f"{path} has {len(first)} different images; --eval and --limit need at least {batch_size}")
+    batches = [data.collate([dataset[i] for i in chosen[j:j + batch_size]], vlm.pad_id)
+               for j in range(0, len(chosen), batch_size)]
+    answers = [turn["value"] for i in chosen for turn in dataset.records[i]["conversations"]
+               if data.ROLES.get(turn["from"]) == "assistant"]
     return batches, sum(len(text.encode()) for text in answers)
 
 
 def measure(vlm, batches, num_bytes, single):
     """What the report says of one VLM: a dict of floats.
 
-    Bits per byte of the captions with the right image, a wrong one and none: comparable between LLMs of different
+    Bits per byte of the captions (their end included) with the right image, a wrong one and none: comparable between LLMs of different
     tokenizers, which a loss per token is not (karpathy/nanochat, loss_eval.py). `single` bool[K]: the word is one token.
     """
     device = vlm.llm.device
@@ -133,5 +139,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except ValueError as error:
-        sys.exit(f"transfer.py: {error}")
+    except (ValueError, OSError) as error:                          # a user's mistake: its first line says which
+        sys.exit(f"transfer.py: {str(error).strip().splitlines()[0]}")

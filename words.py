@@ -31,6 +31,8 @@ def read_arguments():
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: out/words/NAME OF THE IMAGE)")
     parser.add_argument("--ask", metavar="QUESTION", help="have each checkpoint answer a question about the image")
     parser.add_argument("--top", type=int, default=8, help=f"words shown for a patch, 1 to {KEEP} (default: 8)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
 
@@ -167,13 +169,13 @@ def square(image, mode, mean, side):
     return canvas
 
 
-def state_of(folder, image, image_mode, ask, top):
+def state_of(folder, image, image_mode, ask, top, device="cpu", dtype="float32"):
     """Load a checkpoint and read the image with it. -> a state, a dict: "label" says which moment of training, "name" which
     LLM; "modes", see read; "side", patches along one side of the image; "answer" to the question `ask`, or None.
     States of one "group" are one connector kind on one LLM."""
     config, whole = model.read_config(folder)
-    vlm = model.load(folder)
-    pixels = data.transform(image, mode=image_mode, **vlm.image)
+    vlm = model.load(folder, torch.device(device), getattr(torch, dtype))
+    pixels = data.transform(image, mode=image_mode, **vlm.image).to(vlm.llm.device)
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))      # train.py --snapshots: steps/000100
     state = {"label": f"{whole['stage']}, step {step[1]}" if step else whole["stage"],
              "name": os.path.basename(os.path.normpath(config.llm)), "connector": config.connector,
@@ -396,7 +398,7 @@ def main(args):
     image_mode = next((c["image_mode"] for c in reversed(configs) if "image_mode" in c), "pad")
     states = []
     for folder in args.checkpoints:                                 # one LLM in memory at a time
-        states.append(state_of(folder, image, image_mode, args.ask, args.top))
+        states.append(state_of(folder, image, image_mode, args.ask, args.top, args.device, args.dtype))
         if states[-1]["side"] != states[0]["side"]:
             sys.exit(f"{folder} sees {states[-1]['side']} x {states[-1]['side']} patches, {args.checkpoints[0]} "
                      f"{states[0]['side']} x {states[0]['side']}: they cannot share a picture")

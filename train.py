@@ -256,10 +256,10 @@ def micro_batches(indices, rank, world, batch_size):
     return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
-def ignore_signals(_):
-    """In a loader's process: a scheduler signals the whole group, and the step in hand still needs its data."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+def leave_group(_):
+    """In a loader's process: Ctrl-C and `kill -TERM -GROUP` reach the whole group, and the step in hand still needs its
+    data. (Ignoring the signals instead would hang the exit, where Python ends its children with SIGTERM.)"""
+    os.setpgid(0, 0)
 
 
 def to_device(batch, device):
@@ -404,7 +404,7 @@ def main(cfg):
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=[m for step in mine[start:] for m in step], num_workers=cfg.workers,
         collate_fn=lambda samples: data.collate(samples, vlm.pad_id), pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals, multiprocessing_context="fork" if cfg.workers else None))
+        worker_init_fn=leave_group, multiprocessing_context="fork" if cfg.workers else None))
     say(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
         f"{world} rank(s) on {device.type}, {cfg.dtype}" + (f", going on at step {start}" if start else ""))
     if rank == 0:

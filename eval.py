@@ -353,16 +353,17 @@ def score(task, questions, truth, predictions, args, partial=False):
     return TASKS[task]["score"](questions, truth, predictions, partial)
 
 
-def table(rows):
-    """[(name, {task: summary}), ...] -> a markdown table in the columns of the paper, each score with one standard error.
-    Rows of one name are seeds of one thing: their mean and standard deviation."""
+def table(rows, mean=False):
+    """[(name, {task: summary}), ...] -> a markdown table in the columns of the paper, those that have a score, each with one
+    standard error. mean: rows of one name are seeds of one thing and become one row, their mean and standard deviation."""
     used = [task for task in TASKS if any(task in results for _, results in rows)] or list(TASKS)
     seeds = {}
-    for name, results in rows:
-        seeds.setdefault(name, []).append(results)
-    head = "one standard error" if len(seeds) == len(rows) else "mean ± standard deviation over seeds"
+    for i, (name, results) in enumerate(rows):
+        seeds.setdefault(name if mean else (name, i), []).append(results)
+    head = "mean ± standard deviation over seeds" if mean else ""
     lines = [f"| {head} | " + " | ".join(TASKS[task]["column"] for task in used) + " |", "|---" * (len(used) + 1) + "|"]
     for name, runs in seeds.items():
+        name = name if mean else name[0]
         cells = [cell(task, [results[task] for results in runs if task in results]) for task in used]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -517,6 +518,7 @@ def parse(argv):
     add("--truth", help="labels: a folder (mme, pope, scienceqa) or the grade file (mmvet)")
     add("--predictions", help="answers, JSON lines in LLaVA's format")
     add("--table", nargs="+", metavar="RESULTS", help="results.json files or their folders: one joint table")
+    add("--mean", action="store_true", help="with --table: rows of one name are seeds, print mean and standard deviation")
     add("--compare", nargs=2, metavar=("A", "B"), help="two result folders: paired tests")
     args = parser.parse_args(argv)
     args.tasks = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
@@ -550,7 +552,7 @@ def main(argv=None):
             print(compare(*args.compare))
         elif args.table:
             wholes = [scores.read_json(os.path.join(p, "results.json") if os.path.isdir(p) else p) for p in args.table]
-            print(table([(whole["name"], whole["tasks"]) for whole in wholes]))
+            print(table([(whole["name"], whole["tasks"]) for whole in wholes], args.mean))
         else:
             evaluate(args)
     except (ValueError, OSError, csv.Error) as error:

@@ -254,7 +254,7 @@ def checkpoints(tiny, world, tmp_path_factory):
 
 def arguments(checkpoints, image, out, **more):
     return types.SimpleNamespace(**{"checkpoints": [str(c) for c in checkpoints], "image": str(image), "out": str(out), "ask": None,
-                                    "top": 8, "overwrite": False, **more})
+                                    "top": 8, "overwrite": False, "device": "cpu", "dtype": "float32", **more})
 
 
 def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):

@@ -50,4 +50,4 @@ for axis, row in zip(axes.flat, rows):
     text = "\n".join(textwrap.fill(f"{k}: {v}", 40) for k, v in row.items() if k != "image")
     axis.set_title(text.replace("$", r"\$"), fontsize=8, loc="left")
 figure.tight_layout()
-figure.savefig(f"{args.out}.png", dpi=80)
+figure.savefig(f"{args.out}.jpg", dpi=80, bbox_inches="tight")

@@ -14,9 +14,7 @@ one() {                                             # one NORMALIZE
         [ -f "$out/$1-$llm/config.json" ] || "$PYTHON" transfer.py "$pre" $W/$llm --out "$out/$1-$llm" --eval $W/captions_test.json
     done
     [ -f "$out/$1/config.json" ] || "$PYTHON" train.py config/pocket/sft.py --init="$pre" --out="$out/$1" --seed="$SEED"
-    for folder in "$out/$1" "$pre" "$out/$1-pocket-qwen-wide" "$out/$1-pocket-llama"; do
-        [ -f "$folder/eval/results.json" ] || "$PYTHON" eval.py "$folder" --tasks pope,gqa --data $W/eval --batch_size 64
-    done
+    [ -f "$out/$1/eval/results.json" ] || "$PYTHON" eval.py "$out/$1" --tasks pope,gqa --data $W/eval --batch_size 64
 }
 one none & one softmax & wait
 one unit
@@ -24,16 +22,18 @@ one unit
 import json, sys
 root = sys.argv[1]
 read = lambda path: json.load(open(f"{root}/{path}"))
-print("| normalize | where | trained there | bits per byte: right image | wrong | wrong - right | GQA | POPE |\n" + "|---" * 8 + "|")
+print("| weights | where | trained there | right image | wrong image | difference | length of image embeds / of text's |\n"
+      + "|---" * 7 + "|")
 for kind in ("unit", "softmax", "none"):
     for llm in ("pocket-qwen-wide", "pocket-llama"):
         report = read(f"{kind}-{llm}/transfer.json")
-        ends = [("source", "pocket-qwen", "connector", f"{kind}-pretrain")] if llm == "pocket-qwen-wide" else []
-        for end, name, how, folder in ends + [("target", llm, "nothing", f"{kind}-{llm}")]:
+        ends = [("source", "pocket-qwen", "stage 1")] if llm == "pocket-qwen-wide" else []
+        for end, name, how in ends + [("target", llm, "nothing")]:
             right, wrong = (report[end][f"bits_per_byte_{x}"] for x in ("right", "wrong"))
-            tasks = read(f"{folder}/eval/results.json")["tasks"]
-            print(f"| {kind} | {name} | {how} | {right:.3f} | {wrong:.3f} | {wrong - right:.3f} "
-                  f"| {tasks['gqa']['accuracy']:.1f} | {100 * tasks['pope']['mean_f1']:.1f} |")
+            length = report[end]["rms_image_embeds"] / report[end]["rms_text_embeds"]
+            print(f"| {kind} | {name} | {how} | {right:.3f} | {wrong:.3f} | {wrong - right:.3f} | {length:.1f} |")
+print("\n| weights | GQA after SFT on pocket-qwen | POPE |\n|---|---|---|")
+for kind in ("unit", "softmax", "none"):
     tasks = read(f"{kind}/eval/results.json")["tasks"]
-    print(f"| {kind} | pocket-qwen | connector, then SFT | | | | {tasks['gqa']['accuracy']:.1f} | {100 * tasks['pope']['mean_f1']:.1f} |")
+    print(f"| {kind} | {tasks['gqa']['accuracy']:.1f} ± {tasks['gqa']['stderr']:.1f} | {100 * tasks['pope']['mean_f1']:.1f} |")
 PY

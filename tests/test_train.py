@@ -142,6 +142,14 @@ def test_other_settings_are_not_resumed_and_a_finished_run_is_not_overwritten(ti
         train.main(train.read_settings(settings(tiny, world, out, "--max_steps=2", "--connector_lr=0.02")))
 
 
+def test_overwrite_trains_again(tiny, world, tmp_path):
+    out = tmp_path / "x"
+    train_here(settings(tiny, world, out, "--max_steps=2"))
+    first = weights(out)
+    assert train_here(settings(tiny, world, out, "--max_steps=2", "--connector_lr=0.02", "--overwrite")) == 0
+    assert len(losses(out)) == 2 and any(not torch.equal(first[n], t) for n, t in weights(out).items())
+
+
 @pytest.mark.parametrize("argv,words", [
     (["--learning_rate=1"], "no setting 'learning_rate'"), (["--hidden=big"], "hidden is 'big', it must be of type int"),
     (["--checkpointing=no"], "type bool"), (["nowhere.py"], "no config file nowhere.py"),

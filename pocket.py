@@ -12,8 +12,11 @@ Held-out scenes are told apart by what is in them (`is_held_out`), for the pictu
 Everything follows from --seed: two runs on one machine give the same bytes.
 """
 import argparse
+import base64
+import csv
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -25,13 +28,13 @@ import time
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The world: a scene is one to four objects on a 3 x 3 grid. Lengths are in pixels of the saved picture.
+# The world: a scene is one to three objects on a 3 x 3 grid. Lengths are in pixels of the saved picture.
 
 SIDE = 192                                                  # of a saved picture; the tower sees it smaller
 COLORS = {"red": (214, 40, 40), "orange": (247, 134, 20), "yellow": (250, 212, 30), "green": (44, 150, 62),
           "blue": (38, 92, 214), "purple": (124, 52, 168), "pink": (250, 130, 190), "black": (34, 34, 38)}
 SHAPES = {"circle": 1.3, "square": 1.2, "triangle": 1.1, "star": 1.0, "heart": 1.0, "cross": 0.9, "moon": 0.8,
-          "diamond": 0.7, "sign": 1.6}                     # how often: POPE's "popular" needs it uneven
+          "diamond": 0.7, "sign": 2.6}                     # how often: POPE's "popular" needs it uneven
 FRIENDS = {"circle": "square", "square": "circle", "triangle": "cross", "cross": "triangle", "star": "moon",
            "moon": "star", "heart": "diamond", "diamond": "heart", "sign": "circle"}   # for POPE's "adversarial"
 SIZES = ("large", "small")
@@ -41,9 +44,9 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 BACKGROUNDS = ((246, 241, 230), (231, 240, 247), (236, 245, 233), (247, 236, 238), (240, 238, 247), (243, 243, 243))
 
 
-def make_scene(rng, most=4):
+def make_scene(rng, most=3):
     """One random scene: {"objects": [{"shape", "color", "size", "cell", "box", "word" (signs)}], "background": int}."""
-    count = min(rng.choices((1, 2, 3, 4), (3, 5, 4, 2))[0], most)
+    count = min(rng.choices((1, 2, 3), (2, 5, 4))[0], most)
     shapes = list(SHAPES)
     names = []
     for _ in range(count):
@@ -84,7 +87,7 @@ def is_held_out(scene):
     return hashlib.sha1(scene_key(scene).encode()).digest()[0] < 26
 
 
-def some_scene(rng, held_out=False, most=4):
+def some_scene(rng, held_out=False, most=3):
     """A random scene from one side of the split."""
     while True:
         scene = make_scene(rng, most)
@@ -159,11 +162,12 @@ def draw_scene(scene):
 # Its language: descriptions of a scene in several styles, questions with answers, and a little that needs no picture
 
 SUFFIX = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
 BRIEF = ("Say briefly what is in the picture.", "What is shown here, in short?", "Describe the image in one line.",
          "Give a short caption for this picture.", "Sum up the image.", "Tell me shortly what you see.",
          "Write one short line about the image.", "What does the picture show?", "Name what can be seen here.",
          "Put the image into a few words.", "Give a brief account of the picture.")
-STYLES = ("and", "there", "keys", "place", "short")
+STYLES = ("and", "there", "keys", "short")
 FACTS = {f"What is the opposite of {a}?": b for a, b in (
     ("large", "Small"), ("small", "Large"), ("left", "Right"), ("right", "Left"), ("top", "Bottom"), ("bottom", "Top"),
     ("open", "Closed"), ("black", "White"), ("yes", "No"), ("no", "Yes"), ("hot", "Cold"), ("day", "Night"))}
@@ -179,30 +183,24 @@ FACTS |= {f"Is a {a} a shape?": "Yes" for a in list(SHAPES)[:8]} | {f"Is a {a} a
 
 
 def place(thing):
-    """Where an object is, with its preposition: "at top left", "at the bottom", "on the right", "in the center"."""
-    name = CELLS[thing["cell"]]
-    before = {"top": "at the ", "bottom": "at the ", "left": "on the ", "right": "on the ", "center": "in the "}
-    return before.get(name, "at ") + name
+    """Where an object is: "at top left", "at center"."""
+    return "at " + CELLS[thing["cell"]]
 
 
 def describe(scene, rng, style):
     """One line about all objects of a scene, in random order. Style "short" leaves out sizes and places."""
     things = rng.sample(scene["objects"], len(scene["objects"]))
 
-    def name(thing, size=True):
-        if "word" in thing:
-            return f"{thing['color']} sign with the word {thing['word']}"
-        return (thing["size"] + " " if size else "") + f"{thing['color']} {thing['shape']}"
+    def name(thing, where=True):
+        size = thing["size"] + " " if where and "word" not in thing else ""
+        saying = f" saying {thing['word']}" if "word" in thing else ""
+        return f"{size}{thing['color']} {thing['shape']}" + (" " + place(thing) if where else "") + saying
 
     if style == "keys":
-        return ", ".join(f"{name(t)} {CELLS[t['cell']]}" for t in things)
-    if style == "place":
-        return ", ".join(f"{CELLS[t['cell']]}: {name(t)}" for t in things)
+        return ", ".join(name(t) for t in things)
     if style == "there":
-        return " ".join(f"There is {article(name(t))} {place(t)}." for t in things)
-    if style == "short":
-        return " and ".join(article(name(t, size=False)) for t in things)
-    return " and ".join(f"{article(name(t))} {place(t)}" for t in things)
+        return " ".join(f"There is {article(name(t))}." for t in things)
+    return " and ".join(article(name(t, where=style != "short")) for t in things)
 
 
 def article(phrase):
@@ -212,10 +210,10 @@ def article(phrase):
 
 # kind -> (GQA's structural, semantic, detailed type, group of comparable answers); None: GQA asks nothing of the kind
 KINDS = {"exist": ("verify", "obj", "exist", None), "exist color": ("verify", "obj", "existAttr", None),
-         "is color": ("verify", "attr", "verifyAttr", None), "is place": None,
+         "is color": ("verify", "attr", "verifyAttr", None), "is place": ("verify", "attr", "positionVerify", None),
          "is word": ("verify", "attr", "verifyText", None), "color": ("query", "attr", "directOf", "color"),
          "shape": ("query", "cat", "categoryThat", "shape"), "word": ("query", "attr", "textOf", "word"),
-         "which color": ("choose", "attr", "chooseAttr", None), "where": None,
+         "which color": ("choose", "attr", "chooseAttr", None), "where": ("query", "attr", "positionQuery", "place"),
          "and": ("logical", "obj", "existAnd", None),
          "or": ("logical", "obj", "existOr", None), "same color": ("compare", "attr", "twoSame", None),
          "count": None, "is count": None}
@@ -322,6 +320,21 @@ def questions(scene, rng, count, kinds, style="and"):
     return list(found.values())
 
 
+def choices(scene, rng, count, style="and"):
+    """Up to `count` multiple-choice questions about a scene: list of (kind, question, answer, two to four options)."""
+    made = []
+    for kind, question, answer in questions(scene, rng, count, tuple(OPTIONS), style):
+        wrong = [spoken(option) for option in OPTIONS[kind] if spoken(option) != answer]
+        made.append((kind, question, answer, rng.sample([answer, *rng.sample(wrong, n := rng.choice((1, 2, 3)))], n + 1)))
+    return made
+
+
+def with_options(question, options):
+    """A multiple-choice question as MMBench's prompt writes it. LLMs this small answer in words all the same: to find the
+    right word and then its letter stayed at chance in 750 steps. MMBench's matching takes either."""
+    return "\n".join([question] + [f"{letter}. {option}" for letter, option in zip("ABCD", options)] + [LETTER])
+
+
 def spoken(answer):
     """An answer as LLaVA's data writes it: True -> "Yes", "red" -> "Red"."""
     return ("Yes" if answer else "No") if isinstance(answer, bool) else answer.capitalize()
@@ -332,13 +345,14 @@ TRAIN_KINDS = tuple(k for k, n in {
     "exist": 3, "exist color": 3, "is color": 2, "is place": 2, "is word": 2, "color": 4, "shape": 3, "word": 4,
     "where": 3, "which color": 2, "and": 1, "or": 1, "same color": 1, "count": 1, "is count": 2,
 }.items() for _ in range(n))
-EASY_KINDS = ("color", "color", "shape", "where", "word", "word", "which color", "exist")   # lookups first
+OPTIONS = {"color": tuple(COLORS), "shape": tuple(SHAPES), "word": WORDS, "where": CELLS}      # of multiple choice
+EASY_KINDS = ("color", "color", "shape", "where", "where", "word", "which color", "exist")   # lookups first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text for the LLMs and for the tokenizers: what an LLM reads before it ever meets a picture
 
-def document(rng, held_out=False, most=4, chats=0.5, kinds=TRAIN_KINDS):
+def document(rng, held_out=False, most=3, chats=0.5, kinds=TRAIN_KINDS):
     """One piece of text: chat messages [{"role", "content"}], or plain pieces [(text, trained)].
 
     chats: share of chats with questions, of the given kinds. The rest holds more answers a token: mostly the same
@@ -355,10 +369,14 @@ def document(rng, held_out=False, most=4, chats=0.5, kinds=TRAIN_KINDS):
     again = describe(scene, rng, rng.choice([s for s in STYLES if (s == "short") == (style == "short")] + ["short"]))
     if roll < 0.06:
         return chat([(rng.choice(BRIEF), again)], text, suffix=False)
+    if roll < 0.06 + chats / 10:
+        pairs = [(with_options(q, options), a) for _, q, a, options in choices(scene, rng, 3, style)]
+        if pairs:
+            return chat(pairs, text, suffix=False)
     pairs = questions(scene, rng, rng.randint(4, 8), kinds, style)
     if roll > 1 - chats and pairs:
         return chat([(q, a) for _, q, a in pairs], text)
-    if roll < 0.12 or not pairs:
+    if roll < 0.15 or not pairs:
         return [(text + "\n", False), (rng.choice((again, statements(scene, rng, style))) + "\n", True)]
     return [(text + "\n", False)] + [piece for _, q, a in pairs for piece in ((q + "\n", False), (a + "\n", True))]
 
@@ -493,21 +511,21 @@ def llava(messages):
 
 
 def make_world(out, count, held_count, seed, pool):
-    """Draw all pictures and write all data files under out. Returns the number of pictures."""
+    """Draw all pictures and write all data files under out. Returns the number of pictures.
+
+    Two sets are held out: "val" to choose by, "test" to report; same files, other scenes.
+    """
     rng = random.Random(f"world {seed}")
     scenes, seen = {}, set()
-    for name, number in (("train", count), ("test", held_count)):
+    for name, number in (("train", count), ("val", held_count), ("test", held_count)):
         made = 0
         while made < number:
-            scene = some_scene(rng, held_out=name == "test")
+            scene = some_scene(rng, held_out=name != "train")
             if scene_key(scene) not in seen:                # every picture shows another scene
                 seen.add(scene_key(scene))
                 scenes[f"{name}_{made:06d}.png"] = scene
                 made += 1
     train = {k: v for k, v in scenes.items() if k.startswith("train")}
-    test = {k: v for k, v in scenes.items() if k.startswith("test")}
-    both = {scene_key(s) for s in train.values()} & {scene_key(s) for s in test.values()}
-    assert not both, f"{len(both)} scenes are in training and in evaluation, first: {min(both)}"
     (out / "images").mkdir(parents=True, exist_ok=True)
     work = [(str(out / "images" / name), scene) for name, scene in scenes.items()]
     parts = [work[i:i + 200] for i in range(0, len(work), 200)]
@@ -516,10 +534,12 @@ def make_world(out, count, held_count, seed, pool):
         done += number
         print(f"pictures          {done:>5}/{len(work)}  {time.time() - start:.0f} s", flush=True)
     write_training(out, train, rng)
-    write_json(out / "captions_test.json", [caption_record(n, s, rng) for n, s in test.items()])
-    write_pope(out / "eval" / "pope", out / "images", test, random.Random(f"pope {seed}"))
-    write_gqa(out / "eval" / "gqa", out / "images", test, random.Random(f"gqa {seed}"))
-    write_mme(out / "eval" / "mme", out / "images", test, random.Random(f"mme {seed}"))
+    for folder, split in (("val", "val"), ("eval", "test")):
+        held = {k: v for k, v in scenes.items() if k.startswith(split)}
+        write_json(out / f"captions_{split}.json", [caption_record(n, s, rng) for n, s in held.items()])
+        for name, write in (("pope", write_pope), ("gqa", write_gqa), ("mme", write_mme), ("textvqa", write_textvqa),
+                            ("mmbench", write_mmbench)):
+            write(out / folder / name, out / "images", held, random.Random(f"{name} {split} {seed}"))
     write_json(out / "truth.json", scenes)
     return len(scenes)
 
@@ -545,8 +565,11 @@ def write_training(out, train, rng):
     write_json(out / "pretrain.json", [caption_record(name, scene, rng) for name, scene in train.items()])
     records = []
     for name, scene in train.items():
-        if rng.random() < 0.1:
+        roll = rng.random()
+        if roll < 0.05:
             messages = chat([(rng.choice(BRIEF), describe(scene, rng, rng.choice(STYLES)))], "<image>", suffix=False)
+        elif roll < 0.15 and (asked := choices(scene, rng, 3)):
+            messages = chat([(with_options(q, options), a) for _, q, a, options in asked], "<image>", suffix=False)
         else:
             messages = chat([(q, a) for _, q, a in questions(scene, rng, rng.randint(4, 6), TRAIN_KINDS)], "<image>")
             assert messages, f"no question found about {name}"
@@ -561,12 +584,20 @@ def write_training(out, train, rng):
 
 def copy_picture(source, target):
     """Copy a picture, as JPEG where the benchmark's names say so."""
-    from PIL import Image
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == source.suffix:
         shutil.copyfile(source, target)
-    else:
-        Image.open(source).save(target, quality=95)
+    elif not target.exists():
+        target.write_bytes(jpeg(source))
+
+
+@functools.cache
+def jpeg(source):
+    """A picture file as the bytes of a JPEG."""
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.open(source).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def write_pope(out, images, test, rng):
@@ -585,7 +616,7 @@ def write_pope(out, images, test, rng):
                 absent.sort(key=lambda s: -often[s])
             elif category == "adversarial":
                 absent.sort(key=lambda s: -max(together[s, p] / often[p] for p in found[name]))
-            image = f"pocket_val_{name[5:11]}.jpg"
+            image = f"pocket_{name[:-4]}.jpg"
             copy_picture(images / name, out / "val2014" / image)
             for shape, label in zip((present[0], absent[0], present[1], absent[1]), ("yes", "no", "yes", "no")):
                 labels.append({"question_id": len(labels) + 1, "image": image,
@@ -602,7 +633,7 @@ def write_gqa(out, images, test, rng, each=2):
     kinds = {t: [k for k, v in KINDS.items() if v and v[0] == t] for t in share}
     given, records, lines = {}, {}, []
     for name, scene in test.items():
-        image, asked = f"n{name[5:11]}", set()
+        image, asked = f"n{name[-10:-4]}", set()
         copy_picture(images / name, out / "images" / f"{image}.jpg")
         for _ in range(30):
             structural = rng.choices(list(share), list(share.values()))[0]
@@ -661,16 +692,51 @@ def write_mme(out, images, test, rng, each=30):
     write_json(out / "llava_mme.jsonl", asked, lines=True)
 
 
+def write_textvqa(out, images, test, rng):
+    """TextVQA: the word on each sign. No line of OCR tokens: it would give the answer away. Ten people agree."""
+    records, lines = [], []
+    for name, scene in test.items():
+        made = ask("word", scene, rng)
+        if made:
+            copy_picture(images / name, out / "train_images" / f"{name[:-4]}.jpg")
+            records.append({"question_id": len(records), "image_id": name[:-4], "question": made[0],
+                            "answers": [made[1]] * 10})
+            lines.append({"question_id": name[:-4], "image": f"{name[:-4]}.jpg", "text": f"{made[0]}\n{SUFFIX}",
+                          "category": "default"})
+    write_json(out / "TextVQA_0.5.1_val.json", {"data": records})
+    write_json(out / "llava_textvqa_val_v051_ocr.jsonl", lines, lines=True)
+
+
+def write_mmbench(out, images, test, rng, number=100):
+    """MMBench: one multiple-choice question a picture with all rotations of its options, the base rows first."""
+    rows = []
+    for base, (name, scene) in enumerate(list(test.items())[:number]):
+        image = base64.b64encode(jpeg(images / name)).decode()
+        for kind, question, answer, options in choices(scene, rng, 1):
+            for turn in range(len(options)):
+                rows.append({"index": turn * 1_000_000 + base, "question": question, "hint": "",
+                             **dict(zip("ABCD", options + [""] * 4)), "answer": "ABCD"[options.index(answer)],
+                             "category": kind, "image": image, "source": "pocket", "l2-category": "attribute",
+                             "comment": "", "split": "dev"})
+                options = options[-1:] + options[:-1]       # each option one place later, the last one first
+    rows.sort(key=lambda row: row["index"])
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "mmbench_dev_20230712.tsv", "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOWER = dict(image_size=96, patch_size=16, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
              intermediate_size=384)
-LLMS = {"pocket-qwen-wide": dict(family="chatml", width=160, layers=5, heads=5, mlp=320, steps=700),
-        "pocket-llama": dict(family="headers", width=144, layers=4, heads=4, mlp=320, steps=750),
-        "pocket-qwen": dict(family="chatml", width=128, layers=4, heads=4, mlp=288, steps=750)}
-TOWER_STEPS = 200
+LLMS = {"pocket-qwen-wide": dict(family="chatml", width=160, layers=5, heads=5, mlp=320, steps=500),
+        "pocket-llama": dict(family="headers", width=144, layers=4, heads=4, mlp=320, steps=600),
+        "pocket-qwen": dict(family="chatml", width=128, layers=4, heads=4, mlp=288, steps=550)}
+TOWER_STEPS = 140
 BATCH, LR = 16, 5e-3                                        # BATCH: rows of text a step
 MODELS = ("pocket-qwen-wide", "pocket-llama", "pocket-qwen", "vision-tower")      # longest first, for two workers
 
@@ -792,7 +858,7 @@ def train_llm(name, folder, settings):
             print(f"{name:17} knows the easy questions after {step} steps", flush=True)
             early = False
         if not batches:                                     # rows of like length together, batches in random order
-            most, chats, kinds = (3, 0.15, EASY_KINDS) if early else (4, 0.7, TRAIN_KINDS)
+            most, chats, kinds = (2, 0.15, EASY_KINDS) if early else (3, 0.2 if step < 0.6 * steps else 0.7, TRAIN_KINDS)
             rows = [encode(document(rng, most=most, chats=chats, kinds=kinds)) for _ in range(8 * BATCH)]
             rows.sort(key=lambda row: len(row[0]))
             batches.extend(rows[i:i + BATCH] for i in range(0, len(rows), BATCH))
@@ -821,6 +887,8 @@ def reading_test(model, tokenizer, encode, settings):
         scene, style = some_scene(rng, held_out=True), rng.choice(STYLES)
         text = describe(scene, rng, style)
         rows += [(kind, encode(chat([(q, a)], text))) for kind, q, a in questions(scene, rng, 3, TRAIN_KINDS, style)]
+        rows += [("choice", encode(chat([(with_options(q, options), a)], text, suffix=False)))
+                 for _, q, a, options in choices(scene, rng, 1, style)]
     rows.sort(key=lambda row: len(row[1][0]))
     right = {}
     with torch.no_grad():
@@ -851,8 +919,9 @@ def altered(scene, rng):
     things = [dict(t) for t in scene["objects"]]
     sign = next((t for t in things if "word" in t), None)
     thing = sign if sign and rng.random() < 0.5 else rng.choice(things)
-    fact = "word" if thing is sign else rng.choice(("color", "shape", "shape", "size"))
-    among = {"word": WORDS, "color": list(COLORS), "shape": [s for s in SHAPES if s != "sign"], "size": SIZES}[fact]
+    fact = "word" if thing is sign else rng.choice(("color", "shape", "shape", "cell", "cell", "size"))
+    among = {"word": WORDS, "color": list(COLORS), "shape": [s for s in SHAPES if s != "sign"], "size": SIZES,
+             "cell": range(9)}[fact]
     thing[fact] = rng.choice([value for value in among if value != thing[fact]])
     return {"objects": things}
 
@@ -862,6 +931,7 @@ def phrase_features(caption, index):
     phrases = []
     for phrase in caption.split(", "):
         words = phrase.replace("top left", "topleft").replace("top right", "topright").split()
+        words = [w for w in words if w not in ("at", "saying")]
         words += [f"{a} {b}" for i, a in enumerate(words) for b in words[i + 1:]]
         phrases.append([index.setdefault(w, len(index)) for w in words])
     return phrases
@@ -884,12 +954,13 @@ def train_tower(name, folder, settings):
     torch.manual_seed(settings["seed"])
     F, dim, index = torch.nn.functional, 128, {}
     tower = CLIPVisionModel(CLIPVisionConfig(**TOWER))
+    place_patches(tower)
     model = torch.nn.ModuleDict({
         "tower": tower, "words": torch.nn.EmbeddingBag(6000, dim, mode="sum"),
         "patch": torch.nn.Linear(TOWER["hidden_size"], dim), "whole": torch.nn.Linear(TOWER["hidden_size"], dim)})
     model.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.5)))
     rng, steps, order = random.Random(f"tower {settings['seed']}"), int(TOWER_STEPS * settings["effort"]) + 1, []
-    size = min(128, len(scenes))
+    size = min(96, len(scenes))
 
     def batch_loss(step):
         if len(order) < size:
@@ -924,6 +995,20 @@ def train_tower(name, folder, settings):
         "do_convert_rgb": True})
     held = [(n, s) for n, s in truth.items() if n.startswith("test")]
     return linear_probe(tower, (scenes[:1500], pixels[:1500]), (held, load_pixels(out, [n for n, _ in held])))
+
+
+def place_patches(tower):
+    """Start the position embeddings at sines and cosines of row and column (as fixed in MAE, He et al., 2022): from
+    noise of 0.01 the tower would take long to tell left from right."""
+    import torch
+    across, width = TOWER["image_size"] // TOWER["patch_size"], TOWER["hidden_size"] // 4
+    turns = torch.arange(across)[:, None] * 10 ** (-torch.arange(width) / width)                # (across, Dv/4) radians
+    waves = torch.cat([turns.sin(), turns.cos()], 1)                                            # (across, Dv/2)
+    rows, columns = (waves.repeat_interleave(across, 0), waves.repeat(across, 1))               # (P, Dv/2) each
+    table = dict(tower.named_parameters())
+    name = next(n for n in table if n.endswith("position_embedding.weight"))
+    with torch.no_grad():
+        table[name][1:] = 0.3 * torch.cat([rows, columns], 1)                                   # (P, Dv), after the CLS
 
 
 def linear_probe(tower, train_set, test_set):
@@ -997,8 +1082,8 @@ def report(out):
 def main():
     parser = argparse.ArgumentParser(description="Make the pocket world: pictures, questions, tower, LLMs.")
     parser.add_argument("--out", default="data/pocket", help="folder to write (default data/pocket)")
-    parser.add_argument("--scenes", type=int, default=4000, help="training pictures (default 4000)")
-    parser.add_argument("--held_out", type=int, default=300, help="evaluation pictures (default 300)")
+    parser.add_argument("--scenes", type=int, default=3200, help="training pictures (default 3200)")
+    parser.add_argument("--held_out", type=int, default=300, help="pictures to choose by, and as many to report (default 300)")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies all training steps (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="60 scenes, a few steps: to test code, not models")
@@ -1015,7 +1100,7 @@ def main():
     if args.overwrite:
         marker.unlink(missing_ok=True)
         (out / "words.json").unlink(missing_ok=True)        # vocab.py's, of the tokenizers that go
-        for name in (*MODELS, "images", "eval"):
+        for name in (*MODELS, "images", "eval", "val"):
             shutil.rmtree(out / name, ignore_errors=True)
     elif marker.exists() and json.loads(marker.read_text(encoding="utf-8")) != settings:
         raise SystemExit(f"pocket.py: {marker} records other settings; give --overwrite or another --out")

@@ -25,7 +25,7 @@ transfer() {                                        # transfer NAME SOURCE TARGE
 }
 evaluate() {                                        # evaluate NAME ...
     for name in "$@"; do
-        [ -f "$OUT/$name/eval/results.json" ] || "$PYTHON" eval.py "$OUT/$name" --tasks pope,gqa,mme \
+        [ -f "$OUT/$name/eval/results.json" ] || "$PYTHON" eval.py "$OUT/$name" --tasks gqa,textvqa,mme,mmbench,pope \
             --data $WORLD/eval --batch_size 64 | sed -u "s/^/[$name] /"
     done
 }

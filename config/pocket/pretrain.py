@@ -9,6 +9,7 @@ data = "data/pocket/pretrain.json"
 images = "data/pocket/images"
 global_batch = 32
 batch_size = 32
+epochs = 2
 connector_lr = 1e-3
 dtype = "bfloat16"
 attention = "eager"                 # short sequences on a CPU: faster than sdpa

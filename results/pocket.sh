@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The README's table: three seeds of speedrun.sh on one world -> results/pocket/seed*/NAME.json, results/pocket/table.md
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+for SEED in 1 2 3; do
+    SEED=$SEED bash speedrun.sh
+    mkdir -p results/pocket/seed$SEED
+    for folder in out/pocket/seed$SEED/*/eval; do
+        cp "$folder/results.json" "results/pocket/seed$SEED/$(basename "$(dirname "$folder")").json"
+    done
+done
+ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
+      qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)
+FILES=()
+for name in "${ROWS[@]}"; do FILES+=(results/pocket/seed*/"$name.json"); done
+"$PYTHON" eval.py --mean --table "${FILES[@]}" | tee results/pocket/table.md

@@ -286,23 +286,24 @@ def draw_state(state, picture, cell):
     g, mode = state["side"], next(iter(state["modes"].values()))
     image = picture.resize((g * cell, g * cell), Image.Resampling.BICUBIC)
     grid, glow = ImageDraw.Draw(image, "RGBA"), Image.new("L", image.size)
+    letters = {ink: Image.new("L", image.size) for ink in (INK, WHITE)}             # text on RGB would ignore its opacity
     for i in range(1, g):
         for line in ((i * cell, 0, i * cell, g * cell), (0, i * cell, g * cell, i * cell)):
             grid.line(line, fill=(*WHITE, 60))
-    todo = []
     for i, colour in enumerate(patch_colours(picture, g)):
         labels = labels_of(mode, i)
         for n, (text, loud) in enumerate(labels):
             # A word of up to six letters has the size that its weight gives it; only a longer one has to shrink.
             text, size = fit(text, cell * (0.13 + 0.12 * loud) / len(labels) ** 0.3, 0.94 * cell)
             center = ((i % g + 0.5) * cell, (i // g + (n + 0.5) / len(labels) * 0.8 + 0.1) * cell)
-            todo.append((text, size, center, (*(INK if luminance(colour) > 0.18 else WHITE), int(255 * (0.5 + 0.5 * loud)))))
-            put(ImageDraw.Draw(glow), text, size, center, int(255 * (0.55 + 0.45 * loud)), stroke=max(2, size // 5))
+            ink = INK if luminance(colour) > 0.18 else WHITE
+            put(ImageDraw.Draw(letters[ink]), text, size, center, int(255 * (0.65 + 0.35 * loud)))
+            put(ImageDraw.Draw(glow), text, size, center, 255, stroke=max(2, size // 4))
     # Behind the letters the picture fades into the mean colour of their patch, against which the ink was chosen.
-    flat = picture.resize((g, g), Image.Resampling.BOX).resize(image.size, Image.Resampling.BILINEAR)
-    image.paste(flat, mask=glow.filter(ImageFilter.GaussianBlur(cell / 32)))
-    for text, size, center, fill in todo:
-        put(ImageDraw.Draw(image, "RGBA"), text, size, center, fill)
+    flat = picture.resize((g, g), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+    image.paste(flat, mask=glow.filter(ImageFilter.GaussianBlur(cell / 40)).point(lambda v: min(235, 2 * v)))
+    for ink, mask in letters.items():
+        image.paste(ink, mask=mask)
     return image
 
 

@@ -3,8 +3,11 @@ import base64
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import types
+import urllib.request
 from html.parser import HTMLParser
 
 import numpy as np
@@ -147,6 +150,16 @@ def test_ink_contrasts_with_its_patch():
         assert (light + 0.05) / (dark + 0.05) > 4
 
 
+def test_a_quiet_word_is_paler_than_a_loud_one():
+    mode = make_state(2)["modes"]["weights"]
+    grey, darkest = Image.new("RGB", (96, 96), (200, 200, 200)), []
+    for loud in (0.0, 1.0):
+        mode["loud"] = torch.full((4,), loud)
+        drawn = words.draw_state({"side": 2, "modes": {"weights": mode}}, grey, 192)
+        darkest.append(np.asarray(drawn.convert("L"), int).min())
+    assert darkest[1] < 40 and 60 < darkest[0] < 120
+
+
 def test_every_script_is_drawn_or_named():
     assert words.runs_of("the")[0][1] == "the" and len(words.runs_of("the")) == 1
     assert "".join(text for _, text in words.runs_of("a\U000e0fff")) == "a<U+E0FFF>"          # no font has it
@@ -203,39 +216,100 @@ def test_snapshots_become_a_slider_and_llms_stand_side_by_side():
     assert [p["name"] for p in words.panels_of([make_state(), make_state(kind="cosine")])] == ["an <LLM> · LangBridge", "an <LLM> · MLP"]
 
 
-DRIVER = r"""
-<script>
-const seen = [], say = (name, ok) => seen.push(name + "=" + ok), key = (node, k) => node.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true}))
-try {
-  const cells = panels[0].cells, read = () => panels[0].read.textContent, before = read()
-  cells[4].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"})); say("hover", read() !== before && read().includes("row 2, column 2"))
-  cells[4].focus(); key(cells[4], "ArrowRight"); say("keyboard", document.activeElement === cells[5] && read().includes("row 2, column 3"))
-  cells[5].click(); cells[0].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"})); say("pin", read().includes("row 2, column 3"))
-  const word = data.words.findIndex(w => w.startsWith("<\/script>"))
-  search.value = "<\/SCRIPT"; search.dispatchEvent(new Event("input")); say("search", chips.children.length === 1); key(search, "Enter")
-  say("map", state.word === word && panels[0].stage.classList.contains("mapped"))
-  const pixels = panels[0].canvas.getContext("2d").getImageData(0, 0, side, side).data; say("heat", pixels.some(v => v > 200))
-  key(document.body, "Escape"); say("clear", state.word === null)
-  const label = cells[0].getAttribute("aria-label"); $("step").value = 0; $("step").dispatchEvent(new Event("input")); say("slider", cells[0].getAttribute("aria-label") !== label && $("when").textContent === "step 1")
-  document.querySelectorAll("#modes input")[1].click(); say("cosine", read().includes("random direction"))
-  say("names", [...document.querySelectorAll("button, input")].every(b => b.getAttribute("aria-label") || b.textContent.trim() || b.labels?.length))
-  say("panels", document.querySelectorAll("[role=grid]").length === 2)
-} catch (error) { seen.push(String(error)) }
-document.title = "RESULT " + seen.concat(errors).join(" ")
-</script>"""
+class Browser:
+    """Chromium by chromedriver's HTTP protocol (W3C WebDriver): real mouse moves, keys and touches, not events made up"""
+    def __init__(self, folder):
+        self.driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, text=True)
+        port = next(m[1] for line in self.driver.stdout if (m := re.search(r"on port (\d+)\.", line)))
+        self.url, flags = f"http://127.0.0.1:{port}/session", ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+            "disable-background-networking", "disable-component-update", "disable-sync", f"user-data-dir={folder}", "window-size=1200,1000"]
+        chrome = {"args": [f"--{flag}" for flag in flags], "binary": CHROMIUM}
+        self.url += "/" + self.call("", capabilities={"alwaysMatch": {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}})["sessionId"]
+
+    def call(self, path, **body):
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=120))["value"]
+
+    def js(self, script):
+        return self.call("/execute/sync", script="return " + script, args=[])
+
+    def keys(self, *keys):
+        self.act("key", "key", *[{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")])
+
+    def point(self, node, *then, pointer="mouse"):
+        """Move to the middle of the node that a script names, then press and let go for each of `then`"""
+        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({node}.getBoundingClientRect())")
+        move = {"type": "pointerMove", "x": round(x), "y": round(y)}
+        self.act("pointer", pointer, move, *[{"type": kind, "button": 0} for kind in then])
+
+    def act(self, kind, pointer, *actions):
+        device = {"type": kind, "id": pointer, "actions": actions, "parameters": {"pointerType": pointer}}
+        self.call("/actions", actions=[device])
+
+    def close(self):
+        urllib.request.urlopen(urllib.request.Request(self.url, method="DELETE"), timeout=60)
+        self.driver.terminate()
+        self.driver.wait()
 
 
-@pytest.mark.skipif(not os.path.exists("/usr/bin/chromium"), reason="no /usr/bin/chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ENTER, ESCAPE, RIGHT, DOWN, END, HOME = "\ue007", "\ue00c", "\ue014", "\ue015", "\ue010", "\ue011"
+
+
+@pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")), reason="no Chromium with its chromedriver on this machine")
 def test_the_page_works_in_a_browser(tmp_path):
-    html = page_of(make_state(kind="none", label="step 1"), make_state(kind="none", label="step 2", seed=1), make_state(kind="none", name="other"))
-    catch = '<script>const errors = []; addEventListener("error", e => errors.push(e.message)); addEventListener("securitypolicyviolation", e => errors.push(e.blockedURI))</script>'
-    (tmp_path / "page.html").write_text(html.replace("<title>", catch + "<title>", 1).replace("</html>", DRIVER + "</html>"), encoding="utf-8")
-    done = subprocess.run(["/usr/bin/chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                           "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile",
-                           "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=300)
-    title = done.stdout.split("<title>")[1].split("</title>")[0]
-    assert title.startswith("RESULT ")
-    assert all(part.endswith("=true") for part in title.split()[1:]) and len(title.split()) == 12, title
+    states = [make_state(kind="none", label="step 1"), make_state(kind="none", label="step 2", seed=1), make_state(kind="none", name="other")]
+    (tmp_path / "page.html").write_text(page_of(*states), encoding="utf-8")
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("/url", url=f"file://{tmp_path}/page.html")
+        read = "panels[0].read.textContent"
+        assert browser.js("document.querySelectorAll('[role=grid]').length") == 2
+        browser.point("panels[0].cells[4]")
+        assert "row 2, column 2" in browser.js(read) and "row 2, column 2" in browser.js("panels[1].read.textContent")
+        browser.point("panels[0].cells[4]", "pointerDown", "pointerUp")             # a click holds the patch
+        browser.point("panels[0].cells[0]")
+        assert "row 2, column 2" in browser.js(read) and "held" in browser.js(read)
+        browser.keys(ESCAPE, RIGHT, DOWN)
+        assert "row 3, column 3" in browser.js(read) and browser.js("document.activeElement === panels[0].cells[8]")
+        browser.point("panels[1].cells[1]", "pointerDown", "pointerUp", pointer="touch")
+        assert "row 1, column 2" in browser.js(read)
+
+        browser.js("$('search').focus()")
+        browser.keys(*"</SCRIPT")
+        assert browser.js("$('chips').textContent").startswith("</script>") and browser.js("$('chips').children.length") == 1
+        assert "1 of" in browser.js("$('found').textContent")
+        browser.keys(ENTER)
+        assert browser.js("words[state.word]").startswith("</script>") and browser.js("panels[0].stage.classList.contains('mapped')")
+        alpha = browser.js("[...panels[0].canvas.getContext('2d').getImageData(0, 0, side, side).data].filter((v, i) => i % 4 === 3)")
+        map_ = browser.js("Array.from(mapOf(modeOf(panels[0]), state.word))")
+        assert len(map_) == 9 and int(np.abs(map_).argmax()) == int(np.argmax(alpha)) and max(alpha) > 0
+        browser.keys(ESCAPE)
+        assert browser.js("state.word") is None
+
+        label = "panels[0].cells[0].getAttribute('aria-label')"
+        assert browser.js("$('when').textContent") == "step 2"
+        late = browser.js(label)
+        browser.js("$('step').focus()")
+        browser.keys(HOME)
+        assert browser.js("$('when').textContent") == "step 1" and browser.js(label) != late
+        best = states[0]["modes"]["weights"]
+        assert vocab.show(best["words"][best["high"][0, 0]]) in browser.js(label)
+        browser.keys(END)
+        assert browser.js(label) == late
+        browser.point("document.querySelectorAll('#modes label')[1]", "pointerDown", "pointerUp")
+        assert "random direction" in browser.js(read)
+
+        unnamed = "b => !(b.getAttribute('aria-label') || b.textContent.trim() || b.labels?.length)"
+        assert browser.js(f"[...document.querySelectorAll('button, input')].filter({unnamed}).length") == 0
+        colours = []
+        for scheme in ("light", "dark"):
+            browser.call("/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+            colours.append(browser.js("getComputedStyle(document.body).backgroundColor"))
+        assert colours == ["rgb(252, 251, 248)", "rgb(22, 22, 26)"]
+        assert browser.call("/se/log", type="browser") == []                        # no error, and no connection was tried
+    finally:
+        browser.close()
 
 
 # --- the command

@@ -7,6 +7,12 @@ writes DIR/words.png and DIR/words.html, a page that needs no network. A LangBri
 or raw scores, whose words have signs and are shown at both ends. Any connector, an MLP too, shows the cosine similarity of
 its image embeds to every ordinary token of the LLM's vocabulary (the paper's analysis), with what chance would give.
 Checkpoints on the same LLM (snapshots of a run, pretraining then SFT) become a slider, different LLMs stand side by side.
+
+    python words.py --study CHECKPOINT [CHECKPOINT ...] --data captions.json --images DIR [--truth truth.json] [--out DIR]
+
+counts instead: over many pictures, how far the words are from chance and how often they name what the picture shows ->
+DIR/study.json, study.md and study.png. Folders of one name and step (seed1/LB seed2/LB) are seeds of one row; steps/000100
+of a run is that run at step 100; the first checkpoint is the one that the others are compared with.
 """
 import argparse
 import base64
@@ -17,24 +23,39 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 
 KEEP = 16                       # words that a patch keeps, in each mode and at each end
 MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words beyond it show only where they are in a list
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html.in")
+TOP = (1, 5, 10)                # the study: so many of a patch's strongest words are looked at
+COVER = 1 / 3                   # part of a patch that an object's box must cover for the patch to be called the object's
+SMALL = frozenset("and are for from has have into its that the there this with".split())    # words that name nothing
 PAPER, INK, WHITE = (252, 251, 248), (24, 24, 28), (255, 255, 255)
 
 
 def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint folders, in the order of training")
-    parser.add_argument("image", metavar="IMAGE", help="picture file")
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: out/words/NAME OF THE IMAGE)")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint folders, in the order of training; "
+                        "then, but for --study, a picture file")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: out/words/NAME OF THE IMAGE, or out/study)")
+    parser.add_argument("--study", action="store_true", help="count over many pictures instead of showing one")
+    parser.add_argument("--data", metavar="FILE", help="of the study: captions in LLaVA's format")
+    parser.add_argument("--images", metavar="DIR", help="of the study: the folder that the captions' image paths start from")
+    parser.add_argument("--truth", metavar="FILE", help="of the study: {image: {objects}}, as pocket.py writes it")
+    parser.add_argument("--number", type=int, default=100, help="of the study: how many pictures (default: 100)")
     parser.add_argument("--ask", metavar="QUESTION", help="have each checkpoint answer a question about the image")
     parser.add_argument("--top", type=int, default=8, help=f"words shown for a patch, 1 to {KEEP} (default: 8)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.study and not (args.data and args.images and args.number > 0):
+        parser.error("--study needs --data, --images and a --number above 0")
+    if not args.study and len(args.checkpoints) < 2:
+        parser.error("give one or more checkpoints and then a picture")
+    args.image = None if args.study else args.checkpoints.pop()
+    return args
 
 
 if __name__ == "__main__":                   # before the slow imports: --help answers at once
@@ -385,14 +406,310 @@ def make_page(panels, picture, name, ask, top):
         return f.read().replace("@DATA@", text)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# the study: do the words mean something, and is it more than chance?
+
+def plain(word):
+    """A canonical word as a reader compares it: "ĠRed" -> "red" """
+    return vocab.show(word).strip("␣").lower()
+
+
+def content_words(text):
+    """The words of a caption, lower case, that can name something: three letters or more and not in SMALL. -> set"""
+    return set(re.findall(r"[^\W\d_]{3,}", text.lower())) - SMALL
+
+
+def names_of_patches(objects, size, side, mode):
+    """What each patch could be called: side * side sets {shape, colour}, empty where no object is.
+
+    objects: [{"shape", "color", "box": [x0, y0, x1, y1]}], pixels of a picture of size (w, h) that data.transform shows the
+    tower in `mode`. A patch is its whose box covers most of it, and at least COVER."""
+    edge = min(size) if mode == "crop" else max(size)               # of the square that the tower sees
+    left, top, unit = (size[0] - edge) / 2, (size[1] - edge) / 2, edge / side
+
+    def share(thing, r, c):
+        x0, y0, x1, y1 = thing["box"]
+        across = min(x1, left + (c + 1) * unit) - max(x0, left + c * unit)
+        down = min(y1, top + (r + 1) * unit) - max(y0, top + r * unit)
+        return max(across, 0) * max(down, 0) / unit ** 2
+
+    names = []
+    for r, c in np.ndindex(side, side):
+        thing = max(objects, key=lambda o: share(o, r, c), default=None)
+        names.append({thing["shape"].lower(), thing["color"].lower()} if thing and share(thing, r, c) >= COVER else set())
+    return names
+
+
+def found(tops, names, k):
+    """(precision, hit rate) of the first k words of each patch, over the patches that have names; NaN where none has.
+
+    tops: for each patch its words, strongest first; names: for each patch a set. Precision: the part of the k words that
+    are names; hit: whether one of them is."""
+    right = [[word in wanted for word in top[:k]] for top, wanted in zip(tops, names) if wanted]
+    if not right:
+        return math.nan, math.nan
+    return sum(sum(r) / len(r) for r in right) / len(right), sum(map(any, right)) / len(right)
+
+
+def found_by_chance(counts, names, k):
+    """What `found` gives for k different words drawn blindly from a vocabulary, on average. counts: Counter of its words"""
+    size, rates = counts.total(), []
+    for wanted in filter(None, names):
+        m = sum(counts[word] for word in wanted)
+        rates.append((m / size, 1 - math.comb(size - m, min(k, size)) / math.comb(size, min(k, size))))
+    return tuple(np.mean(rates, 0).tolist()) if rates else (math.nan, math.nan)
+
+
+def borrowed(names, others):
+    """Another picture's names on the named patches of this one: what words find that would fit any picture"""
+    pool = [n for n in others if n]
+    spots = [i for i, n in enumerate(names) if n] if pool else []
+    return [pool[spots.index(i) % len(pool)] if i in spots else set() for i in range(len(names))]
+
+
+def agreement(tops, others, k):
+    """How much of the first k words two readings of the same patches share: mean of |both| / |either| over patches"""
+    shares = [len({*a[:k]} & {*b[:k]}) / len({*a[:k]} | {*b[:k]}) for a, b in zip(tops, others)]
+    return sum(shares) / len(shares)
+
+
+def interval(values, draws=2000, seed=0):
+    """[mean, low, high], the 95 % interval by bootstrap: values float[seeds, pictures], NaN where a picture has nothing to count.
+
+    Pictures are drawn again with replacement and, where there are several, seeds too. None if there is nothing at all."""
+    values = np.asarray(values, float)
+    values = values[:, ~np.isnan(values).any(0)]
+    if not values.size:
+        return None
+    dice, (S, N) = np.random.default_rng(seed), values.shape
+    rows, columns = dice.integers(S, size=(draws, S, 1)), dice.integers(N, size=(draws, 1, N))
+    means = values[rows, columns].mean((1, 2))                      # (draws, S, N) -> (draws,)
+    return [float(values.mean()), *np.quantile(means, [0.025, 0.975]).tolist()]
+
+
+def of_run(folder, whole):
+    """(name of the run, step or None) of a checkpoint folder: steps/000100 belongs to the run two folders above"""
+    path = os.path.abspath(folder)
+    step = re.fullmatch(r"0*(\d+)", os.path.basename(path))
+    return (os.path.basename(path.rsplit(os.sep, 2)[0]), int(step[1])) if step else (os.path.basename(path), whole.get("steps"))
+
+
+def study_records(args):
+    """[(picture, words of its captions, its objects or None)]: the first args.number different images of args.data"""
+    truth = None
+    if args.truth:
+        with open(args.truth, encoding="utf-8") as f:
+            truth = json.load(f)
+    captions = {}
+    for record in data.read_records(args.data):
+        messages, images = data.messages_of(record)
+        if len(images) == 1 and (images[0] in captions or len(captions) < args.number):
+            said = content_words(" ".join(m["content"] for m in messages if m["role"] == "assistant"))
+            captions[images[0]] = captions.get(images[0], set()) | said
+    if len(captions) < 2:
+        raise ValueError(f"{args.data} has {len(captions)} records with one image; a study needs two or more")
+    missing = [name for name in captions if truth is not None and name not in truth]
+    if missing:
+        raise ValueError(f"{args.truth} does not know {missing[0]}")
+    return [(data.open_image(data.image_path(args.images, name)), said, truth and truth[name]["objects"])
+            for name, said in captions.items()]
+
+
+@torch.no_grad()
+def observe(folder, records, device="cpu", dtype="float32"):
+    """All that is counted of a checkpoint -> {"name", "step", "llm", "connector", "words": K, "patches": P,
+    "values": {what: a number for each picture}, "tops": {"weights" (LangBridge only), "cosine": for each picture and patch
+    the strongest words}}. Of raw scores the highest count: a word of negative score is taken away from a patch."""
+    config, whole = model.read_config(folder)
+    vlm = model.load(folder, torch.device(device), getattr(torch, dtype))
+    mode, side = whole.get("image_mode", "pad"), math.isqrt(vlm.num_patches)
+    tokens, E = vocabulary(vlm)
+    centred = F.normalize(E - E.mean(0), dim=-1)
+    E = F.normalize(E, dim=-1)
+    null, null_centred = cosine_null(E), cosine_null(centred)
+    names = {"cosine": [plain(word) for word in tokens], "weights": [plain(word) for word in vlm.words or ()]}
+
+    def strongest(how, scores):
+        return [[names[how][i] for i in row] for row in scores.topk(min(max(TOP), scores.shape[1])).indices.tolist()]
+
+    values, tops, embeds = {}, {"cosine": []}, []
+    note = lambda what, value: values.setdefault(what, []).append(value)
+    for n, (picture, _, _) in enumerate(records):
+        pixels = data.transform(picture, mode=mode, **vlm.image)    # (3, S, S)
+        mixed = torch.randperm(pixels[0].numel(), generator=torch.Generator().manual_seed(n))
+        mixed = pixels.flatten(1)[:, mixed].view_as(pixels)         # the same pixels, no picture
+        patches = vlm.patch_features(torch.stack([pixels, mixed]).to(vlm.llm.device)).float()        # (2, P, Dv)
+        seen, blank = vlm.connector(patches).float()                # (P, D) each
+        embeds.append(seen)
+        similar = F.normalize(seen, dim=-1) @ E.T                   # (P, D) x (D, V) -> (P, V)
+        best = similar.amax(-1).mean().item()
+        note("top-1 cosine", best)
+        note("top-1 cosine above random directions", best - null)
+        note("top-1 cosine above shuffled pixels", best - cosine(blank, E).amax(-1).mean().item())
+        tops["cosine"].append(strongest("cosine", similar))
+        if vlm.words:
+            w = vlm.connector.weights(patches[:1])[0]               # (P, K)
+            note("entropy", entropy(w).mean().item())
+            note("effective rank", effective_rank(w))
+            tops.setdefault("weights", []).append(strongest("weights", w))
+    middle = torch.cat(embeds).mean(0)                              # what all patches share is neither found nor missed
+    for seen in embeds:
+        note("top-1 cosine, centred, above random directions", cosine(seen - middle, centred).amax(-1).mean().item() - null_centred)
+
+    wanted = {"caption": [[said] * vlm.num_patches for _, said, _ in records]}
+    if records[0][2] is not None:
+        wanted["object"] = [names_of_patches(objects, picture.size, side, mode) for picture, _, objects in records]
+    for how, picture_tops in tops.items():
+        counts = Counter(names[how])
+        for what, patch_names in wanted.items():
+            for n, (words, named) in enumerate(zip(picture_tops, patch_names)):
+                other = borrowed(named, patch_names[n - 1])
+                for k in TOP:
+                    for against, rates in (("right", found(words, named, k)), ("wrong picture", found(words, other, k)),
+                                           ("chance", found_by_chance(counts, named, k))):
+                        note(f"{how}, {what}, precision at {k}, {against}", rates[0])
+                        note(f"{how}, {what}, hit at {k}, {against}", rates[1])
+    name, step = of_run(folder, whole)
+    kind = "MLP" if config.connector == "mlp" else f"LangBridge, {config.normalize}"
+    return {"name": name, "step": step, "llm": os.path.basename(config.llm), "connector": kind, "words": len(vlm.words or ()),
+            "patches": vlm.num_patches, "values": values, "tops": tops}
+
+
+def compare(seen, first):
+    """Adds to `seen` how much its top words agree with those of `first`, and with those of first's previous picture."""
+    for how in seen["tops"].keys() & first["tops"].keys():
+        mine, theirs = seen["tops"][how], first["tops"][how]
+        for k in TOP if seen["patches"] == first["patches"] and seen is not first else ():
+            for against, shift in (("same picture", 0), ("other picture", 1)):
+                seen["values"][f"{how}, agreement with the first at {k}, {against}"] = [
+                    agreement(words, theirs[n - shift], k) for n, words in enumerate(mine)]
+
+
+def study(args):
+    """Read every checkpoint, group seeds -> what study.json holds."""
+    records, groups = study_records(args), {}
+    for folder in args.checkpoints:                                 # one LLM in memory at a time
+        seen = observe(folder, records, args.device, args.dtype)
+        groups.setdefault((seen["name"], seen["step"]), []).append(seen)
+        print(f"read {folder}", flush=True)
+    first, rows = next(iter(groups.values())), []
+    for seeds in groups.values():
+        for n, seen in enumerate(seeds):
+            compare(seen, first[min(n, len(first) - 1)])
+        what = seeds[0]["values"]
+        rows.append({**{key: seeds[0][key] for key in ("name", "step", "llm", "connector", "words", "patches")}, "seeds": len(seeds),
+                     "values": {key: interval([seen["values"][key] for seen in seeds]) for key in what}})
+    return {"pictures": len(records), "data": os.path.basename(args.data), "rows": rows}
+
+
+def number(values, what, percent=False, bare_number=False):
+    """A field of the table: the mean and its interval"""
+    found = values.get(what)
+    if found is None:
+        return "–"
+    mean, low, high = (f"{100 * x:.1f}" if percent else f"{x:.3f}" for x in found)
+    return mean if bare_number else f"{mean} [{low}, {high}]"
+
+
+def study_tables(result):
+    """study.md"""
+    rows = result["rows"]
+    label = lambda row: f"{row['name']}, step {row['step']}" if row["step"] is not None else row["name"]
+    lines = [f"{result['pictures']} pictures of {result['data']}; mean and 95 % interval by bootstrap over pictures"
+             + (", and over seeds" if any(row["seeds"] > 1 for row in rows) else "") + ".", ""]
+    for row in rows:
+        lines.append(f"- {label(row)}: {row['connector']} on {row['llm']}, " + (f"{row['words']} words, " if row["words"] else "")
+                     + f"{row['patches']} patches, {row['seeds']} seed(s)")
+
+    def table(title, head, cells):
+        lines.extend(["", title, "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"])
+        lines.extend(f"| {label(row)} | " + " | ".join(cells(row["values"])) + " |" for row in rows if set(cells(row["values"])) != {"–"})
+
+    table("The nearest token of a patch, and how spread the weights are (bits; mixtures).",
+          ["top-1 cosine", "above random directions", "above shuffled pixels", "centred, above random directions", "entropy", "effective rank"],
+          lambda v: [number(v, what) for what in ("top-1 cosine", "top-1 cosine above random directions", "top-1 cosine above shuffled pixels",
+                     "top-1 cosine, centred, above random directions", "entropy", "effective rank")])
+    for what, said in (("object", "name the object that covers the patch (its shape or its colour)"), ("caption", "stand in the picture's caption")):
+        for how in ("weights", "cosine"):
+            if any(f"{how}, {what}, hit at 1, right" in row["values"] for row in rows):
+                cells = lambda v, how=how, what=what: [
+                    "–" if f"{how}, {what}, hit at 1, right" not in v else
+                    " / ".join([number(v, f"{how}, {what}, {rate} at {k}, right", True)]
+                               + [number(v, f"{how}, {what}, {rate} at {k}, {against}", True, True) for against in ("wrong picture", "chance")])
+                    for rate in ("precision", "hit") for k in TOP]
+                table(f"By {how}: percent of a patch's first words that {said}, and of patches with such a word among them (hit). "
+                      "Right picture / another picture's / chance.",
+                      [f"{rate} at {k}" for rate in ("precision", "hit") for k in TOP], cells)
+    table(f"Words that a patch shares with those in the first checkpoint, {label(rows[0])}: percent of either's. Same picture / another.",
+          [f"{how}, at {k}" for how in ("weights", "cosine") for k in TOP],
+          lambda v: ["–" if f"{how}, agreement with the first at {k}, same picture" not in v else
+                     number(v, f"{how}, agreement with the first at {k}, same picture", True) + " / "
+                     + number(v, f"{how}, agreement with the first at {k}, other picture", True, True)
+                     for how in ("weights", "cosine") for k in TOP])
+    return "\n".join(lines) + "\n"
+
+
+def draw_study(result, path):
+    """study.png: a line down the checkpoints for each number, its 95 % interval across"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = result["rows"]
+    panels = {"top-1 cosine above chance": {f"above {x}": f"top-1 cosine above {x}" for x in ("random directions", "shuffled pixels")}
+              | {"centred": "top-1 cosine, centred, above random directions"}, "entropy of the weights, bits": {"": "entropy"}}
+    for what in ("object", "caption"):
+        panels[f"first word names the {what}, %"] = {f"{how}{', ' + x if x != 'right' else ''}": f"{how}, {what}, precision at 1, {x}"
+                                                     for how in ("weights", "cosine") for x in ("right", "wrong picture")}
+    panels["first 10 words as in the first row, %"] = {f"{how}, {x}": f"{how}, agreement with the first at 10, {x}"
+                                                       for how in ("weights", "cosine") for x in ("same picture", "other picture")}
+    panels = {title: {k: v for k, v in series.items() if any(row["values"].get(v) for row in rows)} for title, series in panels.items()}
+    panels = {title: series for title, series in panels.items() if series}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 1.5, 1.8 + 0.32 * len(rows)), sharey=True, squeeze=False)
+    for axis, (title, series) in zip(axes[0], panels.items()):
+        for n, (label, what) in enumerate(series.items()):
+            at = [(i, row["values"][what]) for i, row in enumerate(rows) if row["values"].get(what)]
+            y, scale = np.array([i for i, _ in at]), 100 if "%" in title else 1
+            mean, low, high = scale * np.array([value for _, value in at]).T
+            null = "wrong" in label or "other" in label
+            # max: rounding may put the mean outside of an interval of no width
+            axis.errorbar(mean, y + 0.1 * (n - len(series) / 2), xerr=np.maximum([mean - low, high - mean], 0), fmt="o", ms=4, label=label,
+                          color=f"C{n // 2 if len(series) == 4 else n}", mfc="white" if null else None, alpha=0.6 if null else 1)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+        if len(series) > 1:
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes[0][0].set(yticks=range(len(rows)), yticklabels=[f"{r['name']}" + (f", {r['step']}" if r["step"] is not None else "") for r in rows])
+    axes[0][0].invert_yaxis()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def study_main(args):
+    out = args.out or os.path.join("out", "study")
+    paths = [os.path.join(out, f"study.{kind}") for kind in ("json", "md", "png")]
+    refuse_to_overwrite(paths, args)
+    result = study(args)
+    os.makedirs(out, exist_ok=True)
+    model.write_json(result, paths[0])
+    with open(paths[1], "w", encoding="utf-8") as f:
+        f.write(study_tables(result))
+    draw_study(result, paths[2])
+    print(study_tables(result))
+    print(f"wrote {', '.join(paths)}")
+
+
+def refuse_to_overwrite(paths, args):
+    there = [path for path in paths if os.path.exists(path)]
+    if there and not args.overwrite:
+        sys.exit(f"{there[0]} exists; name another --out or say --overwrite")
+
+
 def main(args):
     if not 1 <= args.top <= KEEP:
         sys.exit(f"--top is a number from 1 to {KEEP}, not {args.top}")
     out = args.out or os.path.join("out", "words", os.path.splitext(os.path.basename(args.image))[0])
     paths = [os.path.join(out, name) for name in ("words.png", "words.html")]
-    there = [path for path in paths if os.path.exists(path)]
-    if there and not args.overwrite:
-        sys.exit(f"{there[0]} exists; name another --out or say --overwrite")
+    refuse_to_overwrite(paths, args)
     image = data.open_image(args.image)
     configs = [model.read_config(folder)[1] for folder in args.checkpoints]
     # One picture for all, or patches could not be compared: as the last checkpoint that says so was trained.
@@ -418,6 +735,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(ARGS)
-    except ValueError as error:
-        sys.exit(f"words.py: {error}")
+        study_main(ARGS) if ARGS.study else main(ARGS)
+    except (ValueError, OSError) as error:                          # a user's mistake: its first line says which
+        sys.exit(f"words.py: {str(error).strip().splitlines()[0]}")

@@ -8,7 +8,7 @@ or raw scores, whose words have signs and are shown at both ends. Any connector,
 its image embeds to every ordinary token of the LLM's vocabulary (the paper's analysis), with what chance would give.
 Checkpoints on the same LLM (snapshots of a run, pretraining then SFT) become a slider, different LLMs stand side by side.
 
-    python words.py --study CHECKPOINT [CHECKPOINT ...] --data captions.json --images DIR [--truth truth.json] [--out DIR]
+    python words.py --study CHECKPOINT [...] --data captions.json --images DIR [--truth truth.json] [--out DIR]
 
 counts instead: over many pictures, how far the words are from chance and how often they name what the picture shows ->
 DIR/study.json, study.md and study.png. Folders of one name and step (seed1/LB seed2/LB) are seeds of one row; steps/000100
@@ -26,22 +26,22 @@ import sys
 from collections import Counter
 
 KEEP = 16                       # words that a patch keeps, in each mode and at each end
-MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words beyond it show only where they are in a list
+MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words only show where a list has them
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html.in")
 TOP = (1, 5, 10)                # the study: so many of a patch's strongest words are looked at
-COVER = 1 / 3                   # part of a patch that an object's box must cover for the patch to be called the object's
+COVER = 1 / 3                   # part of a patch that an object's box must cover for the patch to be the object's
 SMALL = frozenset("and are for from has have into its that the there this with".split())    # words that name nothing
 PAPER, INK, WHITE = (252, 251, 248), (24, 24, 28), (255, 255, 255)
 
 
 def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint folders, in the order of training; "
-                        "then, but for --study, a picture file")
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: out/words/NAME OF THE IMAGE, or out/study)")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                        help="checkpoint folders, in the order of training; then, but for --study, a picture file")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: out/words/IMAGE or out/study)")
     parser.add_argument("--study", action="store_true", help="count over many pictures instead of showing one")
     parser.add_argument("--data", metavar="FILE", help="of the study: captions in LLaVA's format")
-    parser.add_argument("--images", metavar="DIR", help="of the study: the folder that the captions' image paths start from")
+    parser.add_argument("--images", metavar="DIR", help="of the study: the folder that its image paths start from")
     parser.add_argument("--truth", metavar="FILE", help="of the study: {image: {objects}}, as pocket.py writes it")
     parser.add_argument("--number", type=int, default=100, help="of the study: how many pictures (default: 100)")
     parser.add_argument("--ask", metavar="QUESTION", help="have each checkpoint answer a question about the image")
@@ -307,7 +307,7 @@ def draw_state(state, picture, cell):
     g, mode = state["side"], next(iter(state["modes"].values()))
     image = picture.resize((g * cell, g * cell), Image.Resampling.BICUBIC)
     grid, glow = ImageDraw.Draw(image, "RGBA"), Image.new("L", image.size)
-    letters = {ink: Image.new("L", image.size) for ink in (INK, WHITE)}             # text on RGB would ignore its opacity
+    letters = {ink: Image.new("L", image.size) for ink in (INK, WHITE)}     # text drawn on RGB would ignore its opacity
     for i in range(1, g):
         for line in ((i * cell, 0, i * cell, g * cell), (0, i * cell, g * cell, i * cell)):
             grid.line(line, fill=(*WHITE, 60))
@@ -422,8 +422,8 @@ def content_words(text):
 def names_of_patches(objects, size, side, mode):
     """What each patch could be called: side * side sets {shape, colour}, empty where no object is.
 
-    objects: [{"shape", "color", "box": [x0, y0, x1, y1]}], pixels of a picture of size (w, h) that data.transform shows the
-    tower in `mode`. A patch is its whose box covers most of it, and at least COVER."""
+    objects: [{"shape", "color", "box": [x0, y0, x1, y1]}], pixels of a picture of size (w, h) that data.transform shows
+    the tower in `mode`. A patch belongs to the object whose box covers most of it, and at least COVER."""
     edge = min(size) if mode == "crop" else max(size)               # of the square that the tower sees
     left, top, unit = (size[0] - edge) / 2, (size[1] - edge) / 2, edge / side
 
@@ -436,15 +436,16 @@ def names_of_patches(objects, size, side, mode):
     names = []
     for r, c in np.ndindex(side, side):
         thing = max(objects, key=lambda o: share(o, r, c), default=None)
-        names.append({thing["shape"].lower(), thing["color"].lower()} if thing and share(thing, r, c) >= COVER else set())
+        covers = thing and share(thing, r, c) >= COVER
+        names.append({thing["shape"].lower(), thing["color"].lower()} if covers else set())
     return names
 
 
 def found(tops, names, k):
     """(precision, hit rate) of the first k words of each patch, over the patches that have names; NaN where none has.
 
-    tops: for each patch its words, strongest first; names: for each patch a set. Precision: the part of the k words that
-    are names; hit: whether one of them is."""
+    tops: for each patch its words, strongest first; names: for each patch a set. Precision: the part of the k words
+    that are names; hit: whether one of them is."""
     right = [[word in wanted for word in top[:k]] for top, wanted in zip(tops, names) if wanted]
     if not right:
         return math.nan, math.nan
@@ -452,7 +453,7 @@ def found(tops, names, k):
 
 
 def found_by_chance(counts, names, k):
-    """What `found` gives for k different words drawn blindly from a vocabulary, on average. counts: Counter of its words"""
+    """What `found` gives for k words drawn blindly, without replacement, on average. counts: Counter of all words"""
     size, rates = counts.total(), []
     for wanted in filter(None, names):
         m = sum(counts[word] for word in wanted)
@@ -474,9 +475,9 @@ def agreement(tops, others, k):
 
 
 def interval(values, draws=2000, seed=0):
-    """[mean, low, high], the 95 % interval by bootstrap: values float[seeds, pictures], NaN where a picture has nothing to count.
+    """[mean, low, high], a 95 % interval by bootstrap: values float[seeds, pictures], NaN where a picture has nothing.
 
-    Pictures are drawn again with replacement and, where there are several, seeds too. None if there is nothing at all."""
+    Pictures are drawn with replacement and, where there are several, seeds too. None if there is nothing at all."""
     values = np.asarray(values, float)
     values = values[:, ~np.isnan(values).any(0)]
     if not values.size:
@@ -491,7 +492,9 @@ def of_run(folder, whole):
     """(name of the run, step or None) of a checkpoint folder: steps/000100 belongs to the run two folders above"""
     path = os.path.abspath(folder)
     step = re.fullmatch(r"0*(\d+)", os.path.basename(path))
-    return (os.path.basename(path.rsplit(os.sep, 2)[0]), int(step[1])) if step else (os.path.basename(path), whole.get("steps"))
+    if step:
+        return os.path.basename(path.rsplit(os.sep, 2)[0]), int(step[1])
+    return os.path.basename(path), whole.get("steps")
 
 
 def study_records(args):
@@ -517,9 +520,9 @@ def study_records(args):
 
 @torch.no_grad()
 def observe(folder, records, device="cpu", dtype="float32"):
-    """All that is counted of a checkpoint -> {"name", "step", "llm", "connector", "words": K, "patches": P,
-    "values": {what: a number for each picture}, "tops": {"weights" (LangBridge only), "cosine": for each picture and patch
-    the strongest words}}. Of raw scores the highest count: a word of negative score is taken away from a patch."""
+    """All that is counted of a checkpoint -> {"name", "step", "llm", "connector", "words": K, "patches": P, "values":
+    {what: a number for each picture}, "tops": {"weights" (LangBridge only), "cosine": for each picture and patch the
+    strongest words}}. Of raw scores the highest count: a word of negative score is taken away from a patch."""
     config, whole = model.read_config(folder)
     vlm = model.load(folder, torch.device(device), getattr(torch, dtype))
     mode, side = whole.get("image_mode", "pad"), math.isqrt(vlm.num_patches)
@@ -544,8 +547,8 @@ def observe(folder, records, device="cpu", dtype="float32"):
         similar = F.normalize(seen, dim=-1) @ E.T                   # (P, D) x (D, V) -> (P, V)
         best = similar.amax(-1).mean().item()
         note("top-1 cosine", best)
-        note("top-1 cosine above random directions", best - null)
-        note("top-1 cosine above shuffled pixels", best - cosine(blank, E).amax(-1).mean().item())
+        note("above random directions", best - null)
+        note("above shuffled pixels", best - cosine(blank, E).amax(-1).mean().item())
         tops["cosine"].append(strongest("cosine", similar))
         if vlm.words:
             w = vlm.connector.weights(patches[:1])[0]               # (P, K)
@@ -554,7 +557,8 @@ def observe(folder, records, device="cpu", dtype="float32"):
             tops.setdefault("weights", []).append(strongest("weights", w))
     middle = torch.cat(embeds).mean(0)                              # what all patches share is neither found nor missed
     for seen in embeds:
-        note("top-1 cosine, centred, above random directions", cosine(seen - middle, centred).amax(-1).mean().item() - null_centred)
+        best = cosine(seen - middle, centred).amax(-1).mean().item()
+        note("centred, above random directions", best - null_centred)
 
     wanted = {"caption": [[said] * vlm.num_patches for _, said, _ in records]}
     if records[0][2] is not None:
@@ -565,14 +569,15 @@ def observe(folder, records, device="cpu", dtype="float32"):
             for n, (words, named) in enumerate(zip(picture_tops, patch_names)):
                 other = borrowed(named, patch_names[n - 1])
                 for k in TOP:
-                    for against, rates in (("right", found(words, named, k)), ("wrong picture", found(words, other, k)),
-                                           ("chance", found_by_chance(counts, named, k))):
-                        note(f"{how}, {what}, precision at {k}, {against}", rates[0])
-                        note(f"{how}, {what}, hit at {k}, {against}", rates[1])
+                    for against, (precision, hit) in (("right", found(words, named, k)),
+                                                      ("wrong picture", found(words, other, k)),
+                                                      ("chance", found_by_chance(counts, named, k))):
+                        note(f"{how}, {what}, precision at {k}, {against}", precision)
+                        note(f"{how}, {what}, hit at {k}, {against}", hit)
     name, step = of_run(folder, whole)
     kind = "MLP" if config.connector == "mlp" else f"LangBridge, {config.normalize}"
-    return {"name": name, "step": step, "llm": os.path.basename(config.llm), "connector": kind, "words": len(vlm.words or ()),
-            "patches": vlm.num_patches, "values": values, "tops": tops}
+    return {"name": name, "step": step, "llm": os.path.basename(config.llm), "connector": kind,
+            "words": len(vlm.words or ()), "patches": vlm.num_patches, "values": values, "tops": tops}
 
 
 def compare(seen, first):
@@ -580,8 +585,8 @@ def compare(seen, first):
     for how in seen["tops"].keys() & first["tops"].keys():
         mine, theirs = seen["tops"][how], first["tops"][how]
         for k in TOP if seen["patches"] == first["patches"] and seen is not first else ():
-            for against, shift in (("same picture", 0), ("other picture", 1)):
-                seen["values"][f"{how}, agreement with the first at {k}, {against}"] = [
+            for against, shift in (("same", 0), ("another", 1)):
+                seen["values"][f"{how}, agreement at {k}, {against} picture"] = [
                     agreement(words, theirs[n - shift], k) for n, words in enumerate(mine)]
 
 
@@ -597,89 +602,94 @@ def study(args):
         for n, seen in enumerate(seeds):
             compare(seen, first[min(n, len(first) - 1)])
         what = seeds[0]["values"]
-        rows.append({**{key: seeds[0][key] for key in ("name", "step", "llm", "connector", "words", "patches")}, "seeds": len(seeds),
+        about = {key: seeds[0][key] for key in ("name", "step", "llm", "connector", "words", "patches")}
+        rows.append({**about, "seeds": len(seeds),
                      "values": {key: interval([seen["values"][key] for seen in seeds]) for key in what}})
     return {"pictures": len(records), "data": os.path.basename(args.data), "rows": rows}
-
-
-def number(values, what, percent=False, bare_number=False):
-    """A field of the table: the mean and its interval"""
-    found = values.get(what)
-    if found is None:
-        return "–"
-    mean, low, high = (f"{100 * x:.1f}" if percent else f"{x:.3f}" for x in found)
-    return mean if bare_number else f"{mean} [{low}, {high}]"
 
 
 def study_tables(result):
     """study.md"""
     rows = result["rows"]
-    label = lambda row: f"{row['name']}, step {row['step']}" if row["step"] is not None else row["name"]
     lines = [f"{result['pictures']} pictures of {result['data']}; mean and 95 % interval by bootstrap over pictures"
-             + (", and over seeds" if any(row["seeds"] > 1 for row in rows) else "") + ".", ""]
+             + (" and over seeds." if any(row["seeds"] > 1 for row in rows) else "."), ""]
     for row in rows:
-        lines.append(f"- {label(row)}: {row['connector']} on {row['llm']}, " + (f"{row['words']} words, " if row["words"] else "")
-                     + f"{row['patches']} patches, {row['seeds']} seed(s)")
+        lines.append(f"- {label(row)}: {row['connector']} on {row['llm']}, {row['patches']} patches"
+                     + (f", {row['words']} words" if row["words"] else "") + f", {row['seeds']} seed(s)")
 
-    def table(title, head, cells):
-        lines.extend(["", title, "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"])
-        lines.extend(f"| {label(row)} | " + " | ".join(cells(row["values"])) + " |" for row in rows if set(cells(row["values"])) != {"–"})
+    def table(title, columns, scale=1, digits=3):
+        """columns: {head: what a field shows, the first with its interval}. Rows and tables of nothing are left out."""
+        def field(row, whats):
+            found = [[f"{scale * x:.{digits}f}" for x in row["values"].get(what) or ()] for what in whats]
+            if not all(found):
+                return "–"
+            (mean, low, high), others = found[0], found[1:]
+            return " / ".join([f"{mean} [{low}, {high}]", *(other[0] for other in others)])
 
-    table("The nearest token of a patch, and how spread the weights are (bits; mixtures).",
-          ["top-1 cosine", "above random directions", "above shuffled pixels", "centred, above random directions", "entropy", "effective rank"],
-          lambda v: [number(v, what) for what in ("top-1 cosine", "top-1 cosine above random directions", "top-1 cosine above shuffled pixels",
-                     "top-1 cosine, centred, above random directions", "entropy", "effective rank")])
-    for what, said in (("object", "name the object that covers the patch (its shape or its colour)"), ("caption", "stand in the picture's caption")):
+        fields = {label(row): [field(row, whats) for whats in columns.values()] for row in rows}
+        fields = {name: cells for name, cells in fields.items() if set(cells) != {"–"}}
+        if fields:
+            lines.extend(["", title, "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"])
+            lines.extend(f"| {name} | {' | '.join(cells)} |" for name, cells in fields.items())
+
+    table("The nearest token of a patch by cosine similarity, and how spread its weights are (bits; mixtures).",
+          {what: [what] for what in ("top-1 cosine", "above random directions", "above shuffled pixels",
+                                     "centred, above random directions", "entropy", "effective rank")})
+    against = ("right", "wrong picture", "chance")
+    for what, said in (("object", "name the object that covers the patch (shape or colour)"),
+                       ("caption", "stand in the picture's caption")):
         for how in ("weights", "cosine"):
-            if any(f"{how}, {what}, hit at 1, right" in row["values"] for row in rows):
-                cells = lambda v, how=how, what=what: [
-                    "–" if f"{how}, {what}, hit at 1, right" not in v else
-                    " / ".join([number(v, f"{how}, {what}, {rate} at {k}, right", True)]
-                               + [number(v, f"{how}, {what}, {rate} at {k}, {against}", True, True) for against in ("wrong picture", "chance")])
-                    for rate in ("precision", "hit") for k in TOP]
-                table(f"By {how}: percent of a patch's first words that {said}, and of patches with such a word among them (hit). "
-                      "Right picture / another picture's / chance.",
-                      [f"{rate} at {k}" for rate in ("precision", "hit") for k in TOP], cells)
-    table(f"Words that a patch shares with those in the first checkpoint, {label(rows[0])}: percent of either's. Same picture / another.",
-          [f"{how}, at {k}" for how in ("weights", "cosine") for k in TOP],
-          lambda v: ["–" if f"{how}, agreement with the first at {k}, same picture" not in v else
-                     number(v, f"{how}, agreement with the first at {k}, same picture", True) + " / "
-                     + number(v, f"{how}, agreement with the first at {k}, other picture", True, True)
-                     for how in ("weights", "cosine") for k in TOP])
+            table(f"By {how}: percent of a patch's first words that {said}, and of patches that have such a word among "
+                  "them (hit). Right picture / another picture / words drawn blindly.",
+                  {f"{rate} at {k}": [f"{how}, {what}, {rate} at {k}, {x}" for x in against]
+                   for rate in ("precision", "hit") for k in TOP}, 100, 1)
+    table(f"Agreement with {label(rows[0])}: percent of the words that two readings of a patch have in common. "
+          "Same picture / another.",
+          {f"{how}, at {k}": [f"{how}, agreement at {k}, {x} picture" for x in ("same", "another")]
+           for how in ("weights", "cosine") for k in TOP}, 100, 1)
     return "\n".join(lines) + "\n"
 
 
+def label(row):
+    return row["name"] if row["step"] is None else f"{row['name']}, step {row['step']}"
+
+
 def draw_study(result, path):
-    """study.png: a line down the checkpoints for each number, its 95 % interval across"""
+    """study.png: checkpoints from top to bottom, moments of one run connected; hollow: what another picture gives"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = result["rows"]
-    panels = {"top-1 cosine above chance": {f"above {x}": f"top-1 cosine above {x}" for x in ("random directions", "shuffled pixels")}
-              | {"centred": "top-1 cosine, centred, above random directions"}, "entropy of the weights, bits": {"": "entropy"}}
+    rows, both = result["rows"], ("weights", "cosine")
+    panels = {"top-1 cosine": ["above random directions", "above shuffled pixels", "centred, above random directions"],
+              "entropy of the weights, bits": ["entropy"]}
     for what in ("object", "caption"):
-        panels[f"first word names the {what}, %"] = {f"{how}{', ' + x if x != 'right' else ''}": f"{how}, {what}, precision at 1, {x}"
-                                                     for how in ("weights", "cosine") for x in ("right", "wrong picture")}
-    panels["first 10 words as in the first row, %"] = {f"{how}, {x}": f"{how}, agreement with the first at 10, {x}"
-                                                       for how in ("weights", "cosine") for x in ("same picture", "other picture")}
-    panels = {title: {k: v for k, v in series.items() if any(row["values"].get(v) for row in rows)} for title, series in panels.items()}
-    panels = {title: series for title, series in panels.items() if series}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 1.5, 1.8 + 0.32 * len(rows)), sharey=True, squeeze=False)
-    for axis, (title, series) in zip(axes[0], panels.items()):
-        for n, (label, what) in enumerate(series.items()):
-            at = [(i, row["values"][what]) for i, row in enumerate(rows) if row["values"].get(what)]
-            y, scale = np.array([i for i, _ in at]), 100 if "%" in title else 1
-            mean, low, high = scale * np.array([value for _, value in at]).T
-            null = "wrong" in label or "other" in label
-            # max: rounding may put the mean outside of an interval of no width
-            axis.errorbar(mean, y + 0.1 * (n - len(series) / 2), xerr=np.maximum([mean - low, high - mean], 0), fmt="o", ms=4, label=label,
-                          color=f"C{n // 2 if len(series) == 4 else n}", mfc="white" if null else None, alpha=0.6 if null else 1)
+        panels[f"first word: {what}, %"] = [f"{how}, {what}, precision at 1, {x}" for how in both
+                                            for x in ("right", "wrong picture")]
+    panels["first 10 words as in the first row, %"] = [f"{how}, agreement at 10, {x} picture" for how in both
+                                                       for x in ("same", "another")]
+    known = {what for row in rows for what, value in row["values"].items() if value}
+    panels = {title: [w for w in whats if w in known] for title, whats in panels.items() if known & set(whats)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 1.5, 1.8 + 0.32 * len(rows)), sharey=True)
+    for axis, (title, whats) in zip(axes, panels.items()):
+        scale = 100 if "%" in title else 1
+        for n, what in enumerate(whats):
+            null = "wrong" in what or "another" in what
+            paint = f"C{both.index(what.partition(',')[0])}" if scale == 100 else f"C{n}"
+            style = {"ms": 4, "color": paint, "mfc": "white" if null else paint, "alpha": 0.6 if null else 1}
+            for name in dict.fromkeys(row["name"] for row in rows):
+                at = [i for i, row in enumerate(rows) if row["name"] == name and row["values"].get(what)]
+                mean, low, high = scale * np.array([rows[i]["values"][what] for i in at]).reshape(-1, 3).T
+                # maximum: an interval of no width may lie beside the mean by rounding
+                axis.errorbar(mean, np.array(at) + 0.1 * (n - len(whats) / 2),
+                              xerr=np.maximum([mean - low, high - mean], 0), fmt="o:", **style)
+            title_of = what.partition(",")[0] + (", another picture" if null else "") if scale == 100 else what
+            axis.plot([], [], "o", label=title_of, **style)
         axis.set_title(title, fontsize=9)
+        axis.set_xlim(left=min(0, axis.get_xlim()[0]))
         axis.grid(alpha=0.3)
-        if len(series) > 1:
-            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    axes[0][0].set(yticks=range(len(rows)), yticklabels=[f"{r['name']}" + (f", {r['step']}" if r["step"] is not None else "") for r in rows])
-    axes[0][0].invert_yaxis()
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes[0].set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes[0].invert_yaxis()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

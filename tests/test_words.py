@@ -1,5 +1,6 @@
 """python -m pytest tests/test_words.py: the numbers against closed forms, the picture, the page, the command"""
 import base64
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import types
 import urllib.request
+from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
@@ -359,3 +361,109 @@ def test_a_wrong_call_is_one_sentence(checkpoints, world, tmp_path):
     assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and "no checkpoint" in done.stderr
     with pytest.raises(SystemExit, match="--top"):
         words.main(arguments([checkpoints / "soft"], world / "images" / "0.png", tmp_path, top=99))
+
+
+# --- the study
+
+def test_words_are_compared_as_a_reader_would():
+    assert [words.plain(w) for w in ("ĠRed", "red", "<", "Ġ")] == ["red", "red", "<", ""]
+    assert words.content_words("A large Red heart, and the star2 of it") == {"large", "red", "heart", "star"}
+
+
+def test_a_patch_has_the_name_of_what_covers_it():
+    box = lambda shape, *corners: {"shape": shape, "color": "Red", "box": list(corners)}
+    named = words.names_of_patches([box("circle", 0, 0, 26, 20), box("star", 26, 0, 47, 20)], (60, 60), 3, "pad")
+    assert named == [{"circle", "red"}, {"star", "red"}, {"star", "red"}] + [set()] * 6        # 6 and 14; 7 of 20 pixels
+    assert words.names_of_patches([box("star", 40, 40, 46, 60)], (60, 60), 3, "crop") == [set()] * 9       # 6 of 20: too little
+    # 80 x 40, two patches a side: cropped to the pixels from 20 to 60, or padded to 80 with 20 above and below
+    wide = [box("star", 20, 0, 40, 20)]
+    assert words.names_of_patches(wide, (80, 40), 2, "crop") == [{"star", "red"}, set(), set(), set()]
+    assert words.names_of_patches([box("star", 0, 0, 40, 40)], (80, 40), 2, "pad") == [{"star", "red"}, set(), {"star", "red"}, set()]
+    assert words.names_of_patches([], (80, 40), 2, "pad") == [set()] * 4
+
+
+def test_found_counts_only_patches_with_a_name():
+    tops, names = [["red", "x", "heart"], ["y", "z", "red"], ["red", "red", "red"]], [{"red", "heart"}, {"red"}, set()]
+    assert words.found(tops, names, 1) == (0.5, 0.5)
+    assert words.found(tops, names, 3) == pytest.approx(((2 / 3 + 1 / 3) / 2, 1.0))
+    assert all(math.isnan(x) for x in words.found(tops, [set()] * 3, 1) + words.found_by_chance(Counter("ab"), [set()], 1))
+
+
+def test_chance_is_the_mean_over_all_draws():
+    vocabulary, names = ["red", "red", "a", "b", "star"], [{"red", "star"}, {"b"}]
+    for k in (1, 2, 3):
+        draws = [list(d) for d in itertools.combinations(vocabulary, k)]
+        want = np.mean([words.found([d, d], names, k) for d in draws], 0)
+        assert words.found_by_chance(Counter(vocabulary), names, k) == pytest.approx(tuple(want))
+
+
+def test_names_are_borrowed_for_the_same_patches():
+    assert words.borrowed([{"a"}, set(), {"b"}, {"c"}], [set(), {"x"}, {"y"}]) == [{"x"}, set(), {"y"}, {"x"}]
+    assert words.borrowed([{"a"}, set()], [set()]) == [set(), set()]
+
+
+def test_agreement_is_what_both_have_of_what_either_has():
+    assert words.agreement([["a", "b"], ["a", "b"]], [["b", "a"], ["c", "b"]], 2) == pytest.approx((1 + 1 / 3) / 2)
+    assert words.agreement([["a", "b"]], [["b", "a"]], 1) == 0
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    assert words.interval([[0.25] * 9]) == [0.25] * 3 and words.interval([[math.nan] * 3]) is None
+    assert words.interval([[1, math.nan, 3]])[0] == 2
+    dice = np.random.default_rng(0)
+    held = [low <= 0.5 <= high for _, low, high in (words.interval([dice.random(50)], 400) for _ in range(300))]
+    assert 0.90 <= np.mean(held) <= 0.98
+    one, two = (words.interval(v) for v in ([[0, 1] * 50] * 2, [[0, 1] * 50, [1, 2] * 50]))
+    assert one[2] - one[1] < 0.25 and two[1:] == pytest.approx([0.45, 1.55], abs=0.1)          # seeds that differ count
+
+
+def test_a_snapshot_belongs_to_its_run():
+    assert words.of_run("a/seed1/LB/steps/000100", {"steps": 7}) == ("LB", 100)
+    assert words.of_run("a/seed1/LB/", {"steps": 7}) == ("LB", 7) and words.of_run("a/moved", {}) == ("moved", None)
+
+
+def test_a_connector_that_always_says_red(tiny, world, tmp_path, capsys):
+    shared = vocab.load_words(f"{world}/words.json")
+    for folder, llm, stage in (("seed1/red", tiny.qwen, "pretrain"), ("seed2/red", tiny.qwen, "pretrain"), ("moved", tiny.llama, "transfer")):
+        torch.manual_seed(0)
+        vlm = model.build(model.Config(tiny.clip, llm, "langbridge", 24, len(shared), "softmax"), shared)
+        with torch.no_grad():
+            vlm.connector.words.bias[shared.index("Ġred")] = 1e3
+        model.save(vlm, str(tmp_path / folder), stage, with_llm=False, image_mode="pad")
+    torch.manual_seed(0)
+    model.save(model.build(model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0), None), str(tmp_path / "mlp"), "pretrain", with_llm=False, image_mode="pad")
+    truth = {f"{i}.png": {"objects": [{"shape": "square", "color": c, "box": [0, 0, 8, 8]}]} for i, c in enumerate(["red", "green", "blue", "white"] * 10)}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    args = types.SimpleNamespace(checkpoints=[str(tmp_path / f) for f in ("seed1/red", "seed2/red", "moved", "mlp")], data=f"{world}/captions.json",
+                                 images=f"{world}/images", truth=str(tmp_path / "truth.json"), number=8, out=str(tmp_path / "study"),
+                                 overwrite=False, device="cpu", dtype="float32")
+    words.study_main(args)
+    assert sorted(os.listdir(tmp_path / "study")) == ["study.json", "study.md", "study.png"]
+    result = json.loads((tmp_path / "study" / "study.json").read_text())
+    red, moved, mlp = (row["values"] for row in result["rows"])
+    assert [(row["name"], row["seeds"]) for row in result["rows"]] == [("red", 2), ("moved", 1), ("mlp", 1)] and result["pictures"] == 8
+    assert red["entropy"][0] < 1e-6 and red["effective rank"][0] == pytest.approx(1) and red["top-1 cosine"] == pytest.approx([1] * 3)
+    assert red["above shuffled pixels"][0] == pytest.approx(0, abs=1e-5) and 0.3 < red["above random directions"][0] < 1
+    for how in ("weights", "cosine"):                               # two pictures of eight are red
+        assert red[f"{how}, object, precision at 1, right"][0] == red[f"{how}, caption, hit at 1, right"][0] == 0.25
+        assert red[f"{how}, object, precision at 1, wrong picture"][0] == 0.25
+    assert red["weights, object, precision at 1, chance"][0] == pytest.approx(
+        np.mean([sum(words.plain(w) in ("square", c) for w in shared) / len(shared) for c in ("red", "green", "blue", "white")]))
+    assert moved["weights, agreement at 1, same picture"] == [1, 1, 1] and "weights, agreement at 1, same picture" not in mlp
+    assert "entropy" not in mlp and "weights, object, hit at 1, right" not in mlp and mlp["cosine, agreement at 1, same picture"][0] < 1
+    table = (tmp_path / "study" / "study.md").read_text()
+    assert table in capsys.readouterr().out and re.search(r"\| red \| 25\.0 \[[\d.]+, [\d.]+\] / 25\.0 / ", table)
+    with pytest.raises(SystemExit, match="--overwrite"):
+        words.study_main(args)
+    truth.pop("3.png")
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match="3.png"):
+        words.study_records(args)
+
+
+@pytest.mark.parametrize("argv", [["--study", "somewhere"], ["somewhere"], ["--study", "c", "--data", "d", "--images", "i", "--number=0"]])
+def test_arguments_that_do_not_fit(argv, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["words.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        words.read_arguments()
+    assert stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("words.py: error: ")

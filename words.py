@@ -342,7 +342,8 @@ def luminance(colour):
 def draw_picture(panels, picture):
     """words.png: a row for each panel, a column for each of its states, a line of explanation below each -> PIL RGB"""
     g = panels[0]["states"][0]["side"]
-    cell, columns = min(192, max(72, 1024 // g)), max(len(panel["states"]) for panel in panels)
+    columns = max(len(panel["states"]) for panel in panels)
+    cell = min(192, max(72, (1024 if columns < 3 else 512) // g))   # a film of training has smaller frames
     across = len(panels) > 1 and columns == 1                       # single states stand side by side
     side, gap = g * cell, 28
     band = min(72, max(54, side // 18))

@@ -7,6 +7,12 @@ writes DIR/words.png and DIR/words.html, a page that needs no network. A LangBri
 or raw scores, whose words have signs and are shown at both ends. Any connector, an MLP too, shows the cosine similarity of
 its image embeds to every ordinary token of the LLM's vocabulary (the paper's analysis), with what chance would give.
 Checkpoints on the same LLM (snapshots of a run, pretraining then SFT) become a slider, different LLMs stand side by side.
+
+    python words.py --study CHECKPOINT [...] --data captions.json --images DIR [--truth truth.json] [--out DIR]
+
+counts instead: over many pictures, how far the words are from chance and how often they name what the picture shows ->
+DIR/study.json, study.md and study.png. Folders of one name and step (seed1/LB seed2/LB) are seeds of one row; steps/000100
+of a run is that run at step 100; the first checkpoint is the one that the others are compared with.
 """
 import argparse
 import base64
@@ -17,24 +23,39 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 
 KEEP = 16                       # words that a patch keeps, in each mode and at each end
-MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words beyond it show only where they are in a list
+MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words only show where a list has them
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html.in")
+TOP = (1, 5, 10)                # the study: so many of a patch's strongest words are looked at
+COVER = 1 / 3                   # part of a patch that an object's box must cover for the patch to be the object's
+SMALL = frozenset("and are for from has have into its that the there this with".split())    # words that name nothing
 PAPER, INK, WHITE = (252, 251, 248), (24, 24, 28), (255, 255, 255)
 
 
 def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint folders, in the order of training")
-    parser.add_argument("image", metavar="IMAGE", help="picture file")
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: out/words/NAME OF THE IMAGE)")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                        help="checkpoint folders, in the order of training; then, but for --study, a picture file")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: out/words/IMAGE or out/study)")
+    parser.add_argument("--study", action="store_true", help="count over many pictures instead of showing one")
+    parser.add_argument("--data", metavar="FILE", help="of the study: captions in LLaVA's format")
+    parser.add_argument("--images", metavar="DIR", help="of the study: the folder that its image paths start from")
+    parser.add_argument("--truth", metavar="FILE", help="of the study: {image: {objects}}, as pocket.py writes it")
+    parser.add_argument("--number", type=int, default=100, help="of the study: how many pictures (default: 100)")
     parser.add_argument("--ask", metavar="QUESTION", help="have each checkpoint answer a question about the image")
     parser.add_argument("--top", type=int, default=8, help=f"words shown for a patch, 1 to {KEEP} (default: 8)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.study and not (args.data and args.images and args.number > 0):
+        parser.error("--study needs --data, --images and a --number above 0")
+    if not args.study and len(args.checkpoints) < 2:
+        parser.error("give one or more checkpoints and then a picture")
+    args.image = None if args.study else args.checkpoints.pop()
+    return args
 
 
 if __name__ == "__main__":                   # before the slow imports: --help answers at once
@@ -286,23 +307,24 @@ def draw_state(state, picture, cell):
     g, mode = state["side"], next(iter(state["modes"].values()))
     image = picture.resize((g * cell, g * cell), Image.Resampling.BICUBIC)
     grid, glow = ImageDraw.Draw(image, "RGBA"), Image.new("L", image.size)
+    letters = {ink: Image.new("L", image.size) for ink in (INK, WHITE)}     # text drawn on RGB would ignore its opacity
     for i in range(1, g):
         for line in ((i * cell, 0, i * cell, g * cell), (0, i * cell, g * cell, i * cell)):
             grid.line(line, fill=(*WHITE, 60))
-    todo = []
     for i, colour in enumerate(patch_colours(picture, g)):
         labels = labels_of(mode, i)
         for n, (text, loud) in enumerate(labels):
             # A word of up to six letters has the size that its weight gives it; only a longer one has to shrink.
             text, size = fit(text, cell * (0.13 + 0.12 * loud) / len(labels) ** 0.3, 0.94 * cell)
             center = ((i % g + 0.5) * cell, (i // g + (n + 0.5) / len(labels) * 0.8 + 0.1) * cell)
-            todo.append((text, size, center, (*(INK if luminance(colour) > 0.18 else WHITE), int(255 * (0.5 + 0.5 * loud)))))
-            put(ImageDraw.Draw(glow), text, size, center, int(255 * (0.55 + 0.45 * loud)), stroke=max(2, size // 5))
+            ink = INK if luminance(colour) > 0.18 else WHITE
+            put(ImageDraw.Draw(letters[ink]), text, size, center, int(255 * (0.65 + 0.35 * loud)))
+            put(ImageDraw.Draw(glow), text, size, center, 255, stroke=max(2, size // 4))
     # Behind the letters the picture fades into the mean colour of their patch, against which the ink was chosen.
-    flat = picture.resize((g, g), Image.Resampling.BOX).resize(image.size, Image.Resampling.BILINEAR)
-    image.paste(flat, mask=glow.filter(ImageFilter.GaussianBlur(cell / 32)))
-    for text, size, center, fill in todo:
-        put(ImageDraw.Draw(image, "RGBA"), text, size, center, fill)
+    flat = picture.resize((g, g), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+    image.paste(flat, mask=glow.filter(ImageFilter.GaussianBlur(cell / 40)).point(lambda v: min(235, 2 * v)))
+    for ink, mask in letters.items():
+        image.paste(ink, mask=mask)
     return image
 
 
@@ -320,7 +342,8 @@ def luminance(colour):
 def draw_picture(panels, picture):
     """words.png: a row for each panel, a column for each of its states, a line of explanation below each -> PIL RGB"""
     g = panels[0]["states"][0]["side"]
-    cell, columns = min(192, max(72, 1024 // g)), max(len(panel["states"]) for panel in panels)
+    columns = max(len(panel["states"]) for panel in panels)
+    cell = min(192, max(72, (1024 if columns < 3 else 512) // g))   # a film of training has smaller frames
     across = len(panels) > 1 and columns == 1                       # single states stand side by side
     side, gap = g * cell, 28
     band = min(72, max(54, side // 18))
@@ -384,14 +407,320 @@ def make_page(panels, picture, name, ask, top):
         return f.read().replace("@DATA@", text)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# the study: do the words mean something, and is it more than chance?
+
+def plain(word):
+    """A canonical word as a reader compares it: "ĠRed" -> "red" """
+    return vocab.show(word).strip("␣").lower()
+
+
+def content_words(text):
+    """The words of a caption, lower case, that can name something: three letters or more and not in SMALL. -> set"""
+    return set(re.findall(r"[^\W\d_]{3,}", text.lower())) - SMALL
+
+
+def names_of_patches(objects, size, side, mode):
+    """What each patch could be called: side * side sets {shape, colour}, empty where no object is.
+
+    objects: [{"shape", "color", "box": [x0, y0, x1, y1]}], pixels of a picture of size (w, h) that data.transform shows
+    the tower in `mode`. A patch belongs to the object whose box covers most of it, and at least COVER."""
+    edge = min(size) if mode == "crop" else max(size)               # of the square that the tower sees
+    left, top, unit = (size[0] - edge) / 2, (size[1] - edge) / 2, edge / side
+
+    def share(thing, r, c):
+        x0, y0, x1, y1 = thing["box"]
+        across = min(x1, left + (c + 1) * unit) - max(x0, left + c * unit)
+        down = min(y1, top + (r + 1) * unit) - max(y0, top + r * unit)
+        return max(across, 0) * max(down, 0) / unit ** 2
+
+    names = []
+    for r, c in np.ndindex(side, side):
+        thing = max(objects, key=lambda o: share(o, r, c), default=None)
+        covers = thing and share(thing, r, c) >= COVER
+        names.append({thing["shape"].lower(), thing["color"].lower()} if covers else set())
+    return names
+
+
+def found(tops, names, k):
+    """(precision, hit rate) of the first k words of each patch, over the patches that have names; NaN where none has.
+
+    tops: for each patch its words, strongest first; names: for each patch a set. Precision: the part of the k words
+    that are names; hit: whether one of them is."""
+    right = [[word in wanted for word in top[:k]] for top, wanted in zip(tops, names) if wanted]
+    if not right:
+        return math.nan, math.nan
+    return sum(sum(r) / len(r) for r in right) / len(right), sum(map(any, right)) / len(right)
+
+
+def found_by_chance(counts, names, k):
+    """What `found` gives for k words drawn blindly, without replacement, on average. counts: Counter of all words"""
+    size, rates = counts.total(), []
+    for wanted in filter(None, names):
+        m = sum(counts[word] for word in wanted)
+        rates.append((m / size, 1 - math.comb(size - m, min(k, size)) / math.comb(size, min(k, size))))
+    return tuple(np.mean(rates, 0).tolist()) if rates else (math.nan, math.nan)
+
+
+def borrowed(names, others):
+    """Another picture's names on the named patches of this one: what words find that would fit any picture"""
+    pool = [n for n in others if n]
+    spots = [i for i, n in enumerate(names) if n] if pool else []
+    return [pool[spots.index(i) % len(pool)] if i in spots else set() for i in range(len(names))]
+
+
+def agreement(tops, others, k):
+    """How much of the first k words two readings of the same patches share: mean of |both| / |either| over patches"""
+    shares = [len({*a[:k]} & {*b[:k]}) / len({*a[:k]} | {*b[:k]}) for a, b in zip(tops, others)]
+    return sum(shares) / len(shares)
+
+
+def interval(values, draws=2000, seed=0):
+    """[mean, low, high], a 95 % interval by bootstrap: values float[seeds, pictures], NaN where a picture has nothing.
+
+    Pictures are drawn with replacement and, where there are several, seeds too. None if there is nothing at all."""
+    values = np.asarray(values, float)
+    values = values[:, ~np.isnan(values).any(0)]
+    if not values.size:
+        return None
+    dice, (S, N) = np.random.default_rng(seed), values.shape
+    rows, columns = dice.integers(S, size=(draws, S, 1)), dice.integers(N, size=(draws, 1, N))
+    means = values[rows, columns].mean((1, 2))                      # (draws, S, N) -> (draws,)
+    return [float(values.mean()), *np.quantile(means, [0.025, 0.975]).tolist()]
+
+
+def of_run(folder, whole):
+    """(name of the run, step or None) of a checkpoint folder: steps/000100 belongs to the run two folders above"""
+    path = os.path.abspath(folder)
+    step = re.fullmatch(r"0*(\d+)", os.path.basename(path))
+    if step:
+        return os.path.basename(path.rsplit(os.sep, 2)[0]), int(step[1])
+    return os.path.basename(path), whole.get("steps")
+
+
+def study_records(args):
+    """[(picture, words of its captions, its objects or None)]: the first args.number different images of args.data"""
+    truth = None
+    if args.truth:
+        with open(args.truth, encoding="utf-8") as f:
+            truth = json.load(f)
+    captions = {}
+    for record in data.read_records(args.data):
+        messages, images = data.messages_of(record)
+        if len(images) == 1 and (images[0] in captions or len(captions) < args.number):
+            said = content_words(" ".join(m["content"] for m in messages if m["role"] == "assistant"))
+            captions[images[0]] = captions.get(images[0], set()) | said
+    if len(captions) < 2:
+        raise ValueError(f"{args.data} has {len(captions)} records with one image; a study needs two or more")
+    missing = [name for name in captions if truth is not None and name not in truth]
+    if missing:
+        raise ValueError(f"{args.truth} does not know {missing[0]}")
+    return [(data.open_image(data.image_path(args.images, name)), said, truth and truth[name]["objects"])
+            for name, said in captions.items()]
+
+
+@torch.no_grad()
+def observe(folder, records, device="cpu", dtype="float32"):
+    """All that is counted of a checkpoint -> {"name", "step", "llm", "connector", "words": K, "patches": P, "values":
+    {what: a number for each picture}, "tops": {"weights" (LangBridge only), "cosine": for each picture and patch the
+    strongest words}}. Of raw scores the highest count: a word of negative score is taken away from a patch."""
+    config, whole = model.read_config(folder)
+    vlm = model.load(folder, torch.device(device), getattr(torch, dtype))
+    mode, side = whole.get("image_mode", "pad"), math.isqrt(vlm.num_patches)
+    tokens, E = vocabulary(vlm)
+    centred = F.normalize(E - E.mean(0), dim=-1)
+    E = F.normalize(E, dim=-1)
+    null, null_centred = cosine_null(E), cosine_null(centred)
+    names = {"cosine": [plain(word) for word in tokens], "weights": [plain(word) for word in vlm.words or ()]}
+
+    def strongest(how, scores):
+        return [[names[how][i] for i in row] for row in scores.topk(min(max(TOP), scores.shape[1])).indices.tolist()]
+
+    values, tops, embeds = {}, {"cosine": []}, []
+    note = lambda what, value: values.setdefault(what, []).append(value)
+    for n, (picture, _, _) in enumerate(records):
+        pixels = data.transform(picture, mode=mode, **vlm.image)    # (3, S, S)
+        mixed = torch.randperm(pixels[0].numel(), generator=torch.Generator().manual_seed(n))
+        mixed = pixels.flatten(1)[:, mixed].view_as(pixels)         # the same pixels, no picture
+        patches = vlm.patch_features(torch.stack([pixels, mixed]).to(vlm.llm.device)).float()        # (2, P, Dv)
+        seen, blank = vlm.connector(patches).float()                # (P, D) each
+        embeds.append(seen)
+        similar = F.normalize(seen, dim=-1) @ E.T                   # (P, D) x (D, V) -> (P, V)
+        best = similar.amax(-1).mean().item()
+        note("top-1 cosine", best)
+        note("above random directions", best - null)
+        note("above shuffled pixels", best - cosine(blank, E).amax(-1).mean().item())
+        tops["cosine"].append(strongest("cosine", similar))
+        if vlm.words:
+            w = vlm.connector.weights(patches[:1])[0]               # (P, K)
+            note("entropy", entropy(w).mean().item())
+            note("effective rank", effective_rank(w))
+            tops.setdefault("weights", []).append(strongest("weights", w))
+    middle = torch.cat(embeds).mean(0)                              # what all patches share is neither found nor missed
+    for seen in embeds:
+        best = cosine(seen - middle, centred).amax(-1).mean().item()
+        note("centred, above random directions", best - null_centred)
+
+    wanted = {"caption": [[said] * vlm.num_patches for _, said, _ in records]}
+    if records[0][2] is not None:
+        wanted["object"] = [names_of_patches(objects, picture.size, side, mode) for picture, _, objects in records]
+    for how, picture_tops in tops.items():
+        counts = Counter(names[how])
+        for what, patch_names in wanted.items():
+            for n, (words, named) in enumerate(zip(picture_tops, patch_names)):
+                other = borrowed(named, patch_names[n - 1])
+                for k in TOP:
+                    for against, (precision, hit) in (("right", found(words, named, k)),
+                                                      ("wrong picture", found(words, other, k)),
+                                                      ("chance", found_by_chance(counts, named, k))):
+                        note(f"{how}, {what}, precision at {k}, {against}", precision)
+                        note(f"{how}, {what}, hit at {k}, {against}", hit)
+    name, step = of_run(folder, whole)
+    kind = "MLP" if config.connector == "mlp" else f"LangBridge, {config.normalize}"
+    return {"name": name, "step": step, "llm": os.path.basename(config.llm), "connector": kind,
+            "words": len(vlm.words or ()), "patches": vlm.num_patches, "values": values, "tops": tops}
+
+
+def compare(seen, first):
+    """Adds to `seen` how much its top words agree with those of `first`, and with those of first's previous picture."""
+    for how in seen["tops"].keys() & first["tops"].keys():
+        mine, theirs = seen["tops"][how], first["tops"][how]
+        for k in TOP if seen["patches"] == first["patches"] and seen is not first else ():
+            for against, shift in (("same", 0), ("another", 1)):
+                seen["values"][f"{how}, agreement at {k}, {against} picture"] = [
+                    agreement(words, theirs[n - shift], k) for n, words in enumerate(mine)]
+
+
+def study(args):
+    """Read every checkpoint, group seeds -> what study.json holds."""
+    records, groups = study_records(args), {}
+    for folder in args.checkpoints:                                 # one LLM in memory at a time
+        seen = observe(folder, records, args.device, args.dtype)
+        groups.setdefault((seen["name"], seen["step"]), []).append(seen)
+        print(f"read {folder}", flush=True)
+    first, rows = next(iter(groups.values())), []
+    for seeds in groups.values():
+        for n, seen in enumerate(seeds):
+            compare(seen, first[min(n, len(first) - 1)])
+        what = seeds[0]["values"]
+        about = {key: seeds[0][key] for key in ("name", "step", "llm", "connector", "words", "patches")}
+        rows.append({**about, "seeds": len(seeds),
+                     "values": {key: interval([seen["values"][key] for seen in seeds]) for key in what}})
+    return {"pictures": len(records), "data": os.path.basename(args.data), "rows": rows}
+
+
+def study_tables(result):
+    """study.md"""
+    rows = result["rows"]
+    lines = [f"{result['pictures']} pictures of {result['data']}; mean and 95 % interval by bootstrap over pictures"
+             + (" and over seeds." if any(row["seeds"] > 1 for row in rows) else "."), ""]
+    for row in rows:
+        lines.append(f"- {label(row)}: {row['connector']} on {row['llm']}, {row['patches']} patches"
+                     + (f", {row['words']} words" if row["words"] else "") + f", {row['seeds']} seed(s)")
+
+    def table(title, columns, scale=1, digits=3):
+        """columns: {head: what a field shows, the first with its interval}. Rows and tables of nothing are left out."""
+        def field(row, whats):
+            found = [[f"{scale * x:.{digits}f}" for x in row["values"].get(what) or ()] for what in whats]
+            if not all(found):
+                return "–"
+            (mean, low, high), others = found[0], found[1:]
+            return " / ".join([f"{mean} [{low}, {high}]", *(other[0] for other in others)])
+
+        fields = {label(row): [field(row, whats) for whats in columns.values()] for row in rows}
+        fields = {name: cells for name, cells in fields.items() if set(cells) != {"–"}}
+        if fields:
+            lines.extend(["", title, "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"])
+            lines.extend(f"| {name} | {' | '.join(cells)} |" for name, cells in fields.items())
+
+    table("The nearest token of a patch by cosine similarity, and how spread its weights are (bits; mixtures).",
+          {what: [what] for what in ("top-1 cosine", "above random directions", "above shuffled pixels",
+                                     "centred, above random directions", "entropy", "effective rank")})
+    against = ("right", "wrong picture", "chance")
+    for what, said in (("object", "name the object that covers the patch (shape or colour)"),
+                       ("caption", "stand in the picture's caption")):
+        for how in ("weights", "cosine"):
+            table(f"By {how}: percent of a patch's first words that {said}, and of patches that have such a word among "
+                  "them (hit). Right picture / another picture / words drawn blindly.",
+                  {f"{rate} at {k}": [f"{how}, {what}, {rate} at {k}, {x}" for x in against]
+                   for rate in ("precision", "hit") for k in TOP}, 100, 1)
+    table(f"Agreement with {label(rows[0])}: percent of the words that two readings of a patch have in common. "
+          "Same picture / another.",
+          {f"{how}, at {k}": [f"{how}, agreement at {k}, {x} picture" for x in ("same", "another")]
+           for how in ("weights", "cosine") for k in TOP}, 100, 1)
+    return "\n".join(lines) + "\n"
+
+
+def label(row):
+    return row["name"] if row["step"] is None else f"{row['name']}, step {row['step']}"
+
+
+def draw_study(result, path):
+    """study.png: checkpoints from top to bottom, moments of one run connected; hollow: what another picture gives"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows, both = result["rows"], ("weights", "cosine")
+    panels = {"top-1 cosine": ["above random directions", "above shuffled pixels", "centred, above random directions"],
+              "entropy of the weights, bits": ["entropy"]}
+    for what in ("object", "caption"):
+        panels[f"first word: {what}, %"] = [f"{how}, {what}, precision at 1, {x}" for how in both
+                                            for x in ("right", "wrong picture")]
+    panels["first 10 words as in the first row, %"] = [f"{how}, agreement at 10, {x} picture" for how in both
+                                                       for x in ("same", "another")]
+    known = {what for row in rows for what, value in row["values"].items() if value}
+    panels = {title: [w for w in whats if w in known] for title, whats in panels.items() if known & set(whats)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 1.5, 1.8 + 0.32 * len(rows)), sharey=True)
+    for axis, (title, whats) in zip(axes, panels.items()):
+        scale = 100 if "%" in title else 1
+        for n, what in enumerate(whats):
+            null = "wrong" in what or "another" in what
+            paint = f"C{both.index(what.partition(',')[0])}" if scale == 100 else f"C{n}"
+            style = {"ms": 4, "color": paint, "mfc": "white" if null else paint, "alpha": 0.6 if null else 1}
+            for name in dict.fromkeys(row["name"] for row in rows):
+                at = [i for i, row in enumerate(rows) if row["name"] == name and row["values"].get(what)]
+                mean, low, high = scale * np.array([rows[i]["values"][what] for i in at]).reshape(-1, 3).T
+                # maximum: an interval of no width may lie beside the mean by rounding
+                axis.errorbar(mean, np.array(at) + 0.1 * (n - len(whats) / 2),
+                              xerr=np.maximum([mean - low, high - mean], 0), fmt="o:", **style)
+            title_of = what.partition(",")[0] + (", another picture" if null else "") if scale == 100 else what
+            axis.plot([], [], "o", label=title_of, **style)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlim(left=min(0, axis.get_xlim()[0]))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes[0].set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def study_main(args):
+    out = args.out or os.path.join("out", "study")
+    paths = [os.path.join(out, f"study.{kind}") for kind in ("json", "md", "png")]
+    refuse_to_overwrite(paths, args)
+    result = study(args)
+    os.makedirs(out, exist_ok=True)
+    model.write_json(result, paths[0])
+    with open(paths[1], "w", encoding="utf-8") as f:
+        f.write(study_tables(result))
+    draw_study(result, paths[2])
+    print(study_tables(result))
+    print(f"wrote {', '.join(paths)}")
+
+
+def refuse_to_overwrite(paths, args):
+    there = [path for path in paths if os.path.exists(path)]
+    if there and not args.overwrite:
+        sys.exit(f"{there[0]} exists; name another --out or say --overwrite")
+
+
 def main(args):
     if not 1 <= args.top <= KEEP:
         sys.exit(f"--top is a number from 1 to {KEEP}, not {args.top}")
     out = args.out or os.path.join("out", "words", os.path.splitext(os.path.basename(args.image))[0])
     paths = [os.path.join(out, name) for name in ("words.png", "words.html")]
-    there = [path for path in paths if os.path.exists(path)]
-    if there and not args.overwrite:
-        sys.exit(f"{there[0]} exists; name another --out or say --overwrite")
+    refuse_to_overwrite(paths, args)
     image = data.open_image(args.image)
     configs = [model.read_config(folder)[1] for folder in args.checkpoints]
     # One picture for all, or patches could not be compared: as the last checkpoint that says so was trained.
@@ -417,6 +746,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(ARGS)
-    except ValueError as error:
-        sys.exit(f"words.py: {error}")
+        study_main(ARGS) if ARGS.study else main(ARGS)
+    except (ValueError, OSError) as error:                          # a user's mistake: its first line says which
+        sys.exit(f"words.py: {str(error).strip().splitlines()[0]}")

@@ -1,10 +1,15 @@
 """python -m pytest tests/test_words.py: the numbers against closed forms, the picture, the page, the command"""
 import base64
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import types
+import urllib.request
+from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
@@ -147,6 +152,16 @@ def test_ink_contrasts_with_its_patch():
         assert (light + 0.05) / (dark + 0.05) > 4
 
 
+def test_a_quiet_word_is_paler_than_a_loud_one():
+    mode = make_state(2)["modes"]["weights"]
+    grey, darkest = Image.new("RGB", (96, 96), (200, 200, 200)), []
+    for loud in (0.0, 1.0):
+        mode["loud"] = torch.full((4,), loud)
+        drawn = words.draw_state({"side": 2, "modes": {"weights": mode}}, grey, 192)
+        darkest.append(np.asarray(drawn.convert("L"), int).min())
+    assert darkest[1] < 40 and 60 < darkest[0] < 120
+
+
 def test_every_script_is_drawn_or_named():
     assert words.runs_of("the")[0][1] == "the" and len(words.runs_of("the")) == 1
     assert "".join(text for _, text in words.runs_of("a\U000e0fff")) == "a<U+E0FFF>"          # no font has it
@@ -203,39 +218,100 @@ def test_snapshots_become_a_slider_and_llms_stand_side_by_side():
     assert [p["name"] for p in words.panels_of([make_state(), make_state(kind="cosine")])] == ["an <LLM> · LangBridge", "an <LLM> · MLP"]
 
 
-DRIVER = r"""
-<script>
-const seen = [], say = (name, ok) => seen.push(name + "=" + ok), key = (node, k) => node.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true}))
-try {
-  const cells = panels[0].cells, read = () => panels[0].read.textContent, before = read()
-  cells[4].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"})); say("hover", read() !== before && read().includes("row 2, column 2"))
-  cells[4].focus(); key(cells[4], "ArrowRight"); say("keyboard", document.activeElement === cells[5] && read().includes("row 2, column 3"))
-  cells[5].click(); cells[0].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"})); say("pin", read().includes("row 2, column 3"))
-  const word = data.words.findIndex(w => w.startsWith("<\/script>"))
-  search.value = "<\/SCRIPT"; search.dispatchEvent(new Event("input")); say("search", chips.children.length === 1); key(search, "Enter")
-  say("map", state.word === word && panels[0].stage.classList.contains("mapped"))
-  const pixels = panels[0].canvas.getContext("2d").getImageData(0, 0, side, side).data; say("heat", pixels.some(v => v > 200))
-  key(document.body, "Escape"); say("clear", state.word === null)
-  const label = cells[0].getAttribute("aria-label"); $("step").value = 0; $("step").dispatchEvent(new Event("input")); say("slider", cells[0].getAttribute("aria-label") !== label && $("when").textContent === "step 1")
-  document.querySelectorAll("#modes input")[1].click(); say("cosine", read().includes("random direction"))
-  say("names", [...document.querySelectorAll("button, input")].every(b => b.getAttribute("aria-label") || b.textContent.trim() || b.labels?.length))
-  say("panels", document.querySelectorAll("[role=grid]").length === 2)
-} catch (error) { seen.push(String(error)) }
-document.title = "RESULT " + seen.concat(errors).join(" ")
-</script>"""
+class Browser:
+    """Chromium by chromedriver's HTTP protocol (W3C WebDriver): real mouse moves, keys and touches, not events made up"""
+    def __init__(self, folder):
+        self.driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, text=True)
+        port = next(m[1] for line in self.driver.stdout if (m := re.search(r"on port (\d+)\.", line)))
+        self.url, flags = f"http://127.0.0.1:{port}/session", ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+            "disable-background-networking", "disable-component-update", "disable-sync", f"user-data-dir={folder}", "window-size=1200,1000"]
+        chrome = {"args": [f"--{flag}" for flag in flags], "binary": CHROMIUM}
+        self.url += "/" + self.call("", capabilities={"alwaysMatch": {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}})["sessionId"]
+
+    def call(self, path, **body):
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=120))["value"]
+
+    def js(self, script):
+        return self.call("/execute/sync", script="return " + script, args=[])
+
+    def keys(self, *keys):
+        self.act("key", "key", *[{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")])
+
+    def point(self, node, *then, pointer="mouse"):
+        """Move to the middle of the node that a script names, then press and let go for each of `then`"""
+        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({node}.getBoundingClientRect())")
+        move = {"type": "pointerMove", "x": round(x), "y": round(y)}
+        self.act("pointer", pointer, move, *[{"type": kind, "button": 0} for kind in then])
+
+    def act(self, kind, pointer, *actions):
+        device = {"type": kind, "id": pointer, "actions": actions, "parameters": {"pointerType": pointer}}
+        self.call("/actions", actions=[device])
+
+    def close(self):
+        urllib.request.urlopen(urllib.request.Request(self.url, method="DELETE"), timeout=60)
+        self.driver.terminate()
+        self.driver.wait()
 
 
-@pytest.mark.skipif(not os.path.exists("/usr/bin/chromium"), reason="no /usr/bin/chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ENTER, ESCAPE, RIGHT, DOWN, END, HOME = "\ue007", "\ue00c", "\ue014", "\ue015", "\ue010", "\ue011"
+
+
+@pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")), reason="no Chromium with its chromedriver on this machine")
 def test_the_page_works_in_a_browser(tmp_path):
-    html = page_of(make_state(kind="none", label="step 1"), make_state(kind="none", label="step 2", seed=1), make_state(kind="none", name="other"))
-    catch = '<script>const errors = []; addEventListener("error", e => errors.push(e.message)); addEventListener("securitypolicyviolation", e => errors.push(e.blockedURI))</script>'
-    (tmp_path / "page.html").write_text(html.replace("<title>", catch + "<title>", 1).replace("</html>", DRIVER + "</html>"), encoding="utf-8")
-    done = subprocess.run(["/usr/bin/chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                           "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile",
-                           "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=300)
-    title = done.stdout.split("<title>")[1].split("</title>")[0]
-    assert title.startswith("RESULT ")
-    assert all(part.endswith("=true") for part in title.split()[1:]) and len(title.split()) == 12, title
+    states = [make_state(kind="none", label="step 1"), make_state(kind="none", label="step 2", seed=1), make_state(kind="none", name="other")]
+    (tmp_path / "page.html").write_text(page_of(*states), encoding="utf-8")
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("/url", url=f"file://{tmp_path}/page.html")
+        read = "panels[0].read.textContent"
+        assert browser.js("document.querySelectorAll('[role=grid]').length") == 2
+        browser.point("panels[0].cells[4]")
+        assert "row 2, column 2" in browser.js(read) and "row 2, column 2" in browser.js("panels[1].read.textContent")
+        browser.point("panels[0].cells[4]", "pointerDown", "pointerUp")             # a click holds the patch
+        browser.point("panels[0].cells[0]")
+        assert "row 2, column 2" in browser.js(read) and "held" in browser.js(read)
+        browser.keys(ESCAPE, RIGHT, DOWN)
+        assert "row 3, column 3" in browser.js(read) and browser.js("document.activeElement === panels[0].cells[8]")
+        browser.point("panels[1].cells[1]", "pointerDown", "pointerUp", pointer="touch")
+        assert "row 1, column 2" in browser.js(read)
+
+        browser.js("$('search').focus()")
+        browser.keys(*"</SCRIPT")
+        assert browser.js("$('chips').textContent").startswith("</script>") and browser.js("$('chips').children.length") == 1
+        assert "1 of" in browser.js("$('found').textContent")
+        browser.keys(ENTER)
+        assert browser.js("words[state.word]").startswith("</script>") and browser.js("panels[0].stage.classList.contains('mapped')")
+        alpha = browser.js("[...panels[0].canvas.getContext('2d').getImageData(0, 0, side, side).data].filter((v, i) => i % 4 === 3)")
+        map_ = browser.js("Array.from(mapOf(modeOf(panels[0]), state.word))")
+        assert len(map_) == 9 and int(np.abs(map_).argmax()) == int(np.argmax(alpha)) and max(alpha) > 0
+        browser.keys(ESCAPE)
+        assert browser.js("state.word") is None
+
+        label = "panels[0].cells[0].getAttribute('aria-label')"
+        assert browser.js("$('when').textContent") == "step 2"
+        late = browser.js(label)
+        browser.js("$('step').focus()")
+        browser.keys(HOME)
+        assert browser.js("$('when').textContent") == "step 1" and browser.js(label) != late
+        best = states[0]["modes"]["weights"]
+        assert vocab.show(best["words"][best["high"][0, 0]]) in browser.js(label)
+        browser.keys(END)
+        assert browser.js(label) == late
+        browser.point("document.querySelectorAll('#modes label')[1]", "pointerDown", "pointerUp")
+        assert "random direction" in browser.js(read)
+
+        unnamed = "b => !(b.getAttribute('aria-label') || b.textContent.trim() || b.labels?.length)"
+        assert browser.js(f"[...document.querySelectorAll('button, input')].filter({unnamed}).length") == 0
+        colours = []
+        for scheme in ("light", "dark"):
+            browser.call("/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+            colours.append(browser.js("getComputedStyle(document.body).backgroundColor"))
+        assert colours == ["rgb(252, 251, 248)", "rgb(22, 22, 26)"]
+        assert browser.call("/se/log", type="browser") == []                        # no error, and no connection was tried
+    finally:
+        browser.close()
 
 
 # --- the command
@@ -285,3 +361,126 @@ def test_a_wrong_call_is_one_sentence(checkpoints, world, tmp_path):
     assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and "no checkpoint" in done.stderr
     with pytest.raises(SystemExit, match="--top"):
         words.main(arguments([checkpoints / "soft"], world / "images" / "0.png", tmp_path, top=99))
+
+
+# --- the study
+
+def test_words_are_compared_as_a_reader_would():
+    assert [words.plain(w) for w in ("ĠRed", "red", "<", "Ġ")] == ["red", "red", "<", ""]
+    assert words.content_words("A large Red heart, and the star2 of it") == {"large", "red", "heart", "star"}
+
+
+def test_a_patch_has_the_name_of_what_covers_it():
+    box = lambda shape, *corners: {"shape": shape, "color": "Red", "box": list(corners)}
+    named = words.names_of_patches([box("circle", 0, 0, 26, 20), box("star", 26, 0, 47, 20)], (60, 60), 3, "pad")
+    assert named == [{"circle", "red"}, {"star", "red"}, {"star", "red"}] + [set()] * 6        # 6 and 14; 7 of 20 pixels
+    assert words.names_of_patches([box("star", 40, 40, 46, 60)], (60, 60), 3, "crop") == [set()] * 9       # 6 of 20: too little
+    # 80 x 40, two patches a side: cropped to the pixels from 20 to 60, or padded to 80 with 20 above and below
+    wide = [box("star", 20, 0, 40, 20)]
+    assert words.names_of_patches(wide, (80, 40), 2, "crop") == [{"star", "red"}, set(), set(), set()]
+    assert words.names_of_patches([box("star", 0, 0, 40, 40)], (80, 40), 2, "pad") == [{"star", "red"}, set(), {"star", "red"}, set()]
+    assert words.names_of_patches([], (80, 40), 2, "pad") == [set()] * 4
+
+
+def test_found_counts_only_patches_with_a_name():
+    tops, names = [["red", "x", "heart"], ["y", "z", "red"], ["red", "red", "red"]], [{"red", "heart"}, {"red"}, set()]
+    assert words.found(tops, names, 1) == (0.5, 0.5)
+    assert words.found(tops, names, 3) == pytest.approx(((2 / 3 + 1 / 3) / 2, 1.0))
+    assert all(math.isnan(x) for x in words.found(tops, [set()] * 3, 1) + words.found_by_chance(Counter("ab"), [set()], 1))
+
+
+def test_chance_is_the_mean_over_all_draws():
+    vocabulary, names = ["red", "red", "a", "b", "star"], [{"red", "star"}, {"b"}]
+    for k in (1, 2, 3):
+        draws = [list(d) for d in itertools.combinations(vocabulary, k)]
+        want = np.mean([words.found([d, d], names, k) for d in draws], 0)
+        assert words.found_by_chance(Counter(vocabulary), names, k) == pytest.approx(tuple(want))
+
+
+def test_names_are_borrowed_for_the_same_patches():
+    assert words.borrowed([{"a"}, set(), {"b"}, {"c"}], [set(), {"x"}, {"y"}]) == [{"x"}, set(), {"y"}, {"x"}]
+    assert words.borrowed([{"a"}, set()], [set()]) == [set(), set()]
+
+
+def test_agreement_is_what_both_have_of_what_either_has():
+    assert words.agreement([["a", "b"], ["a", "b"]], [["b", "a"], ["c", "b"]], 2) == pytest.approx((1 + 1 / 3) / 2)
+    assert words.agreement([["a", "b"]], [["b", "a"]], 1) == 0
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    assert words.interval([[0.25] * 9]) == [0.25] * 3 and words.interval([[math.nan] * 3]) is None
+    assert words.interval([[1, math.nan, 3]])[0] == 2
+    dice = np.random.default_rng(0)
+    held = [low <= 0.5 <= high for _, low, high in (words.interval([dice.random(50)], 400) for _ in range(300))]
+    assert 0.90 <= np.mean(held) <= 0.98
+    one, two = (words.interval(v) for v in ([[0, 1] * 50] * 2, [[0, 1] * 50, [1, 2] * 50]))
+    assert one[2] - one[1] < 0.25 and two[1:] == pytest.approx([0.45, 1.55], abs=0.1)          # seeds that differ count
+
+
+def test_a_snapshot_belongs_to_its_run():
+    assert words.of_run("a/seed1/LB/steps/000100", {"steps": 7}) == ("LB", 100)
+    assert words.of_run("a/seed1/LB/", {"steps": 7}) == ("LB", 7) and words.of_run("a/moved", {}) == ("moved", None)
+
+
+def test_a_connector_that_always_says_red(tiny, world, tmp_path, capsys):
+    shared = vocab.load_words(f"{world}/words.json")
+    for folder, llm, stage in (("seed1/red", tiny.qwen, "pretrain"), ("seed2/red", tiny.qwen, "pretrain"), ("moved", tiny.llama, "transfer")):
+        torch.manual_seed(0)
+        vlm = model.build(model.Config(tiny.clip, llm, "langbridge", 24, len(shared), "softmax"), shared)
+        with torch.no_grad():
+            vlm.connector.words.bias[shared.index("Ġred")] = 1e3
+        model.save(vlm, str(tmp_path / folder), stage, with_llm=False, image_mode="pad")
+    torch.manual_seed(0)
+    model.save(model.build(model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0), None), str(tmp_path / "mlp"), "pretrain", with_llm=False, image_mode="pad")
+    truth = {f"{i}.png": {"objects": [{"shape": "square", "color": c, "box": [0, 0, 8, 8]}]} for i, c in enumerate(["red", "green", "blue", "white"] * 10)}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    args = types.SimpleNamespace(checkpoints=[str(tmp_path / f) for f in ("seed1/red", "seed2/red", "moved", "mlp")], data=f"{world}/captions.json",
+                                 images=f"{world}/images", truth=str(tmp_path / "truth.json"), number=8, out=str(tmp_path / "study"),
+                                 overwrite=False, device="cpu", dtype="float32")
+    words.study_main(args)
+    assert sorted(os.listdir(tmp_path / "study")) == ["study.json", "study.md", "study.png"]
+    result = json.loads((tmp_path / "study" / "study.json").read_text())
+    red, moved, mlp = (row["values"] for row in result["rows"])
+    assert [(row["name"], row["seeds"]) for row in result["rows"]] == [("red", 2), ("moved", 1), ("mlp", 1)] and result["pictures"] == 8
+    assert red["entropy"][0] < 1e-6 and red["effective rank"][0] == pytest.approx(1) and red["top-1 cosine"] == pytest.approx([1] * 3)
+    assert red["above shuffled pixels"][0] == pytest.approx(0, abs=1e-5) and 0.3 < red["above random directions"][0] < 1
+    for how in ("weights", "cosine"):                               # two pictures of eight are red
+        assert red[f"{how}, object, precision at 1, right"][0] == red[f"{how}, caption, hit at 1, right"][0] == 0.25
+        assert red[f"{how}, object, precision at 1, wrong picture"][0] == 0.25
+    assert red["weights, object, precision at 1, chance"][0] == pytest.approx(
+        np.mean([sum(words.plain(w) in ("square", c) for w in shared) / len(shared) for c in ("red", "green", "blue", "white")]))
+    assert moved["weights, agreement at 1, same picture"] == [1, 1, 1] and "weights, agreement at 1, same picture" not in mlp
+    assert "entropy" not in mlp and "weights, object, hit at 1, right" not in mlp and mlp["cosine, agreement at 1, same picture"][0] < 1
+    table = (tmp_path / "study" / "study.md").read_text()
+    assert table in capsys.readouterr().out and re.search(r"\| red \| 25\.0 \[[\d.]+, [\d.]+\] / 25\.0 / ", table)
+    with pytest.raises(SystemExit, match="--overwrite"):
+        words.study_main(args)
+    truth.pop("3.png")
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match="3.png"):
+        words.study_records(args)
+
+
+@pytest.mark.parametrize("argv", [["--study", "somewhere"], ["somewhere"], ["--study", "c", "--data", "d", "--images", "i", "--number=0"]])
+def test_arguments_that_do_not_fit(argv, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["words.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        words.read_arguments()
+    assert stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("words.py: error: ")
+
+
+# --- results/ablations.py
+
+def test_the_table_of_ablations(tmp_path):
+    for name, seed, gqa in (("base", 1, 80.0), ("base", 2, 84.0), ("none", 1, 70.0), ("mlp-64", 1, 50.0), ("width-64", 1, 60.0)):
+        folder = tmp_path / "runs" / f"seed{seed}" / name / "eval"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"tasks": {"gqa": {"accuracy": gqa}, "pope": {"mean_f1": 0.5}}}))
+    run("results/ablations.py", tmp_path / "runs", tmp_path / "ablations")
+    assert len(json.loads((tmp_path / "ablations.json").read_text())) == 5 and (tmp_path / "ablations.png").exists()
+    assert (tmp_path / "ablations.md").read_text().splitlines()[2:] == [
+        "| what the weights are | unit, 512 words, 256 wide | 82.0 ± 2.8 | 50.0 ± 0.0 | 2 |", "|  | raw scores | 70.0 | 50.0 | 1 |",
+        "| how wide | 64 wide | 60.0 | 50.0 | 1 |", "|  | unit, 512 words, 256 wide | 82.0 ± 2.8 | 50.0 ± 0.0 | 2 |",
+        "| an MLP instead | unit, 512 words, 256 wide | 82.0 ± 2.8 | 50.0 ± 0.0 | 2 |", "|  | MLP, 64 wide | 50.0 | 50.0 | 1 |"]
+    done = run("results/ablations.py", tmp_path, tmp_path / "nothing", check=False)
+    assert done.returncode != 0 and "holds no" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,105 @@
+"""The scores under FOLDER/seed*/NAME/eval/results.json as OUT.json, OUT.md and OUT.png. Run by ablations.sh.
+
+    python results/ablations.py out/pocket/ablations results/ablations
+"""
+import glob
+import json
+import math
+import os
+import sys
+
+TASKS = {"gqa": ("GQA", lambda tasks: tasks["gqa"]["accuracy"]), "pope": ("POPE", lambda tasks: 100 * tasks["pope"]["mean_f1"])}
+GROUPS = {"how many words": ["words-64", "words-128", "words-256", "base", "words-all"],
+          "which words": ["words-64", "random-words-64", "words-128", "random-words-128"],
+          "whose embeddings": ["base", "random-E"],
+          "what the weights are": ["base", "softmax", "none"],
+          "how wide": ["width-64", "base", "width-1024"],
+          "an MLP instead": ["base", "mlp-64", "mlp-256", "mlp-1024", "mlp-0"],
+          "moved to pocket-llama, from stage": ["moved-pretrain", "moved-sft"]}
+MEANING = {"base": "unit, 512 words, 256 wide", "words-all": "all shared words", "random-E": "random E of the same lengths",
+           "none": "raw scores", "mlp-0": "MLP, as wide as the LLM", "moved-pretrain": "1 (Pretrain-LB)",
+           "moved-sft": "2 (SFT-LB)"}
+PREFIX = {"random-words-": "{} words by lot", "words-": "{} words", "width-": "{} wide", "mlp-": "MLP, {} wide"}
+
+
+def meaning(name):
+    """A configuration's name for people"""
+    prefix = next((p for p in PREFIX if name.startswith(p)), None)
+    return MEANING.get(name) or (PREFIX[prefix].format(name[len(prefix):]) if prefix else name)
+
+
+def collect(folder):
+    """[{"name", "seed", "gqa", "pope"}], one for each run that was scored"""
+    rows = []
+    for path in sorted(glob.glob(f"{folder}/seed*/*/eval/results.json")):
+        seed, name = path.split(os.sep)[-4:-2]
+        with open(path) as f:
+            tasks = json.load(f)["tasks"]
+        rows.append({"name": name, "seed": int(seed[4:]), **{task: score(tasks) for task, (_, score) in TASKS.items()}})
+    return rows
+
+
+def spread(values):
+    """(mean, standard deviation over seeds or None where there is one)"""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+
+
+def table(rows):
+    """Markdown: a line for each configuration of each group that has a score"""
+    lines = ["| | | " + " | ".join(title for title, _ in TASKS.values()) + " | seeds |", "|---" * (len(TASKS) + 3) + "|"]
+    for group, names in groups(rows).items():
+        for i, name in enumerate(names):
+            runs = [r for r in rows if r["name"] == name]
+            cells = []
+            for task in TASKS:
+                mean, deviation = spread([r[task] for r in runs])
+                cells.append(f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}")
+            lines.append(f"| {'' if i else group} | {meaning(name)} | {' | '.join(cells)} | {len(runs)} |")
+    return "\n".join(lines) + "\n"
+
+
+def groups(rows):
+    """GROUPS without what has no score, and without a group of one"""
+    there = {r["name"] for r in rows}
+    found = {group: [n for n in names if n in there] for group, names in GROUPS.items()}
+    return {group: names for group, names in found.items() if len(names) > 1}
+
+
+def draw(rows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = [(group, name) for group, names in groups(rows).items() for name in names]
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(9, 0.9 + 0.24 * len(lines)), sharey=True)
+    for axis, (task, (title, _)) in zip(axes, TASKS.items()):
+        for y, (_, name) in enumerate(lines):
+            values = [r[task] for r in rows if r["name"] == name]
+            axis.plot(values, [y] * len(values), "o", ms=3, color="C0", alpha=0.5)
+            axis.plot([spread(values)[0]], [y], "|", ms=12, color="C0")
+        for y in range(1, len(lines)):
+            if lines[y][0] != lines[y - 1][0]:
+                axis.axhline(y - 0.5, color="0.7", lw=0.8)
+        axis.set_title(f"{title}, validation set; dots: seeds", fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(lines)), [meaning(name) for _, name in lines], fontsize=8)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def main(folder, out):
+    rows = collect(folder)
+    if not rows:
+        sys.exit(f"{folder} holds no seed*/NAME/eval/results.json")
+    with open(f"{out}.json", "w") as f:
+        json.dump(rows, f, indent=1)
+    with open(f"{out}.md", "w") as f:
+        f.write(table(rows))
+    draw(rows, f"{out}.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

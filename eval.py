@@ -529,7 +529,7 @@ def parse(argv):
     add("--tasks", default="all", help=f"with commas between, or all: {','.join(TASKS)}")
     add("--data", help="folder with gqa/, textvqa/, mme/, ...")
     add("--out", help="folder of the results (default: CHECKPOINT/eval)")
-    add("--batch_size", type=int, default=16)
+    add("--batch_size", type=int, default=32, help="questions at a time; those of one image share its prefix")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--template", choices=("chat", *PAPER), default="chat", help="the LLM's own, or the paper's strings")

@@ -372,13 +372,15 @@ class VLM(nn.Module):
         # Logits only where a token is trained: over all positions they would be the largest tensor of the run.
         return self.token_loss(hidden[:, :-1][trained], targets[trained]), int(trained.sum())
 
+    def logits(self, hidden):
+        """float[n, D] -> float32[n, V]"""
+        logits = self.llm.get_output_embeddings()(hidden).float()   # (n, D) x (D, V) -> (n, V)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
     def token_loss(self, hidden, targets):
         """hidden float[n, D], targets int64[n] -> float32 scalar, summed over n"""
         def rows_loss(hidden, targets):
-            logits = self.llm.get_output_embeddings()(hidden).float()                # (rows, D) x (D, V) -> (rows, V)
-            if self.softcap:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            return F.cross_entropy(logits, targets, reduction="sum")
+            return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
         if len(targets) <= LOSS_ROWS:
             return rows_loss(hidden, targets)
         return sum(checkpoint(rows_loss, h, t, use_reentrant=False)
@@ -404,11 +406,12 @@ class VLM(nn.Module):
         embeds = self.splice(input_ids, pixel_values, list(which))  # (B, T, D)
         cache = self.prefill(ids, embeds, mask, position, which)    # of the first columns
         start = cache.get_seq_length() if cache else 0
-        out = self.llm(inputs_embeds=embeds[:, start:], attention_mask=mask, position_ids=position[:, start:],
-                       past_key_values=cache, use_cache=True, logits_to_keep=1)
+        decode = self.llm.get_decoder()
+        out = decode(inputs_embeds=embeds[:, start:], attention_mask=mask, position_ids=position[:, start:],
+                     past_key_values=cache, use_cache=True)
         answers, done = [[] for _ in ids], [False] * len(ids)
         for _ in range(max_new_tokens):
-            tokens = pick(out.logits[:, -1].float(), temperature, dice)              # B ints
+            tokens = pick(self.logits(out.last_hidden_state[:, -1]), temperature, dice)           # B ints
             for row, token in enumerate(tokens):
                 done[row] = done[row] or token in self.eos_ids
                 if not done[row]:
@@ -417,8 +420,8 @@ class VLM(nn.Module):
                 break
             position = position[:, -1:] + 1
             mask = F.pad(mask, (0, 1), value=1)
-            out = self.llm(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask,
-                           position_ids=position, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = decode(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask, position_ids=position,
+                         past_key_values=out.past_key_values, use_cache=True)
         return answers
 
     def prefill(self, ids, embeds, mask, position, which):

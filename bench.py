@@ -1,7 +1,7 @@
 """
 Speed and memory on this machine, against what a user would write otherwise. Random weights and data, no files needed.
 
-    python bench.py all --json results/bench.json     # about ten minutes on two idle CPU cores; goes on where it stopped
+    python bench.py all --json results/bench.json     # goes on where it stopped
     python bench.py combine|step|eval [--json FILE]   # the vocabulary combination, a training step, answering questions
     python bench.py --table results/bench.json        # the results as a markdown table
 
@@ -65,7 +65,8 @@ def row(what, value, bar="", **detail):
     bound = float(bar.split()[1]) if bar else 0.0
     reached = "" if not bar else "reached" if (value <= bound if bar[0] == "<" else value >= bound) else "MISSED"
     numbers = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in detail.items()}
-    print(f"{what:64} {value:8.3f} {bar:8} {reached:8} " + "  ".join(f"{k} {v:,}" for k, v in numbers.items()), flush=True)
+    behind = "  ".join(f"{k} {v:,}" for k, v in numbers.items())
+    print(f"{what:64} {value:8.3f} {bar:8} {reached:8} {behind}", flush=True)
     return {"what": what, "value": float(f"{value:.4g}"), "bar": bar, "reached": reached, "detail": numbers}
 
 
@@ -236,8 +237,8 @@ def random_vlm(tower, llm, side, dtype):
     connector = model.MLPConnector(tower.config.hidden_size, D)
     tokenizer = types.SimpleNamespace(eos_token_id=None, pad_token_id=0)
     config = model.Config(vision_tower="", llm="", connector="mlp", image_size=side)
-    vlm = model.VLM(config, tower, connector, llm, tokenizer, None, {"size": side}).requires_grad_(False).eval().to(device)
-    vlm.connector.requires_grad_(True)
+    vlm = model.VLM(config, tower, connector, llm, tokenizer, None, {"size": side}).to(device).eval()
+    vlm.requires_grad_(False).connector.requires_grad_(True)
     return vlm
 
 
@@ -289,6 +290,13 @@ def step_parts():
     return parts
 
 
+def adamw(connector):
+    """As train.py makes it; the rate is 0, so that every round computes the same"""
+    import torch
+    fused = next(connector.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(connector.parameters(), lr=0.0, weight_decay=0.0, fused=fused)
+
+
 def update(connector, optimizer, count=1):
     """The end of train.py's step"""
     import torch
@@ -300,12 +308,16 @@ def update(connector, optimizer, count=1):
 
 
 def steps(vlm, batch, dtype):
-    """One training step over the batch, ours and with transformers' LLaVA: {name: function}, each returns its mean loss"""
+    """One training step over the batch, ours and with transformers' LLaVA. -> {name: function that returns its mean loss}"""
     import torch
 
     import data
-    llava, amp = as_llava(vlm), lambda: torch.autocast(vlm.llm.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    optimizer = torch.optim.AdamW(vlm.connector.parameters(), lr=0.0)  # so that both compute the same in each round
+    llava, optimizer = as_llava(vlm), adamw(vlm.connector)
+    pixels = batch["pixel_values"].to(vlm.vision_tower.dtype)
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == data.IMAGE_ID, llava.config.image_token_index)
+
+    def amp():
+        return torch.autocast(vlm.llm.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def ours():
         with amp():
@@ -315,10 +327,9 @@ def steps(vlm, batch, dtype):
         return loss.item() / count
 
     def theirs():
-        ids = batch["input_ids"].masked_fill(batch["input_ids"] == data.IMAGE_ID, llava.config.image_token_index)
         with amp():
-            loss = llava(input_ids=ids, pixel_values=batch["pixel_values"].to(vlm.vision_tower.dtype), labels=batch["labels"],
-                         attention_mask=batch["attention_mask"]).loss
+            loss = llava(input_ids=ids, pixel_values=pixels, attention_mask=batch["attention_mask"],
+                         labels=batch["labels"]).loss
         loss.backward()
         update(vlm.connector, optimizer)
         return loss.item()
@@ -334,14 +345,15 @@ def bench_llava_step(name, tower, llm, side, images, dtype):
         raise ValueError(f"the two steps do not compute the same: {losses}")
     t = take_turns(calls, warm_up=False)
     ours, theirs = (extra_memory(lambda: calls[which]() and None) for which in ("ours", "LLaVA"))
+    memory = {"ours, MB": ours / 1e6, "LLaVA, MB": theirs / 1e6}
     return [row(f"{name}: images a second by LLaVA's", ratio(t, "LLaVA", "ours"), ">= 1.5", images=images, **medians(t)),
-            row(f"{name}: extra memory by LLaVA's", ours / theirs, **{"ours, MB": ours / 1e6, "LLaVA, MB": theirs / 1e6})]
+            row(f"{name}: extra memory by LLaVA's", ours / theirs, **memory)]
 
 
 def connector_flops(kind, n, Dv, H, K, D, needed=False):
-    """Of one training step over n patches, a product is 2 x rows x inner x columns. A layer's weights, its output, and its
-    input's gradient take one product each, only the first layer has no use for the last. `needed`: without the scores that
-    softmax makes again in its backward pass."""
+    """Of one training step over n patches; a product is 2 x rows x inner x columns. A layer's output, the gradient of its
+    weights and that of its input take one product each; the first layer does not need the last. needed: without the
+    scores that softmax makes again in its backward pass."""
     if kind == "mlp":
         return 2 * n * (2 * Dv * D + 3 * D * D)
     mlp = 2 * n * (2 * Dv * H + 3 * H * H)
@@ -367,9 +379,9 @@ def rest_flops(vlm, batch):
 def dry_run_bytes(kind, images):
     """What `train.py --dry_run` says for this step"""
     run = subprocess.run([sys.executable, f"{HERE}/train.py", "--dry_run", "--llm=Qwen/Qwen2-0.5B-Instruct",
-                          "--vision_tower=openai/clip-vit-large-patch14-336", f"--batch_size={images}", "--global_batch=8",
-                          f"--connector={'mlp' if kind == 'mlp' else 'langbridge'}", f"--hidden={0 if kind == 'mlp' else 5120}",
-                          f"--normalize={'unit' if kind == 'mlp' else kind}"], capture_output=True, text=True)
+                          "--vision_tower=openai/clip-vit-large-patch14-336", f"--batch_size={images}",
+                          *(["--connector=mlp", "--hidden=0"] if kind == "mlp" else [f"--normalize={kind}"])],
+                         capture_output=True, text=True)
     found = re.search(r"^sum +([\d.]+) GiB", run.stdout, re.M)
     if not found:
         raise ValueError(f"train.py --dry_run prints no sum: {run.stdout}{run.stderr}")
@@ -387,8 +399,8 @@ def peak_memory(vlm, batch, connector):
 
 
 def bench_connectors(name, images, H=5120, K=19200, tower=None, llm=None, side=336):
-    """What a LangBridge adds to a step with LLaVA's MLP. A difference of two steps of which each takes a minute would drown
-    in noise, so each connector's share (forward, backward, update) is timed alone, beside one whole step with the MLP."""
+    """What a LangBridge adds to a step with LLaVA's MLP. The difference of two steps of nearly a minute would drown in
+    noise, so each connector's share (forward, backward, update) is timed alone, beside whole steps with the MLP."""
     import torch
 
     import model
@@ -402,7 +414,7 @@ def bench_connectors(name, images, H=5120, K=19200, tower=None, llm=None, side=3
     for kind in ("softmax", "none"):
         connectors[kind] = model.LangBridge(Dv, H, K, kind).to(device)
         connectors[kind].vocab_embeds = embed[:K].clone()
-    optimizers = {kind: torch.optim.AdamW(c.parameters(), lr=0.0, fused=True) for kind, c in connectors.items()}
+    optimizers = {kind: adamw(c) for kind, c in connectors.items()}
 
     def share(kind):
         with torch.autocast(device.type, torch.bfloat16):
@@ -422,7 +434,8 @@ def bench_connectors(name, images, H=5120, K=19200, tower=None, llm=None, side=3
                         for needed in (False, True))
         detail = {"overhead, %": 100 * added, "FLOPs say, %": 100 * more / base, "needed FLOPs, %": 100 * needed / base}
         if kind == "softmax":
-            rows.append(row(f"{name}: softmax, overhead by the FLOPs'", added / (more / base), "<= 1.15", **detail, **medians(t)))
+            rows.append(row(f"{name}: softmax, overhead by the FLOPs'", added / (more / base), "<= 1.15",
+                            **detail, **medians(t)))
         else:
             rows.append(row(f"{name}: raw, overhead in %", 100 * added, "<= 3" if images == 8 else "", **detail))
     if images == 1:
@@ -442,7 +455,7 @@ def eval_parts():
 
 
 def pope(vlm, images, each, shortest=24, longest=32):
-    """Prompts shaped like POPE's: a template's opening, an image, a question. -> prompts, pixels, image of each prompt"""
+    """Prompts shaped like POPE's: a template's opening, an image, a question. -> prompts, pixels, each prompt's image"""
     import torch
 
     from data import IMAGE_ID
@@ -458,7 +471,7 @@ def pope(vlm, images, each, shortest=24, longest=32):
 
 
 def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
-    """Questions a second: ours with `each` questions to each of the images, LLaVA's loop with `alone` of them a round"""
+    """Questions a second: ours with `each` questions about each image, LLaVA's loop with `alone` of them a round"""
     import torch
 
     from data import IMAGE_ID
@@ -471,21 +484,23 @@ def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
         answers[:] = [a for i in range(images) for a in vlm.generate(
             prompts[i * each:(i + 1) * each], pixels[i:i + 1], 2, which=[0] * each)]
 
-    def loop():                                                     # LLaVA's model_vqa_loader.py: one question at a time
+    def loop():                                                     # as LLaVA's scripts do: one question at a time
         nonlocal number
         for _ in range(alone):
             i = number * 7 % len(prompts)                           # another image and question each time
             number += 1
             ids = torch.tensor([prompts[i]], device=vlm.llm.device)
-            out = llava.generate(input_ids=ids.masked_fill(ids == IMAGE_ID, llava.config.image_token_index), do_sample=False,
-                                 attention_mask=torch.ones_like(ids), pixel_values=pixels[which[i]][None], max_new_tokens=2)
+            ids = ids.masked_fill(ids == IMAGE_ID, llava.config.image_token_index)
+            out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels[which[i]][None],
+                                 do_sample=False, max_new_tokens=2)
             alone_answers[i] = out[0, ids.shape[1]:].tolist()
 
-    t = take_turns({"ours": ours, "LLaVA's loop": loop}, most=3)
+    t = take_turns({"ours": ours, "loop": loop}, most=3)
     same = sum(answers[i] == a for i, a in alone_answers.items())
-    return [row(f"{name}: questions a second by LLaVA's loop's", ratio(t, "LLaVA's loop", "ours") * len(prompts) / alone,
-                ">= 8", **{"a second, ours": len(prompts) / statistics.median(t["ours"]),
-                           "a second, loop": alone / statistics.median(t["LLaVA's loop"])}),
+    speeds = {"a second, ours": len(prompts) / statistics.median(t["ours"]),
+              "a second, loop": alone / statistics.median(t["loop"])}
+    return [row(f"{name}: questions a second by LLaVA's loop's", ratio(t, "loop", "ours") * len(prompts) / alone, ">= 8",
+                **speeds),
             row(f"{name}: answers equal to the loop's", same / len(alone_answers), ">= 1", compared=len(alone_answers),
                 different=len({tuple(a) for a in answers}))]
 
@@ -502,7 +517,8 @@ def table(results):
              "|---|---:|---|---|"]
     for rows in results["parts"].values():
         for r in rows:
-            bar = r["bar"].replace("<=", "at most").replace(">=", "at least") + (", **missed**" if r["reached"] == "MISSED" else "")
+            bar = r["bar"].replace("<=", "at most").replace(">=", "at least")
+            bar += ", **missed**" if r["reached"] == "MISSED" else ""
             lines.append(f"| {r['what']} | {r['value']:g} | {bar} | "
                          + "; ".join(f"{k} {v:,}" for k, v in r["detail"].items()) + " |")
     return "\n".join(lines)

@@ -191,12 +191,15 @@ class SoftmaxCombine(torch.autograd.Function):
         total = torch.zeros_like(top)                               # (P, 1) sum of exp(s - top)
         squares = torch.zeros_like(top)                             # (P, 1) sum of exp(s - top)^2
         out = torch.zeros(len(z), E.shape[1], dtype=wide, device=z.device)  # (P, D) sum of exp(s - top) e
+        mean = torch.zeros(E.shape[1], dtype=wide, device=z.device)
         step = compiled(softmax_step) if len(z) * len(W) >= COMPILE else softmax_step
         for Wk, bk, Ek in zip(W.split(BLOCK), b.split(BLOCK), E.split(BLOCK)):
             s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) x (H, block) -> (P, block)
             p, top, total, squares, shrink = step(s, top, total, squares)
             add_product(out.mul_(shrink), p, Ek.to(z.dtype))        # (P, block) x (block, D) -> (P, D)
-        out, mean, norm = out.div_(total), E.to(wide).mean(0), torch.ones_like(total)
+            if unit:
+                mean += Ek.sum(0, dtype=wide) / len(E)              # by blocks: on a CPU this is a copy in `wide`
+        out, norm = out.div_(total), torch.ones_like(total)
         if unit:
             norm = squares.sqrt() / total                           # (P, 1) |p|
             out = out.sub_(mean).div_(norm)
@@ -343,8 +346,8 @@ class VLM(nn.Module):
     def splice(self, input_ids, pixel_values, which=None):
         """Text embeddings with the images in their places: int64[B, T], float32[N, 3, S, S] or None -> float[B, T, D]
 
-        Images fill the runs of IMAGE_ID in reading order: row after row, left to right. which: the number of the image for
-        each run, where they are not 0, 1, 2, ...: an image that comes twice is encoded once.
+        Images fill the runs of IMAGE_ID in reading order: row after row, left to right. which: the number of the image
+        for each run, where they are not 0, 1, 2, ...: an image that comes twice is encoded once.
         """
         is_image = input_ids == IMAGE_ID                            # (B, T)
         # The module, not its weight: Gemma's multiplies by sqrt(D).
@@ -420,16 +423,16 @@ class VLM(nn.Module):
                 break
             position = position[:, -1:] + 1
             mask = F.pad(mask, (0, 1), value=1)
-            out = decode(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask, position_ids=position,
-                         past_key_values=out.past_key_values, use_cache=True)
+            out = decode(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask,
+                         position_ids=position, past_key_values=out.past_key_values, use_cache=True)
         return answers
 
     def prefill(self, ids, embeds, mask, position, which):
         """Keys and values of what prompts begin with alike, the same ids and images up to the last patch, made once.
 
         As `generate` has them: ids, B prompts; embeds float[B, T, D]; mask and position int64[B, T]; which.
-        -> a cache of the first T - S columns, S the most tokens that a prompt has after its last patch; None where no two
-        prompts share an image, or where the LLM remembers otherwise than by attention.
+        -> a cache of the first T - S columns, S the most tokens that a prompt has after its last patch; None where no
+        two prompts share an image, or where the LLM remembers otherwise than by attention.
         """
         T, images, begins, longest = mask.shape[1], iter(which), [], {}    # longest: beginning -> its longest prompt
         for b, row in enumerate(ids):
@@ -441,16 +444,16 @@ class VLM(nn.Module):
         kinds = getattr(self.llm.config.get_text_config(), "layer_types", None) or ()
         if shared == 0 or len(longest) == len(ids) or not {*kinds} <= {"full_attention", "sliding_attention"}:
             return None
-        rows, cache = list(longest.values()), DynamicCache()        # given the config it would forget what a window leaves
+        rows, cache = list(longest.values()), DynamicCache()        # given a config it forgets what leaves a window
         self.llm.get_decoder()(inputs_embeds=embeds[rows, :shared], attention_mask=mask[rows, :shared],
                                position_ids=position[rows, :shared], past_key_values=cache, use_cache=True)
         # A shorter prompt begins further right, and the last S columns hold some of its patches, which are made again.
         # The price of a few patches buys that no row has a gap between its tokens, which windows count by columns.
         source = torch.tensor([rows.index(longest[begin]) for begin in begins], device=mask.device)[:, None]  # (B, 1)
-        shift = torch.tensor([len(row) - len(ids[longest[begin]]) for row, begin in zip(ids, begins)], device=mask.device)
-        column = (torch.arange(shared, device=mask.device) + shift[:, None]).clamp(min=0)                   # (B, T-S)
-        for layer in cache.layers:
-            layer.keys = layer.keys[source, :, column].transpose(1, 2)                                # (B, heads, T-S, d)
+        shift = torch.tensor([[len(row) - len(ids[longest[begin]])] for row, begin in zip(ids, begins)], device=mask.device)
+        column = (torch.arange(shared, device=mask.device) + shift).clamp(min=0)                            # (B, T-S)
+        for layer in cache.layers:                                  # keys and values float[B, heads, T-S, d]
+            layer.keys = layer.keys[source, :, column].transpose(1, 2)
             layer.values = layer.values[source, :, column].transpose(1, 2)
         return cache
 

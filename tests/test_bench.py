@@ -1,4 +1,4 @@
-"""bench.py at the size of an ant: what it compares must compute the same. Alone: python -m pytest tests/test_bench.py"""
+"""bench.py in small: what it compares must compute the same. Alone: python -m pytest tests/test_bench.py"""
 import json
 
 import pytest
@@ -8,8 +8,8 @@ from transformers import AutoConfig
 import bench
 import model
 
-TOWER = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-             image_size=24, patch_size=8)
+TOWER = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=2, image_size=24, patch_size=8)
 LLM = dict(model_type="qwen2", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
            num_key_value_heads=1, vocab_size=300, tie_word_embeddings=True)
 
@@ -61,8 +61,8 @@ def test_flops_are_those_that_torch_counts():
             out.sum().backward()
         small = 4 * K * D if kind == "none" else 0                  # b E and its gradient, products of a vector
         assert abs(counter.get_total_flops() - bench.connector_flops(kind, n, Dv, H, K, D, needed)) <= small, kind
-    more = bench.connector_flops("softmax", n, Dv, H, K, D) - bench.connector_flops("softmax", n, Dv, H, K, D, needed=True)
-    assert more == 2 * n * K * H
+    made, needed = (bench.connector_flops("softmax", n, Dv, H, K, D, needed) for needed in (False, True))
+    assert made - needed == 2 * n * K * H
 
 
 def test_connectors_and_their_overhead(monkeypatch):
@@ -72,11 +72,11 @@ def test_connectors_and_their_overhead(monkeypatch):
         f"memory that --dry_run says by measured, {kind}" for kind in ("mlp", "softmax", "none")]
     mlp, softmax, raw = (r["detail"]["measured, GB"] for r in rows[2:])
     parameters = 32 * 40 + 40 + 40 * 40 + 40 + 40 * 64 + 64 - (32 * 48 + 48 + 48 * 48 + 48)
-    assert softmax - mlp > 16e-9 * parameters                       # weight, gradient and two moments at least
+    assert softmax - mlp > 12e-9 * parameters                       # weight, two moments; a gradient fits in the LLM's peak
 
 
 def test_dry_run_is_read():
-    assert bench.dry_run_bytes("softmax", 1) > bench.dry_run_bytes("mlp", 1) > 1e9
+    assert bench.dry_run_bytes("softmax", 1) > 16 * 129_790_720
 
 
 def test_memory_is_counted_to_the_byte():
@@ -91,7 +91,8 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
     def measure(name):
         calls.append(name)
         return [bench.row(f"{name}: time", 1.234567, "<= 1.15", seconds=0.123456)]
-    monkeypatch.setattr(bench, "PARTS", {"step": lambda: {"one": measure, "two": measure}, "eval": lambda: {"three": measure}})
+    parts = {"step": lambda: {"one": measure, "two": measure}, "eval": lambda: {"three": measure}}
+    monkeypatch.setattr(bench, "PARTS", parts)
     bench.main(["step", "--json", str(file)])
     bench.main(["all", "--json", str(file)])
     assert calls == ["one", "two", "three"]
@@ -101,7 +102,8 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     bench.main(["--table", str(file)])
     printed = capsys.readouterr().out
-    assert "| two: time | 1.235 | at most 1.15, **missed** | seconds 0.1235 |" in printed and bench.processor() in printed
+    assert "| two: time | 1.235 | at most 1.15, **missed** | seconds 0.1235 |" in printed
+    assert bench.processor() in printed
     file.write_text(json.dumps({**json.loads(file.read_text()), "processor": "another"}))
     with pytest.raises(ValueError, match="another machine"):
         bench.main(["all", "--json", str(file)])

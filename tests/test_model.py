@@ -157,9 +157,10 @@ def test_questions_about_one_image_share_its_prefix(tiny, llm, attention, monkey
     """Answers of a batch in which images repeat are those of each question alone, and an image is run once."""
     vlm = make(tiny, llm=llm)
     vlm.llm.set_attn_implementation(attention)
-    asked = [("<image>\nwhat colour is the big circle?", [0]), ("<image>\nIs there a star?", [0]), ("<image>\ntwo?", [1]),
-             ("<image>\nthere are two small triangles above the word cat", [1]), ("<image> <image>\nwhat?", [0, 1]),
-             ("<image> <image>\na green star?", [0, 1]), ("<image> <image>\na green star?", [1, 0]), ("<image>\nsquare?", [2])]
+    asked = [("<image>\nwhat colour is the big circle?", [0]), ("<image>\nIs there a star?", [0]),
+             ("<image>\ntwo?", [1]), ("<image>\nthere are two small triangles above the word cat", [1]),
+             ("<image> <image>\nwhat?", [0, 1]), ("<image> <image>\na green star?", [0, 1]),
+             ("<image> <image>\na green star?", [1, 0]), ("<image>\nsquare?", [2])]
     text = ("Is there a star?", [])                                 # longer than some questions, and it shares nothing
     pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(7)) * 5
     lengths = []
@@ -169,7 +170,8 @@ def test_questions_about_one_image_share_its_prefix(tiny, llm, attention, monkey
         or decode(vlm.llm.get_decoder(), **kwargs))
     for questions in (asked, asked[::-1], [*asked[:2], text, *asked[2:]]):
         prompts = [data.encode_prompt(turns(q), vlm.tokenizer, P) for q, _ in questions]
-        alone = [vlm.generate([p], pixels[which] if which else None, 20)[0] for p, (_, which) in zip(prompts, questions)]
+        alone = [vlm.generate([p], pixels[which] if which else None, 20)[0]
+                 for p, (_, which) in zip(prompts, questions)]
         lengths.clear()
         assert vlm.generate(prompts, pixels, 20, which=[i for _, which in questions for i in which]) == alone
         shared = max(map(len, prompts)) - lengths[1][1]

@@ -69,8 +69,8 @@ def test_connectors_and_their_overhead(monkeypatch):
     monkeypatch.setattr(bench, "dry_run_bytes", lambda kind, images: 1e6)
     rows = bench.bench_connectors("step", 1, H=40, K=64, tower=configs()[0], llm=configs()[1], side=24)
     assert [r["what"].split(": ")[1] for r in rows] == ["softmax, overhead by the FLOPs'", "raw, overhead in %"] + [
-        f"memory that --dry_run says by measured, {kind}" for kind in ("mlp", "softmax", "none")]
-    mlp, softmax, raw = (r["detail"]["measured, GB"] for r in rows[2:])
+        f"memory that --dry_run says by measured, {kind}" for kind in ("mlp", "softmax")]
+    mlp, softmax = (r["detail"]["measured, GB"] for r in rows[2:])
     parameters = 32 * 40 + 40 + 40 * 40 + 40 + 40 * 64 + 64 - (32 * 48 + 48 + 48 * 48 + 48)
     assert softmax - mlp > 12e-9 * parameters                       # weight, two moments; a gradient fits in the LLM's peak
 
@@ -107,3 +107,9 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps({**json.loads(file.read_text()), "processor": "another"}))
     with pytest.raises(ValueError, match="another machine"):
         bench.main(["all", "--json", str(file)])
+
+
+def test_llava_step_reports_speed_and_memory():
+    speed, memory = bench.bench_llava_step("step", *configs(), side=24, images=3)
+    assert speed["detail"]["images"] == 3 and speed["bar"] == ">= 1.5"
+    assert 0 < memory["value"] < 1                                  # logits of 300 words at 60 positions against 24

@@ -368,8 +368,12 @@ class VLM(nn.Module):
         of trained tokens in the whole global batch (pytorch/torchtitan does the same).
         """
         embeds = self.splice(batch["input_ids"], batch["pixel_values"])              # (B, T, D)
-        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=batch["attention_mask"],
-                                        position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        # What follows a row's last token is seen by none of its tokens, so padding on the right needs no mask, and without
+        # one attention does half the work. Images that are hidden (data.without_images) do need it.
+        mask = batch["attention_mask"]
+        mask = None if (mask.diff(dim=1) <= 0).all() else mask
+        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"],
+                                        use_cache=False).last_hidden_state
         targets = batch["labels"][:, 1:]                            # position t predicts token t + 1
         trained = targets != IGNORE                                 # (B, T-1)
         # Logits only where a token is trained: over all positions they would be the largest tensor of the run.

@@ -280,9 +280,10 @@ def captions(vlm, images, tokens):
 def step_parts():
     parts = {}
     for side, images in ((112, 8), (336, 2)):
-        parts[f"step, SmolLM2-135M, {(side // 14) ** 2} patches, float32"] = (
-            lambda name, side=side, images=images: bench_llava_step(
-                name, sizes("DINOv2-small"), sizes("SmolLM2-135M"), side, images))
+        for dtype in ("float32", "bfloat16"):
+            parts[f"step, SmolLM2-135M, {(side // 14) ** 2} patches, {dtype}"] = (
+                lambda name, side=side, images=images, dtype=dtype: bench_llava_step(
+                    name, sizes("DINOv2-small"), sizes("SmolLM2-135M"), side, images, dtype))
     for images in (1, 8):
         parts[f"step, Qwen2-0.5B, {images} x 576 patches, bfloat16"] = (
             lambda name, images=images: bench_connectors(name, images))
@@ -335,10 +336,10 @@ def steps(vlm, batch, dtype):
     return {"ours": ours, "LLaVA": theirs}
 
 
-def bench_llava_step(name, tower, llm, side, images):
+def bench_llava_step(name, tower, llm, side, images, dtype="float32"):
     import torch
-    vlm = random_vlm(tower, llm, side, torch.float32)
-    calls = steps(vlm, captions(vlm, images, 32), "float32")
+    vlm = random_vlm(tower, llm, side, getattr(torch, dtype))
+    calls = steps(vlm, captions(vlm, images, 32), dtype)
     losses = {which: call() for which, call in calls.items()}
     if abs(losses["ours"] - losses["LLaVA"]) > 1e-2 * losses["LLaVA"]:
         raise ValueError(f"the two steps do not compute the same: {losses}")

@@ -109,7 +109,8 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
         bench.main(["all", "--json", str(file)])
 
 
-def test_llava_step_reports_speed_and_memory():
-    speed, memory = bench.bench_llava_step("step", *configs(), side=24, images=3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llava_step_reports_speed_and_memory(dtype):
+    speed, memory = bench.bench_llava_step("step", *configs(), 24, 3, dtype)
     assert speed["detail"]["images"] == 3 and speed["bar"] == ">= 1.5"
     assert 0 < memory["value"] < 1                                  # logits of 300 words at 60 positions against 24

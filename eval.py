@@ -168,30 +168,55 @@ def read_done(stem):
     return {key(record): record for record in records}
 
 
-def generate(vlm, task, questions, done, stem, args, rank, world):
-    """Answer this rank's contiguous piece of the questions, those not in `done`, into <stem>.rank<rank>.jsonl.
+def batches(groups, length, size):
+    """Numbers of questions -> lists of at most `size`, a group in one if it fits: the model runs its image only once.
 
-    Batches are of similar length, the longest first, so that memory runs out at once or never. After each batch its
-    answers are written; what a kill leaves of a line is cut off by `prepare` on the next start."""
+    groups: lists of numbers; length: {number: tokens}. The longest first, so that memory runs out at once or never."""
+    batch = []
+    for group in sorted(groups, key=lambda group: -max(length[i] for i in group)):
+        group = sorted(group, key=lambda i: -length[i])
+        for piece in (group[k:k + size] for k in range(0, len(group), size)):
+            if len(batch) + len(piece) > size:
+                yield batch
+                batch = []
+            batch = batch + piece
+    if batch:
+        yield batch
+
+
+def by_image(questions, numbers):
+    """-> the numbers as lists, one for each image and one for the questions without, in order of first appearance"""
+    groups = {}
+    for i in numbers:
+        groups.setdefault(questions[i]["image"], []).append(i)
+    return list(groups.values())
+
+
+def generate(vlm, task, questions, done, stem, args, rank, world):
+    """Answer this rank's share of the questions, those not in `done`, into <stem>.rank<rank>.jsonl.
+
+    Questions about one image stay together. After each batch its answers are written; what a kill leaves of a line is
+    cut off by `prepare` on the next start."""
     import torch
     from tqdm import tqdm
     from data import open_image, transform
-    mine = range(rank * len(questions) // world, (rank + 1) * len(questions) // world)
+    order = [i for group in by_image(questions, range(len(questions))) for i in group]
+    mine = order[rank * len(order) // world:(rank + 1) * len(order) // world]
     todo = [i for i in mine if key(questions[i]) not in done]
     ids = {i: prompt_ids(vlm, questions[i]["text"], questions[i]["image"], args.template) for i in todo}
-    todo.sort(key=lambda i: -len(ids[i]))
     model_id = os.path.basename(os.path.abspath(args.checkpoint))
     size, mean, std = (vlm.image[k] for k in ("size", "mean", "std"))
     with open(f"{stem}.rank{rank}.jsonl", "a", encoding="utf-8") as f, \
             tqdm(total=len(mine), initial=len(mine) - len(todo), desc=task, disable=rank > 0) as bar:
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start:start + args.batch_size]
-            images = [questions[i]["image"] for i in batch if questions[i]["image"]]
+        for batch in batches(by_image(questions, todo), {i: len(ids[i]) for i in todo}, args.batch_size):
+            asked = [questions[i]["image"] for i in batch if questions[i]["image"]]
+            images = list(dict.fromkeys(asked))  # each once
+            which = [images.index(image) for image in asked]
             if not TASKS[task]["images"]:
                 images = [io.BytesIO(base64.b64decode(image)) for image in images]
             pixels = [transform(open_image(image), size, mean, std, mode="pad") for image in images]
             pixels = torch.stack(pixels) if pixels else None  # (N, 3, S, S)
-            answers = vlm.generate([ids[i] for i in batch], pixels, TASKS[task]["tokens"])
+            answers = vlm.generate([ids[i] for i in batch], pixels, TASKS[task]["tokens"], which=which)
             for i, answer in zip(batch, answers):
                 q = questions[i]
                 text = vlm.tokenizer.decode(answer, skip_special_tokens=True).strip()
@@ -504,7 +529,7 @@ def parse(argv):
     add("--tasks", default="all", help=f"with commas between, or all: {','.join(TASKS)}")
     add("--data", help="folder with gqa/, textvqa/, mme/, ...")
     add("--out", help="folder of the results (default: CHECKPOINT/eval)")
-    add("--batch_size", type=int, default=16)
+    add("--batch_size", type=int, default=32, help="questions at a time; those of one image share its prefix")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--template", choices=("chat", *PAPER), default="chat", help="the LLM's own, or the paper's strings")

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.image_processing_base import ImageProcessingMixin
 
 from data import IGNORE, IMAGE_ID
@@ -191,12 +191,15 @@ class SoftmaxCombine(torch.autograd.Function):
         total = torch.zeros_like(top)                               # (P, 1) sum of exp(s - top)
         squares = torch.zeros_like(top)                             # (P, 1) sum of exp(s - top)^2
         out = torch.zeros(len(z), E.shape[1], dtype=wide, device=z.device)  # (P, D) sum of exp(s - top) e
+        mean = torch.zeros(E.shape[1], dtype=wide, device=z.device)
         step = compiled(softmax_step) if len(z) * len(W) >= COMPILE else softmax_step
         for Wk, bk, Ek in zip(W.split(BLOCK), b.split(BLOCK), E.split(BLOCK)):
             s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) x (H, block) -> (P, block)
             p, top, total, squares, shrink = step(s, top, total, squares)
             add_product(out.mul_(shrink), p, Ek.to(z.dtype))        # (P, block) x (block, D) -> (P, D)
-        out, mean, norm = out.div_(total), E.to(wide).mean(0), torch.ones_like(total)
+            if unit:
+                mean += Ek.sum(0, dtype=wide) / len(E)              # by blocks: on a CPU this is a copy in `wide`
+        out, norm = out.div_(total), torch.ones_like(total)
         if unit:
             norm = squares.sqrt() / total                           # (P, 1) |p|
             out = out.sub_(mean).div_(norm)
@@ -340,10 +343,11 @@ class VLM(nn.Module):
         patches = self.patch_features(pixel_values)                 # (N, P, Dv)
         return self.connector(patches.to(next(self.connector.parameters()).dtype))
 
-    def splice(self, input_ids, pixel_values):
+    def splice(self, input_ids, pixel_values, which=None):
         """Text embeddings with the images in their places: int64[B, T], float32[N, 3, S, S] or None -> float[B, T, D]
 
-        Images fill the runs of IMAGE_ID in reading order: row after row, left to right.
+        Images fill the runs of IMAGE_ID in reading order: row after row, left to right. which: the number of the image
+        for each run, where they are not 0, 1, 2, ...: an image that comes twice is encoded once.
         """
         is_image = input_ids == IMAGE_ID                            # (B, T)
         # The module, not its weight: Gemma's multiplies by sqrt(D).
@@ -351,6 +355,8 @@ class VLM(nn.Module):
         if pixel_values is None or len(pixel_values) == 0:
             return embeds
         image_embeds = self.encode(pixel_values)                    # (N, P, D)
+        if which is not None:
+            image_embeds = image_embeds[which]                      # (runs, P, D)
         if is_image.sum() != image_embeds.shape[0] * image_embeds.shape[1]:
             raise ValueError(f"{is_image.sum()} image positions for {tuple(image_embeds.shape[:2])} images x patches")
         return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
@@ -362,30 +368,37 @@ class VLM(nn.Module):
         of trained tokens in the whole global batch (pytorch/torchtitan does the same).
         """
         embeds = self.splice(batch["input_ids"], batch["pixel_values"])              # (B, T, D)
-        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=batch["attention_mask"],
-                                        position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        # What follows a row's last token is seen by none of its tokens, so padding on the right needs no mask, and without
+        # one attention does half the work. Images that are hidden (data.without_images) do need it.
+        mask = batch["attention_mask"]
+        mask = None if (mask.diff(dim=1) <= 0).all() else mask
+        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"],
+                                        use_cache=False).last_hidden_state
         targets = batch["labels"][:, 1:]                            # position t predicts token t + 1
         trained = targets != IGNORE                                 # (B, T-1)
         # Logits only where a token is trained: over all positions they would be the largest tensor of the run.
         return self.token_loss(hidden[:, :-1][trained], targets[trained]), int(trained.sum())
 
+    def logits(self, hidden):
+        """float[n, D] -> float32[n, V]"""
+        logits = self.llm.get_output_embeddings()(hidden).float()   # (n, D) x (D, V) -> (n, V)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
     def token_loss(self, hidden, targets):
         """hidden float[n, D], targets int64[n] -> float32 scalar, summed over n"""
         def rows_loss(hidden, targets):
-            logits = self.llm.get_output_embeddings()(hidden).float()                # (rows, D) x (D, V) -> (rows, V)
-            if self.softcap:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            return F.cross_entropy(logits, targets, reduction="sum")
+            return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
         if len(targets) <= LOSS_ROWS:
             return rows_loss(hidden, targets)
         return sum(checkpoint(rows_loss, h, t, use_reentrant=False)
                    for h, t in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)))
 
     @torch.no_grad()
-    def generate(self, ids, pixel_values=None, max_new_tokens=128, temperature=0.0, seed=0):
+    def generate(self, ids, pixel_values=None, max_new_tokens=128, temperature=0.0, seed=0, which=None):
         """Continue each prompt, greedily (temperature 0) or by sampling. An answer does not depend on its batch.
 
-        ids: prompts as lists of ids with runs of IMAGE_ID; pixel_values float32[N, 3, S, S] in reading order, or None.
+        ids: prompts as lists of ids with runs of IMAGE_ID; pixel_values float32[N, 3, S, S], or None; which: the row of
+        pixel_values for each image of the prompts in reading order, None for 0, 1, 2, ...
         -> lists of new ids, without the eos.
         """
         device = self.llm.device
@@ -396,11 +409,16 @@ class VLM(nn.Module):
         position = (mask.cumsum(1) - 1).clamp(min=0)
         # A row draws from a generator of its own, seeded by its prompt, so that its neighbours do not matter.
         dice = [torch.Generator().manual_seed(seed + zlib.crc32(repr(row).encode())) for row in ids]
-        out = self.llm(inputs_embeds=self.splice(input_ids, pixel_values), attention_mask=mask, position_ids=position,
-                       use_cache=True, logits_to_keep=1)
+        which = range(len(pixel_values) if pixel_values is not None else 0) if which is None else which
+        embeds = self.splice(input_ids, pixel_values, list(which))  # (B, T, D)
+        cache = self.prefill(ids, embeds, mask, position, which)    # of the first columns
+        start = cache.get_seq_length() if cache else 0
+        decode = self.llm.get_decoder()
+        out = decode(inputs_embeds=embeds[:, start:], attention_mask=mask, position_ids=position[:, start:],
+                     past_key_values=cache, use_cache=True)
         answers, done = [[] for _ in ids], [False] * len(ids)
         for _ in range(max_new_tokens):
-            tokens = pick(out.logits[:, -1].float(), temperature, dice)              # B ints
+            tokens = pick(self.logits(out.last_hidden_state[:, -1]), temperature, dice)           # B ints
             for row, token in enumerate(tokens):
                 done[row] = done[row] or token in self.eos_ids
                 if not done[row]:
@@ -409,9 +427,39 @@ class VLM(nn.Module):
                 break
             position = position[:, -1:] + 1
             mask = F.pad(mask, (0, 1), value=1)
-            out = self.llm(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask,
-                           position_ids=position, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = decode(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask,
+                         position_ids=position, past_key_values=out.past_key_values, use_cache=True)
         return answers
+
+    def prefill(self, ids, embeds, mask, position, which):
+        """Keys and values of what prompts begin with alike, the same ids and images up to the last patch, made once.
+
+        As `generate` has them: ids, B prompts; embeds float[B, T, D]; mask and position int64[B, T]; which.
+        -> a cache of the first T - S columns, S the most tokens that a prompt has after its last patch; None where no
+        two prompts share an image, or where the LLM remembers otherwise than by attention.
+        """
+        T, images, begins, longest = mask.shape[1], iter(which), [], {}    # longest: beginning -> its longest prompt
+        for b, row in enumerate(ids):
+            end = len(row) - row[::-1].index(IMAGE_ID) if IMAGE_ID in row else 0
+            begins.append((tuple(row[:end]), *(next(images) for _ in range(row.count(IMAGE_ID) // self.num_patches))))
+            if len(row) > len(ids[longest.setdefault(begins[b], b)]):
+                longest[begins[b]] = b
+        shared = T - max(len(row) - len(begin[0]) for row, begin in zip(ids, begins))                # T - S
+        kinds = getattr(self.llm.config.get_text_config(), "layer_types", None) or ()
+        if shared == 0 or len(longest) == len(ids) or not {*kinds} <= {"full_attention", "sliding_attention"}:
+            return None
+        rows, cache = list(longest.values()), DynamicCache()        # given a config it forgets what leaves a window
+        self.llm.get_decoder()(inputs_embeds=embeds[rows, :shared], attention_mask=mask[rows, :shared],
+                               position_ids=position[rows, :shared], past_key_values=cache, use_cache=True)
+        # A shorter prompt begins further right, and the last S columns hold some of its patches, which are made again.
+        # The price of a few patches buys that no row has a gap between its tokens, which windows count by columns.
+        source = torch.tensor([rows.index(longest[begin]) for begin in begins], device=mask.device)[:, None]  # (B, 1)
+        shift = torch.tensor([[len(row) - len(ids[longest[begin]])] for row, begin in zip(ids, begins)], device=mask.device)
+        column = (torch.arange(shared, device=mask.device) + shift).clamp(min=0)                            # (B, T-S)
+        for layer in cache.layers:                                  # keys and values float[B, heads, T-S, d]
+            layer.keys = layer.keys[source, :, column].transpose(1, 2)
+            layer.values = layer.values[source, :, column].transpose(1, 2)
+        return cache
 
 
 def pick(logits, temperature, dice):

@@ -49,11 +49,12 @@ class Stub:
         self.eos_ids = {self.tokenizer.eos_token_id}
         self.calls, self.die_after = [], die_after
 
-    def generate(self, ids, pixel_values, max_new_tokens, temperature=0.0, seed=0):
+    def generate(self, ids, pixel_values, max_new_tokens, temperature=0.0, seed=0, which=None):
         if self.die_after == len(self.calls):
             raise KeyboardInterrupt
         self.calls.append([len(row) for row in ids])
-        means, answers = list(pixel_values.mean((1, 2, 3)).tolist() if pixel_values is not None else []), []
+        assert len(set(which)) == (len(pixel_values) if pixel_values is not None else 0)  # no image comes twice
+        means, answers = [pixel_values[image].mean().item() for image in which], []
         for row in ids:
             assert row.count(-200) in (0, 4)
             said = "Yes" if -200 not in row or means.pop(0) > 0 else "No"
@@ -143,6 +144,14 @@ def test_answers_and_results(world, capsys):
     assert not list(out.glob("*.rank*")) and not list(out.glob("*.tmp"))
     world(tasks="pope", stub=(again := Stub()))  # nothing left to answer, the other tasks stay in the results
     assert again.calls == [] and json.loads((out / "results.json").read_text()) == results
+
+
+def test_questions_of_an_image_are_one_batch():
+    length = dict(enumerate([5, 9, 5, 7, 2, 6, 6]))
+    assert list(program.batches([[0, 1, 2], [3, 4], [5, 6]], length, 5)) == [[1, 0, 2, 3, 4], [5, 6]]
+    assert list(program.batches([[0, 1, 2], [3, 4], [5, 6]], length, 2)) == [[1, 0], [2], [3, 4], [5, 6]]
+    questions = [{"image": image} for image in ("b", "a", None, "b", None, "a")]
+    assert program.by_image(questions, range(6)) == [[0, 3], [1, 5], [2, 4]]
 
 
 def test_resume_after_a_kill(world):

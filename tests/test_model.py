@@ -151,6 +151,34 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, temperature):
     assert any(len(a) > 1 for a in together)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])         # gemma's window of 16 is shorter than every prompt
+def test_questions_about_one_image_share_its_prefix(tiny, llm, attention, monkeypatch):
+    """Answers of a batch in which images repeat are those of each question alone, and an image is run once."""
+    vlm = make(tiny, llm=llm)
+    vlm.llm.set_attn_implementation(attention)
+    asked = [("<image>\nwhat colour is the big circle?", [0]), ("<image>\nIs there a star?", [0]),
+             ("<image>\ntwo?", [1]), ("<image>\nthere are two small triangles above the word cat", [1]),
+             ("<image> <image>\nwhat?", [0, 1]), ("<image> <image>\na green star?", [0, 1]),
+             ("<image> <image>\na green star?", [1, 0]), ("<image>\nsquare?", [2])]
+    text = ("Is there a star?", [])                                 # longer than some questions, and it shares nothing
+    pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(7)) * 5
+    lengths = []
+    decode = type(vlm.llm.get_decoder()).forward
+    monkeypatch.setattr(vlm.llm.get_decoder(), "forward", lambda **kwargs: lengths.append(
+        kwargs["inputs_embeds"].shape[:2] if kwargs.get("inputs_embeds") is not None else ())
+        or decode(vlm.llm.get_decoder(), **kwargs))
+    for questions in (asked, asked[::-1], [*asked[:2], text, *asked[2:]]):
+        prompts = [data.encode_prompt(turns(q), vlm.tokenizer, P) for q, _ in questions]
+        alone = [vlm.generate([p], pixels[which] if which else None, 20)[0]
+                 for p, (_, which) in zip(prompts, questions)]
+        lengths.clear()
+        assert vlm.generate(prompts, pixels, 20, which=[i for _, which in questions for i in which]) == alone
+        shared = max(map(len, prompts)) - lengths[1][1]
+        assert lengths[:2] == [(5 + (text in questions), shared), (len(prompts), lengths[1][1])] and shared > P
+    assert len({tuple(a) for a in alone}) > 4 and max(map(len, alone)) > 16
+
+
 def test_logits_in_pieces_equal_logits_at_once(tiny, monkeypatch):
     vlm = make(tiny)
     vlm.connector.requires_grad_(True)

@@ -1,0 +1,116 @@
+"""bench.py in small: what it compares must compute the same. Alone: python -m pytest tests/test_bench.py"""
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import bench
+import model
+
+TOWER = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=2, image_size=24, patch_size=8)
+LLM = dict(model_type="qwen2", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+           num_key_value_heads=1, vocab_size=300, tie_word_embeddings=True)
+
+
+@pytest.fixture(autouse=True)
+def two_rounds(monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0)
+
+
+def configs():
+    return AutoConfig.for_model(**TOWER), AutoConfig.for_model(**LLM)
+
+
+def test_a_step_is_llavas_step():
+    """Loss and gradients, with captions of different lengths"""
+    vlm = bench.random_vlm(*configs(), side=24, dtype=torch.float32)
+    seen = {}
+    for name, step in bench.steps(vlm, bench.captions(vlm, 3, 12), "float32").items():
+        with pytest.MonkeyPatch.context() as m:                     # before the gradients are clipped and dropped
+            m.setattr(bench, "update", lambda connector, optimizer, count=1: seen.setdefault(
+                name, [p.grad / count for p in connector.parameters()]))
+            loss = step()
+        seen[name].append(torch.tensor(loss))
+        vlm.zero_grad()
+    assert [g.abs().sum() > 0 for g in seen["ours"]]
+    torch.testing.assert_close(seen["ours"], seen["LLaVA"], atol=1e-6, rtol=1e-4)
+
+
+def test_eval_answers_as_the_loop_does(capsys):
+    speed, same = bench.bench_eval("eval", *configs(), side=24, images=3, each=4)
+    assert same["value"] == 1 and same["reached"] == "reached" and same["detail"]["compared"] == 12
+    assert same["detail"]["different"] > 6 and speed["value"] > 0
+    assert "equal to the loop's" in capsys.readouterr().out
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    n, Dv, H, K, D = 7, 16, 24, 40, 8
+    for kind, needed in (("mlp", False), ("softmax", True), ("none", False)):
+        z = torch.randn(n, Dv)
+        connector = model.MLPConnector(Dv, D) if kind == "mlp" else model.LangBridge(Dv, H, K, kind)
+        with FlopCounterMode(display=False) as counter:
+            if kind == "softmax":                                   # torch does not count what our backward pass does
+                scores = connector.words(connector.mlp(z))
+                out = scores.softmax(-1) @ torch.randn(K, D)
+            else:
+                connector.vocab_embeds = torch.randn(K, D)
+                out = connector(z)
+            out.sum().backward()
+        small = 4 * K * D if kind == "none" else 0                  # b E and its gradient, products of a vector
+        assert abs(counter.get_total_flops() - bench.connector_flops(kind, n, Dv, H, K, D, needed)) <= small, kind
+    made, needed = (bench.connector_flops("softmax", n, Dv, H, K, D, needed) for needed in (False, True))
+    assert made - needed == 2 * n * K * H
+
+
+def test_connectors_and_their_overhead(monkeypatch):
+    monkeypatch.setattr(bench, "dry_run_bytes", lambda kind, images: 1e6)
+    rows = bench.bench_connectors("step", 1, H=40, K=64, tower=configs()[0], llm=configs()[1], side=24)
+    assert [r["what"].split(": ")[1] for r in rows] == ["softmax, overhead by the FLOPs'", "raw, overhead in %"] + [
+        f"memory that --dry_run says by measured, {kind}" for kind in ("mlp", "softmax")]
+    mlp, softmax = (r["detail"]["measured, GB"] for r in rows[2:])
+    parameters = 32 * 40 + 40 + 40 * 40 + 40 + 40 * 64 + 64 - (32 * 48 + 48 + 48 * 48 + 48)
+    assert softmax - mlp > 12e-9 * parameters                       # weight, two moments; a gradient fits in the LLM's peak
+
+
+def test_dry_run_is_read():
+    assert bench.dry_run_bytes("softmax", 1) > 16 * 129_790_720
+
+
+def test_memory_is_counted_to_the_byte():
+    x = torch.ones(1000)
+    assert bench.extra_memory(lambda: [x.exp().exp().exp()]) == 2 * 4000      # the third is returned
+    assert bench.extra_memory(lambda: None) == 0
+
+
+def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
+    file, calls = tmp_path / "bench.json", []
+
+    def measure(name):
+        calls.append(name)
+        return [bench.row(f"{name}: time", 1.234567, "<= 1.15", seconds=0.123456)]
+    parts = {"step": lambda: {"one": measure, "two": measure}, "eval": lambda: {"three": measure}}
+    monkeypatch.setattr(bench, "PARTS", parts)
+    bench.main(["step", "--json", str(file)])
+    bench.main(["all", "--json", str(file)])
+    assert calls == ["one", "two", "three"]
+    assert "MISSED" in capsys.readouterr().out
+    bench.main(["eval", "--json", str(file), "--overwrite"])
+    assert calls[3:] == ["three"]
+    capsys.readouterr()
+    bench.main(["--table", str(file)])
+    printed = capsys.readouterr().out
+    assert "| two: time | 1.235 | at most 1.15, **missed** | seconds 0.1235 |" in printed
+    assert bench.processor() in printed
+    file.write_text(json.dumps({**json.loads(file.read_text()), "processor": "another"}))
+    with pytest.raises(ValueError, match="another machine"):
+        bench.main(["all", "--json", str(file)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llava_step_reports_speed_and_memory(dtype):
+    speed, memory = bench.bench_llava_step("step", *configs(), 24, 3, dtype)
+    assert speed["detail"]["images"] == 3 and speed["bar"] == ">= 1.5"
+    assert 0 < memory["value"] < 1                                  # logits of 300 words at 60 positions against 24

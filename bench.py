@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+import vocab
+
 P, K, D = 1152, 19200, 896                          # two images of 576 patches, the paper's vocabulary, Qwen2-0.5B
 SECONDS = 40                                        # for the timed rounds of one line
 
@@ -187,16 +189,13 @@ def main():
     args = parser.parse_args()
     results = {}
     if args.json and os.path.exists(args.json):
-        with open(args.json, encoding="utf-8") as f:
-            results = json.load(f)                                  # before the minutes of measuring, not after
+        results = vocab.read_json(args.json)                        # before the minutes of measuring, not after
     import torch
     print(f"{processor()}, torch {torch.__version__}")
     rows = COMMANDS[args.command][0]()
     if args.json:
         results[args.command] = {"processor": processor(), "torch": torch.__version__, "rows": rows}
-        with open(args.json + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(results, f, indent=1)
-        os.replace(args.json + ".tmp", args.json)
+        vocab.write_json(results, args.json)
 
 
 if __name__ == "__main__":

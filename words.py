@@ -18,6 +18,8 @@ import os
 import re
 import sys
 
+import vocab
+
 KEEP = 16                       # words that a patch keeps, in each mode and at each end
 MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words beyond it show only where they are in a list
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html.in")
@@ -34,11 +36,14 @@ def read_arguments():
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
     return parser.parse_args()
 
 
 if __name__ == "__main__":                   # before the slow imports: --help answers at once
     ARGS = read_arguments()
+    if ARGS.offline:
+        vocab.offline()
 
 import numpy as np
 import torch
@@ -47,7 +52,6 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import data
 import model
-import vocab
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,11 +409,9 @@ def main(args):
     panels = panels_of(states)
     picture = square(image, image_mode, states[0]["mean"], min(1024, max(448, *image.size)))
     os.makedirs(out, exist_ok=True)
-    draw_picture(panels, picture).save(paths[0] + ".tmp", "PNG")
-    with open(paths[1] + ".tmp", "w", encoding="utf-8") as f:
-        f.write(make_page(panels, picture, os.path.basename(args.image), args.ask, args.top))
-    for path in paths:
-        os.replace(path + ".tmp", path)
+    with vocab.replacing(paths[0]) as temporary:
+        draw_picture(panels, picture).save(temporary, "PNG")
+    vocab.write_text(make_page(panels, picture, os.path.basename(args.image), args.ask, args.top), paths[1])
     for state in states:
         print(f"{state['name']}, {state['label']}" + (f": {state['answer']}" if args.ask else ""))
     print(f"wrote {paths[0]} and {paths[1]}")
@@ -418,5 +420,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"words.py: {error}")

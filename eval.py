@@ -73,7 +73,9 @@ def load_questions(task, data):
     def question(question_id, text, image, prompt, **extra):
         if image and spec["images"]:
             folder = os.path.join(data, spec["images"])
-            inside(folder, str(image))
+            if not isinstance(image, str):
+                raise ValueError(f"{path}: question {question_id} has an image that is no file name")
+            inside(folder, image)
             image = os.path.join(folder, image)
         return dict(question_id=question_id, prompt=prompt, text=text, image=image, extra=extra)
 
@@ -86,7 +88,7 @@ def load_questions(task, data):
                      for (row, options), text in zip(rows, texts)]
     elif task == "scienceqa":  # the stored prompt has the <image> line: the score reads it there
         questions = []
-        for record in scores.read_json(path):
+        for record in scores.read_scienceqa(path):
             text = record["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{spec['suffix']}"
             image = record.get("image")
             questions.append(question(record["id"], text, image, f"<image>\n{text}" if image else text))
@@ -110,7 +112,7 @@ def check(task, data):
     if os.path.isfile(os.path.join(data, spec["ask"])):
         questions = load_questions(task, data)
     if task == "mme":
-        labels = {f"{q['question_id'].split('/')[0]}.txt" for q in questions}
+        labels = {f"{str(q['question_id']).split('/')[0]}.txt" for q in questions}
     files |= {os.path.join(spec["truth"], label) for label in labels}
     lacks = [file for file in sorted(files) if not os.path.isfile(os.path.join(data, file))]
     images = {q["image"] for q in questions if q["image"] and spec["images"]}

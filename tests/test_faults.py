@@ -155,8 +155,7 @@ def edit_json(path, **values):
 
 def edit_weights(path, change):
     """change: {name: tensor} -> what to write instead"""
-    tensors = load_file(path)
-    save_file(change(tensors) or tensors, path, {"format": "pt"})
+    save_file(change(load_file(path)), path, {"format": "pt"})
 
 
 def cut(path, part=0.5):
@@ -203,7 +202,7 @@ def another_tokenizer(root, size):
 
 
 def nan(name):
-    return lambda tensors: tensors[name].view(-1)[3:4].fill_(float("nan")) and None
+    return lambda tensors: {**tensors, name: tensors[name].index_fill(0, torch.tensor([3]), float("nan"))}
 
 
 WORDS = ["is not the word list that this connector was trained with"]
@@ -216,8 +215,8 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "another format": ("ck", lambda d: edit_json(d / "ck/config.json", format=9), ["format '9'; this code reads format 1"]),
     "absolute path": ("ck", lambda d: edit_json(d / "ck/config.json", llm="/etc"), ["config.json names the absolute path /etc"]),
     "another K in the config": ("ck", lambda d: edit_json(d / "ck/config.json", num_words=5), WORDS),
-    "another K in the connector": ("ck", lambda d: edit_weights(d / "ck/connector.safetensors", lambda t: t.update(
-        {"words.weight": t["words.weight"][:5].clone()})), FIT),
+    "another K in the connector": ("ck", lambda d: edit_weights(d / "ck/connector.safetensors", lambda t: {
+        **t, "words.weight": t["words.weight"][:5].clone()}), FIT),
     "another H": ("ck", lambda d: edit_json(d / "ck/config.json", hidden=20), FIT),
     "another connector": ("ck", lambda d: edit_json(d / "ck/config.json", connector="mlp"), FIT),
     "unknown connector": ("ck", lambda d: edit_json(d / "ck/config.json", connector="qformer"), ['"langbridge" or "mlp"']),
@@ -233,16 +232,16 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "an LLM for a tower": ("ck", lambda d: edit_json(d / "ck/config.json", vision_tower="../qwen"), ["is no vision transformer"]),
     "no tower": ("ck", lambda d: shutil.rmtree(d / "clip"), ["there is no folder", "clip"]),
     "E with NaN": ("sft", lambda d: edit_weights(d / "sft/llm/vocab_embeds.safetensors", nan("vocab_embeds")),
-                   ["vocab_embeds.safetensors is not E", "1 numbers in it not finite"]),
+                   ["vocab_embeds.safetensors is not E", "44 numbers in it not finite"]),
     "E of another size": ("sft", lambda d: edit_weights(d / "sft/llm/vocab_embeds.safetensors", lambda t: {
         "vocab_embeds": t["vocab_embeds"][:7].clone()}), ["vocab_embeds.safetensors is not E: (7, 44) instead of"]),
-    "an embedding with NaN": ("ck", lambda d: edit_weights(d / "qwen/model.safetensors", lambda t: t[
-        "model.embed_tokens.weight"].fill_(float("nan")) and None), ["the embedding of", "is not finite"]),
-    "another LLM": ("ck", lambda d: edit_weights(d / "qwen/model.safetensors", lambda t: t[
-        "model.embed_tokens.weight"].mul_(2) and None), ["trained on another LLM", "transfer.py moves it"]),
+    "an embedding with NaN": ("ck", lambda d: edit_weights(d / "qwen/model.safetensors", lambda t: {
+        k: v * float("nan") for k, v in t.items()}), ["the embedding of", "is not finite"]),
+    "another LLM": ("ck", lambda d: edit_weights(d / "qwen/model.safetensors", lambda t: {
+        k: v * 2 for k, v in t.items()}), ["trained on another LLM", "transfer.py moves it"]),
     "no weights": ("ck", lambda d: os.remove(d / "qwen/model.safetensors"), ["qwen cannot be loaded", "no file named model.safetensors"]),
-    "weights without one tensor": ("ck", lambda d: edit_weights(d / "qwen/model.safetensors", lambda t: t.pop(
-        "model.layers.1.mlp.up_proj.weight") is None or t), ["qwen has no weights for model.layers.1.mlp.up_proj.weight"]),
+    "weights without one tensor": ("ck", lambda d: edit_weights(d / "qwen/model.safetensors", lambda t: {
+        k: v for k, v in t.items() if "1.mlp.up_proj" not in k}), ["qwen has no weights for model.layers.1.mlp.up_proj.weight"]),
     "all shards": ("ck", shards, []),
     "half a shard": ("ck", lambda d: cut(shards(d)[1]), ["model-00002-of-", "incomplete metadata, file not fully covered"]),
     "a shard too few": ("ck", lambda d: os.remove(shards(d)[-1]), ["qwen cannot be loaded"]),
@@ -250,7 +249,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "a pickle with a payload": ("ck", lambda d: pickled(d, 2), ["qwen cannot be loaded"]),
     "a zipped pickle with a payload": ("ck", lambda d: pickled(d, None), ["qwen cannot be loaded: Weights only load failed"]),
     "tokenizer beyond the embedding": ("ck", lambda d: (another_tokenizer(d, 400), edit_json(d / "qwen/config.json", vocab_size=300),
-        edit_weights(d / "qwen/model.safetensors", lambda t: t.update({k: v[:300].clone() for k, v in t.items() if len(v) == 500}))),
+        edit_weights(d / "qwen/model.safetensors", lambda t: {k: v[:300].clone() if len(v) == 500 else v for k, v in t.items()})),
         ["the tokenizer has ids up to", "the embedding 300 rows"]),
     "tokenizer far below the embedding": ("ck", lambda d: another_tokenizer(d, 280), ["trained on another LLM"]),
     "tokenizer cut off": ("ck", lambda d: cut(d / "qwen/tokenizer.json"), ["qwen cannot be loaded"]),
@@ -298,7 +297,7 @@ def train_with(tiny, world, out, *more):
 
 
 TRAIN = {  # name: (arguments, exit status, words)
-    "stop": ([], 1, ["captions.json: record ", ".png' cannot be read"]),
+    "stop, from a loader's process": (["--workers=1"], 1, ["captions.json: record ", ".png' cannot be read"]),
     "skip": (["--on_bad=skip"], 0, ["skipped ", "captions.json: record 21 (id 'c21')", "  skipped 3  eta"]),
     "skip up to a limit": (["--on_bad=skip", "--bad_limit=2"], 1, ["3 samples were skipped, more than bad_limit 2"]),
     "no such policy": (["--on_bad=replace"], 1, ["on_bad is 'replace', it must be one of stop, skip"]),
@@ -306,7 +305,7 @@ TRAIN = {  # name: (arguments, exit status, words)
     "unknown key": (["--learning_rate=1"], 1, ["there is no setting 'learning_rate'"]),
     "wrong type": (["--hidden=big"], 1, ["hidden is 'big', it must be of type int"]),
     "negative size": (["--hidden=-3"], 1, ["hidden is -3, it must not be negative"]),
-    "a value that is no value": (["--words={[]: 1}"], 1, ["there is no", "{[]: 1}"]),
+    "a value that is no value": (["--words={[]: 1}"], 1, ["No such file", "{[]: 1}"]),
     "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
     "no such data": (["--data=none.json"], 1, ["none.json cannot be read: No such file"]),
 }
@@ -333,7 +332,7 @@ def test_config_files(tmp_path, capsys, text, words):
 
 def test_a_loss_of_nan_stops_before_the_update_and_names_the_batch(tiny, world, tmp_path, capsys):
     found = outcome(lambda: train_with(tiny, world, tmp_path, "--normalize=none", "--gain=1e38"), capsys)
-    expect(found, 1, ["step 0: the loss is nan", "nothing was updated. Samples: ['c"])
+    expect(found, 1, ["step 0: the loss is ", "nan; nothing was updated. Samples: ['c"])
     assert len(re.findall(r"'c\d+'", found[1].split("Samples:")[1])) == 8 and not (tmp_path / "state").exists()
 
 
@@ -363,20 +362,18 @@ def test_a_full_disk(tiny, world, tmp_path):
 # true command lines, each script at least once
 
 @pytest.mark.parametrize("command, code, words", [
-    ("train.py SETTINGS --workers=1", 1, "train.py: {w}/captions.json: record "),
+    ("train.py --hidden=big", 1, "the command line: hidden is 'big', it must be of type int"),
     ("data.py --check none.json --images .", 1, "data.py: none.json cannot be read: No such file"),
-    ("vocab.py --tokenizers /no /no --corpus {w}/captions.json --out {o}/w.json", 1, "vocab.py: there is no folder /no"),
-    ("transfer.py {c}/ck nobody/nothing --offline --out {o}/t", 1, "transfer.py: nobody/nothing cannot be loaded: it is no folder and "
-     "not in the Hugging Face cache"),
+    ("vocab.py --tokenizers nobody/nothing {c}/qwen --corpus {w}/captions.json --out {o}/w.json --offline", 1,
+     "vocab.py: nobody/nothing cannot be loaded: it is no folder and not in the Hugging Face cache"),
+    ("transfer.py {c}/ck", 2, "the following arguments are required: target"),
     ("eval.py --score gqa --questions {w}/images/3.png --predictions {w}/chats.json", 1, "eval.py: {w}/images/3.png, line ?: not complete"),
     ("words.py {c}/ck {w}/images/3.png --out {o}/words", 1, "words.py: image '{w}/images/3.png' cannot be read"),
     ("pocket.py --scenes 3", 1, "pocket.py: --scenes and --held_out must be at least 20"),
     ("bench.py compost", 2, "invalid choice: 'compost'")])
-def test_command_lines(command, code, words, tiny, spoilt, checkpoints, tmp_path):
+def test_command_lines(command, code, words, spoilt, checkpoints, tmp_path):
     places = {"w": spoilt, "c": checkpoints, "o": tmp_path}
-    argv = [part.format(**places) for part in command.split()]
-    at = argv.index("SETTINGS") if "SETTINGS" in argv else len(argv)
-    done = run(*argv[:at], *(settings(tiny, spoilt, tmp_path / "out", "--epochs=1") if at < len(argv) else ()), *argv[at + 1:], check=False)
+    done = run(*(part.format(**places) for part in command.split()), check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == code and words.format(**places) in last and "Traceback" not in done.stderr, done.stderr
 
@@ -400,7 +397,7 @@ def test_help_waits_for_no_library():
 ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
                    | st.sampled_from(["<image>", "../a", "\ud800", "", 10 ** 40, -1]),
                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=5)
-quick = hypothesis_settings(max_examples=60, derandomize=True, deadline=None, database=None,
+quick = hypothesis_settings(max_examples=40, derandomize=True, deadline=None, database=None,
                             suppress_health_check=list(HealthCheck))
 
 
@@ -502,6 +499,7 @@ def benchmark(task, folder):
     if task == "textvqa":
         asked = {"data": [{"image_id": "i", "question": "Whose is it?", "answers": ["x"] * 10}]}
         return test_scores.save(folder / "q", asked), None, [test_scores.answer("i", "x", "Whose is it?" + test_scores.SHORT)]
+    folder.mkdir()
     if task == "mmbench":
         path = test_scores.mmbench_file(folder / "q", [(1, ["ice", "tea"], "A"), (1000001, ["tea", "ice"], "B")])
         return path, None, [test_scores.answer(1, "A"), test_scores.answer(1000001, "B")]
@@ -553,7 +551,7 @@ def test_no_strangers_code_and_no_pickle(name):
     """Every model comes through vocab.fetch, which says no to its code; transformers reads a .bin with weights_only=True"""
     source = SOURCES[name]
     assert set(re.findall(r"trust_remote_code\s*=\s*(\w+)", source)) <= {"False"}
-    assert "from_pretrained(" not in source and not re.search(r"torch\.load\(|import pickle|joblib|allow_pickle|shell=True|\beval\(", source)
+    assert "from_pretrained(" not in source and not re.search(r"torch\.load\(|import pickle|joblib|allow_pickle|shell=True|(?<![.\w])eval\(", source)
 
 
 @pytest.mark.parametrize("image, words", [("../../secret.jpg", "is not inside"), ("/etc/hostname", "is not inside"), (7, "no text")])

@@ -490,7 +490,7 @@ def load_llm(name, dtype, device, attention="sdpa"):
     llm = load_weights(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=attention).to(device)
     tokenizer, rows = load_tokenizer(name), llm.get_input_embeddings().num_embeddings
     last = max(tokenizer.get_vocab().values())
-    if last >= rows:                                                # fewer tokens than rows are padding: Qwen's, Gemma's
+    if last >= rows:                                                # fewer tokens than rows: padding, as Qwen has it
         raise ValueError(f"{name}: the tokenizer has ids up to {last}, the embedding {rows} rows")
     return llm, tokenizer
 
@@ -568,7 +568,8 @@ def save(vlm, folder, stage, with_llm, **extra):
             write_safetensors({"vocab_embeds": vlm.connector.vocab_embeds}, f"{folder}/llm/vocab_embeds.safetensors")
     names = {"vision_tower": portable(vlm.config.vision_tower, folder), "llm": portable(vlm.config.llm, folder)}
     write_json({"format": FORMAT, "stage": stage, **asdict(vlm.config), **names, **vlm.origin,
-                "num_patches": vlm.num_patches, "words_hash": words_hash(vlm.words) if vlm.words else None, "git_commit": git_commit(), **extra},
+                "num_patches": vlm.num_patches,
+                "words_hash": words_hash(vlm.words) if vlm.words else None, "git_commit": git_commit(), **extra},
                f"{folder}/config.json")
 
 
@@ -579,7 +580,7 @@ def fingerprint(vlm):
 
 @contextmanager
 def named(path):
-    """What safetensors has to say (torn, a header that lies, a full disk) as a ValueError with the path, which it lacks"""
+    """What safetensors has to say (torn, a header that lies, a full disk) as a ValueError that names the path"""
     try:
         yield
     except SafetensorError as error:
@@ -608,7 +609,7 @@ def read_config(folder):
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         found = whole.get("format") if isinstance(whole, dict) else whole
         raise ValueError(f"{path}: format {str(found)[:60]!r}; this code reads format {FORMAT}")
-    kinds = {f.name: f.type for f in fields(Config)} | dict.fromkeys(("stage", "tokenizer_hash", "embeddings_hash"), str)
+    kinds = {f.name: f.type for f in fields(Config)} | {"stage": str, "tokenizer_hash": str, "embeddings_hash": str}
     for name, kind in kinds.items():
         if type(whole.get(name)) is not kind:
             raise ValueError(f"{path}: {name} is {str(whole.get(name))[:60]!r}, it must be of type {kind.__name__}")
@@ -624,14 +625,16 @@ def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
     tower that cuts an image into another number of patches."""
     config, whole = read_config(folder)
     own_llm = f"{folder}/llm"
+    if os.path.isdir(own_llm) and not glob(f"{escape(own_llm)}/model*.safetensors"):    # a .bin is read where you name it
+        raise ValueError(f"{own_llm} holds no model*.safetensors, which is all that a checkpoint of ours is read from")
     llm = load_llm(own_llm if os.path.isdir(own_llm) else config.llm, dtype, device, attention)
     words = load_words(f"{folder}/words.json") if config.connector == "langbridge" else None
     if words and (words_hash(words) != whole.get("words_hash") or len(words) != config.num_words):
         raise ValueError(f"{folder}/words.json is not the word list that this connector was trained with")
     vlm = build(config, words, device, dtype, llm)
     if vlm.num_patches != whole.get("num_patches", vlm.num_patches):
-        raise ValueError(f"{folder} was trained on {whole['num_patches']} patches of an image, {config.vision_tower} gives "
-                         f"{vlm.num_patches}")
+        raise ValueError(f"{folder} was trained on {whole['num_patches']} patches of an image, "
+                         f"{config.vision_tower} gives {vlm.num_patches}")
     load_connector(vlm.connector, folder)
     origin = {k: whole[k] for k in vlm.origin}
     if os.path.isdir(own_llm):
@@ -639,8 +642,8 @@ def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
             path = f"{own_llm}/vocab_embeds.safetensors"
             E = read_safetensors(path).get("vocab_embeds", torch.empty(0))
             if E.shape != vlm.connector.vocab_embeds.shape or not E.isfinite().all():
-                raise ValueError(f"{path} is not E: {tuple(E.shape)} instead of {tuple(vlm.connector.vocab_embeds.shape)}, "
-                                 f"{(~E.isfinite()).sum()} numbers in it not finite")
+                raise ValueError(f"{path} is not E: {tuple(E.shape)} instead of "
+                                 f"{tuple(vlm.connector.vocab_embeds.shape)}, {(~E.isfinite()).sum()} numbers not finite")
             vlm.connector.vocab_embeds = E.to(device, dtype)
     elif vlm.origin != origin:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; transfer.py moves it")

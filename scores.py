@@ -49,8 +49,8 @@ def read_lines(path, *fields):
 
 
 TYPES = {"text": str, "prompt": str, "question": str, "image": str, "category": str, "label": str, "value": str,
-         "structural": str, "types": dict, "data": list, "answers": list, "capability": list, "score": list, "test": list,
-         "conversations": list, "choices": list}  # a field that is not here may hold anything
+         "structural": str, "types": dict, "data": list, "answers": list, "capability": list, "score": list,
+         "test": list, "conversations": list, "choices": list}  # a field that is not here may hold anything
 
 
 def need(record, fields, where):

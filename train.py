@@ -330,8 +330,8 @@ def resume(vlm, optimizer, cfg):
     folder, state = newest_state(cfg)
     if not folder:
         return 0
-    free = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run", "workers", "device", "batch_size",
-            "on_bad", "bad_limit", "offline")
+    free = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run", "workers", "device",
+            "batch_size", "on_bad", "bad_limit", "offline")
     differ = [f"{k} was {v!r}, is {getattr(cfg, k, None)!r}" for k, v in state["settings"].items()
               if k not in free and v != getattr(cfg, k, None)]
     if differ:

@@ -59,7 +59,8 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     -> (batches on the CPU, number of UTF-8 bytes in their answers)
     """
     dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches,
-                                 {**vlm.image, "mode": whole.get("image_mode", "crop")}, template=whole.get("template", "chat"))
+                                 {**vlm.image, "mode": whole.get("image_mode", "crop")},
+                                 template=whole.get("template", "chat"))
     first = {}                                                      # one record of each image: a neighbour's is another one
     for i, record in enumerate(dataset.records):
         if isinstance(record.get("image"), str):

@@ -276,7 +276,8 @@ def test_malformed_records_are_named_in_a_sentence(bad, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b'[{"id": "a"', "record 0 is not valid JSON or is cut short"), (b'{"id": 1}', "not a JSON list"), (b"[]", "no records"),
+    (b'[{"id": "a"', "record 0 is not valid JSON or is cut short"), (b'{"id": 1}', "not a JSON list"),
+    (b"[]", "no records"),
     (b"[1]", "record 0 is not an object"), (b"[{}, {}] [{}]", "after the list of 2 records"),
     (b'[{"id": "\xff\xfe"}]', "not UTF-8"), (b"", "not a JSON list"),
     (b"[" * 100_000, "record 0 cannot be read"), (b"[" + b"1" * 5000 + b"]", "record 0 cannot be read"),

@@ -440,14 +440,12 @@ def main(cfg):
             group["lr"] = group["base_lr"] * lr_factor(step, len(steps), cfg.warmup)
 
         # Losses are sums; the one division, by the trained tokens of the whole global batch, comes after the last.
-        t0, totals, blind = time.time(), torch.zeros(5, dtype=torch.float64), None   # loss, trained, tokens, skipped, stop
+        t0, totals, blind, bad = time.time(), torch.zeros(5, dtype=torch.float64), None, []
+        # totals: loss, trained, tokens, samples that cannot be used, told to stop
         for i in range(len(mine[step])):
             batch = to_device(next(loader), device)
             totals[3] += len(batch["bad"])
-            if cfg.on_bad == "stop" and batch["bad"]:
-                sys.exit(f"train.py: {batch['bad'][0]}")
-            for sentence in batch["bad"]:
-                print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
+            bad += batch["bad"]
             if not len(batch["ids"]):
                 continue
             with amp:
@@ -459,11 +457,14 @@ def main(cfg):
                 blind = blind_loss(vlm, batch, amp)
         totals[4] = len(told)
         totals = reduce_sum(totals.to(device if world > 1 and device.type == "cuda" else "cpu"), world).cpu()
-        loss, count, tokens, bad, stopped = totals.tolist()
-        stop, skipped = stopped > 0, skipped + int(bad)
-        if skipped > cfg.bad_limit:                                 # the same on every rank, so all of them stop
-            sys.exit(f"step {step}: {skipped} samples were skipped, more than bad_limit {cfg.bad_limit}; "
-                     f"python data.py --check names them all")
+        loss, count, tokens, unusable, stopped = totals.tolist()
+        stop, skipped = stopped > 0, skipped + int(unusable)
+        for sentence in bad if cfg.on_bad == "skip" else ():
+            print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
+        if skipped > (cfg.bad_limit if cfg.on_bad == "skip" else 0):      # on every rank alike
+            save_state(vlm, optimizer, step, cfg, rank, world)      # before the update: mended, a run goes on here
+            why = f"{skipped} samples were skipped, more than bad_limit {cfg.bad_limit}; data.py --check names them all"
+            sys.exit(f"train.py: {why if cfg.on_bad == 'skip' else (bad + ['another rank has a bad sample'])[0]}")
         for name, p in trained:
             if p.grad is None:                                      # a step without images, or with nothing to train
                 p.grad = torch.zeros_like(p)

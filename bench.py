@@ -19,6 +19,8 @@ import tempfile
 import time
 import types
 
+import vocab
+
 P, K, D = 1152, 19200, 896                          # two images of 576 patches, the paper's vocabulary, Qwen2-0.5B
 SECONDS = 20                                        # for the timed rounds of one comparison
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -539,8 +541,7 @@ def main(argv=None):
         parser.error(f"say what to measure: {', '.join(PARTS)} or all")
     results = {}
     if args.json and os.path.exists(args.json):
-        with open(args.json, encoding="utf-8") as f:
-            results = json.load(f)                                  # before the minutes of measuring, not after
+        results = vocab.read_json(args.json)                        # before the minutes of measuring, not after
     import torch
     machine = {"processor": processor(), "torch": torch.__version__}
     if any(results.get(k, v) != v for k, v in machine.items()):
@@ -554,9 +555,7 @@ def main(argv=None):
                 continue
             results["parts"][name] = measure(name)
             if args.json:
-                with open(args.json + ".tmp", "w", encoding="utf-8") as f:
-                    json.dump(results, f, indent=1)
-                os.replace(args.json + ".tmp", args.json)
+                vocab.write_json(results, args.json)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps
+
+import vocab
 # torch is imported where it is used, so that --help does not wait for it
 
 IMAGE = "<image>"
 IMAGE_ID = -200                              # LLaVA's image slot, here once for each patch
 IGNORE = -100                                # what cross_entropy ignores
 MAX_PIXELS = 2 * 89_478_485                  # where Pillow calls a picture a bomb, and the most that transform makes
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")     # not EPS: for that Pillow starts Ghostscript
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -269,16 +272,22 @@ def show(ids, labels, tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # pictures
 
-def image_path(folder, name):
-    """The file of an image name, inside the folder: no absolute path, no "..", no link that leads out. Raises Bad."""
+def inside(folder, name):
+    """The real path of a file name in the folder: no absolute path, no "..", no link that leads out. Raises Bad."""
     try:
         path, root = os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder)
     except (ValueError, OSError) as error:              # a null byte; a loop of links
         raise Bad("malformed", f"image {name!r} is not a file name: {error}") from None
     if os.path.isabs(name) or os.path.commonpath([path, root]) != root:
         raise Bad("malformed", f"image {name!r} is not inside the image folder {folder}")
+    return path
+
+
+def image_path(folder, name):
+    """The file of an image name, inside the folder and there. Raises Bad."""
+    path = inside(folder, name)
     if not os.path.isfile(path):
-        raise Bad("missing image", f"image {os.path.join(folder, name)} does not exist")
+        raise Bad("missing image", f"image {os.path.join(folder, name)!r} does not exist")
     return path
 
 
@@ -289,13 +298,13 @@ def open_image(path):
     Of an animation the first frame. Transparency is dropped as in LLaVA (PIL's convert), not blended.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):              # 16-bit grey: PIL's convert makes all above 255 white
                 image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:                          # on broken bytes PIL's readers raise nearly anything
-        raise Bad("broken image", f"image {path} cannot be read: {error}") from None
+        raise Bad("broken image", f"image {str(path)!r} cannot be read: {error}") from None
 
 
 def transform(image, size, mean, std, mode="pad"):
@@ -332,23 +341,6 @@ def transform(image, size, mean, std, mode="pad"):
 # ----------------------------------------------------------------------------------------------------------------------
 # records, samples, batches
 
-def read_records(path):
-    """A JSON file -> its list of records (dicts). Raises ValueError with a sentence that names file and place."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            records = json.load(f)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:       # cut off, not UTF-8, nested too deeply
-        raise ValueError(f"{path} is not a whole JSON file: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} holds {'no records' if records == [] else 'no list of records'}")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: record {i} is not an object but {str(record)[:60]!r}")
-    return records
-
-
 def messages_of(record, image_first=True):
     """
     A LLaVA record -> (messages for encode, list of its image names). Raises Bad.
@@ -373,7 +365,7 @@ def messages_of(record, image_first=True):
         expected = ("assistant",) if role == "user" else ("user",)
         if not content.strip():
             raise Bad("malformed", f"turn {i} is empty")
-        if re.search("[\ud800-\udfff]", content):
+        if vocab.HALF_CHARACTER.search(content):
             raise Bad("malformed", f"turn {i} holds half a character (a lone surrogate)")
         if role != "user" and IMAGE in content:
             raise Bad("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; only a human turn can")
@@ -395,19 +387,17 @@ class Conversations:
     Map-style dataset over LLaVA-format JSON files, several read as one.
 
     image: {"size", "mean", "std"[, "mode"]} for transform. max_length: T is cut to it, from the right; None keeps all.
-    on_bad: "stop" raises Bad, naming file, record and id; "skip" returns None. Never another record in its place.
-    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "images": float32[n, 3, S, S]}
+    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "images": float32[n, 3, S, S]}, or the Bad that names
+    file, record and id: what to do about it is train.py's to say. Never another record in its place.
     """
 
     def __init__(self, paths, image_folder, tokenizer, num_patches, image, template="chat", mask="answers",
-                 max_length=2048, on_bad="stop"):
-        if on_bad not in ("stop", "skip"):
-            raise ValueError(f"on_bad is 'stop' or 'skip', not {on_bad!r}")
-        self.image_folder, self.image, self.max_length, self.on_bad = str(image_folder), image, max_length, on_bad
+                 max_length=2048):
+        self.image_folder, self.image, self.max_length = str(image_folder), image, max_length
         self.tokenizer, self.num_patches, self.template, self.mask = tokenizer, num_patches, template, mask
         self.records, self.names = [], []
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-            records = read_records(path)
+            records = list(vocab.read_records(path))
             self.records += records
             self.names += [f"{path}: record {i} (id {str(r.get('id'))[:60]!r})" for i, r in enumerate(records)]
         self.lengths = [_words(r) * (1 if r.get("image") else -1) for r in self.records]
@@ -421,13 +411,11 @@ class Conversations:
     def __getitem__(self, i):
         try:
             return self.sample(i)
-        except Bad:
-            if self.on_bad == "skip":
-                return None
-            raise
+        except Bad as error:        # returned: a loader's process would raise it with a traceback in its text
+            return error
 
     def sample(self, i):
-        """Sample i whatever on_bad says. Raises Bad. Without a tokenizer its ids and labels are empty."""
+        """Sample i. Raises Bad. Without a tokenizer its ids and labels are empty."""
         import torch
 
         try:
@@ -465,12 +453,12 @@ def collate(samples, pad_id):
     Samples -> batch, padded on the right. Padding is told by lengths, never by values ("!" is id 0 for Qwen).
 
     {"ids": [str], "input_ids", "labels", "attention_mask", "position_ids": int64[B, T],
-     "pixel_values": float32[N, 3, S, S], "skipped": int}
-    Images are in the order of their places in input_ids. A None among the samples is left out and counted as skipped.
+     "pixel_values": float32[N, 3, S, S], "bad": [str]}
+    Images are in the order of their places in input_ids. A Bad among the samples is left out, its sentence is in "bad".
     """
     import torch
 
-    kept = [s for s in samples if s is not None]
+    kept = [s for s in samples if not isinstance(s, Bad)]
     B, T = len(kept), max([len(s["input_ids"]) for s in kept], default=0)
     ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORE)                    # (B, T)
     attention = torch.zeros(B, T, dtype=torch.int64)                                        # (B, T)
@@ -479,7 +467,8 @@ def collate(samples, pad_id):
         ids[b, :n], labels[b, :n], attention[b, :n] = s["input_ids"], s["labels"], 1
     images = torch.cat([s["images"] for s in kept]) if kept else torch.zeros(0, 3, 0, 0)    # (N, 3, S, S)
     return {"ids": [s["id"] for s in kept], "input_ids": ids, "labels": labels, "attention_mask": attention,
-            "position_ids": torch.arange(T).repeat(B, 1), "pixel_values": images, "skipped": len(samples) - B}
+            "position_ids": torch.arange(T).repeat(B, 1), "pixel_values": images,
+            "bad": [str(s) for s in samples if isinstance(s, Bad)]}
 
 
 def without_images(batch):
@@ -554,16 +543,16 @@ def main(argv=None):
     parser.add_argument("--max_length", type=int, default=2048, help="tokens, image patches included")
     parser.add_argument("--template", default="chat", choices=OPEN_CLOSE)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+    parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
     args = parser.parse_args(argv)
+    if args.offline:
+        vocab.offline()
 
-    tokenizer = None
-    if args.tokenizer:
-        from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = vocab.load_tokenizer(args.tokenizer) if args.tokenizer else None
     image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}           # small: it is the reading that is checked
     dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image, args.template,
-                            max_length=args.max_length, on_bad="skip")
-    first = next((s for s in map(dataset.__getitem__, range(len(dataset))) if s), None)
+                            max_length=args.max_length)
+    first = next((s for s in map(dataset.__getitem__, range(len(dataset))) if not isinstance(s, Bad)), None)
     if tokenizer and first:
         print(show(first["input_ids"], first["labels"], tokenizer))
     problems = check(dataset, args.workers)

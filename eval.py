@@ -29,6 +29,7 @@ from datetime import timedelta
 from glob import escape, glob
 
 import scores
+import vocab
 
 # What differs between the benchmarks, in the order of the paper's columns. ask: the questions that the model gets, in
 # LLaVA's converted files (its eval.zip); questions, truth, labels: the official files that the score reads; tokens:
@@ -66,10 +67,16 @@ TASKS = {task: {**COMMON, **spec} for task, spec in {
 def load_questions(task, data):
     """The questions of a task in order: dicts with question_id, prompt (what is stored), text (what is sent, without
     <image>), image (a path, base64 in MMBench, or None) and extra (further fields of the answer file)."""
+    from data import inside
     spec, path = TASKS[task], os.path.join(data, TASKS[task]["ask"])
 
     def question(question_id, text, image, prompt, **extra):
-        image = os.path.join(data, spec["images"], image) if image and spec["images"] else image
+        if image and spec["images"]:
+            folder = os.path.join(data, spec["images"])
+            if not isinstance(image, str):
+                raise ValueError(f"{path}: question {question_id} has an image that is no file name")
+            inside(folder, image)
+            image = os.path.join(folder, image)
         return dict(question_id=question_id, prompt=prompt, text=text, image=image, extra=extra)
 
     if task == "mmbench":  # the stored prompt lacks the last line
@@ -81,7 +88,7 @@ def load_questions(task, data):
                      for (row, options), text in zip(rows, texts)]
     elif task == "scienceqa":  # the stored prompt has the <image> line: the score reads it there
         questions = []
-        for record in scores.read_json(path):
+        for record in scores.read_scienceqa(path):
             text = record["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{spec['suffix']}"
             image = record.get("image")
             questions.append(question(record["id"], text, image, f"<image>\n{text}" if image else text))
@@ -105,7 +112,7 @@ def check(task, data):
     if os.path.isfile(os.path.join(data, spec["ask"])):
         questions = load_questions(task, data)
     if task == "mme":
-        labels = {f"{q['question_id'].split('/')[0]}.txt" for q in questions}
+        labels = {f"{str(q['question_id']).split('/')[0]}.txt" for q in questions}
     files |= {os.path.join(spec["truth"], label) for label in labels}
     lacks = [file for file in sorted(files) if not os.path.isfile(os.path.join(data, file))]
     images = {q["image"] for q in questions if q["image"] and spec["images"]}
@@ -115,7 +122,7 @@ def check(task, data):
     if not lacks:
         with tempfile.TemporaryDirectory() as folder:
             empty, truth = os.path.join(folder, os.path.basename(spec["ask"])), os.path.join(data, spec["truth"])
-            write(empty, "".join(json.dumps({**q, "text": "", "image": None}) + "\n" for q in questions))
+            vocab.write_text("".join(json.dumps({**q, "text": "", "image": None}) + "\n" for q in questions), empty)
             if task == "mmvet":
                 scores.mmvet_answers(os.path.join(data, spec["questions"]), empty)
             else:
@@ -232,7 +239,7 @@ def generate(vlm, task, questions, done, stem, args, rank, world):
 def join(questions, stem):
     """All pieces -> <stem>.jsonl in question order, then the pieces go. -> its path"""
     done = read_done(stem)
-    write(f"{stem}.jsonl", "".join(json.dumps(done[key(q)], ensure_ascii=False) + "\n" for q in questions))
+    vocab.write_text("".join(json.dumps(done[key(q)], ensure_ascii=False) + "\n" for q in questions), f"{stem}.jsonl")
     for piece in glob(f"{escape(stem)}.rank*.jsonl"):
         os.remove(piece)
     return f"{stem}.jsonl"
@@ -251,7 +258,7 @@ def prepare(stem, settings, overwrite):
     for f in files * (old == settings):
         with open(f, "r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    write(f"{stem}.settings.json", json.dumps(settings, indent=1))
+    vocab.write_json(settings, f"{stem}.settings.json")
 
 
 def fingerprint(folder, out):
@@ -267,13 +274,6 @@ def fingerprint(folder, out):
                 f.seek(max(0, os.path.getsize(path) - (1 << 20)))
                 digest.update(f"{inside} {os.path.getsize(path)} ".encode() + head + f.read())
     return digest.hexdigest()[:16]
-
-
-def write(path, text):
-    """Whole or not at all"""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(f"{path}.tmp", path)
 
 
 # ---- MM-Vet's judge
@@ -354,11 +354,11 @@ def run_judge(questions, predictions, judge, runs, timeout, partial=False):
             if len(grades[k]["score"]) <= run:
                 for field, value in zip(("model", "content", "score"), grade(asked[k], text, judge, timeout)):
                     grades[k][field].append(value)
-                write(path, json.dumps(grades, indent=1))
+                vocab.write_json(grades, path)
                 print(f"judge: run {run + 1}/{runs}, {number + 1}/{len(answers)}", file=sys.stderr)
     for entry in grades.values():  # a file of more runs than asked for now
         entry.update({field: entry[field][:runs] for field in ("model", "content", "score")})
-    write(path, json.dumps(grades, indent=1))
+    vocab.write_json(grades, path)
     return path
 
 
@@ -371,7 +371,7 @@ def score(task, questions, truth, predictions, args, partial=False):
         path = f"{os.path.splitext(predictions)[0]}.mm-vet.json"
         if os.path.exists(path) and scores.read_json(path) != answers and not args.overwrite:
             raise ValueError(f"{path} exists and differs; --overwrite replaces it")
-        write(path, json.dumps(answers, indent=1, ensure_ascii=False))
+        vocab.write_json(answers, path)
         return {"judge_file": path}, {}
     if task == "mmvet" and not truth:
         truth = run_judge(questions, predictions, args.judge, args.runs, args.timeout, partial)
@@ -499,7 +499,7 @@ def evaluate(args):
             if args.limit:
                 summary["partial"] = f"first {len(subset)} of {len(questions[task])} questions, no benchmark score"
             results[task] = summary
-            write(f"{stems[task]}.scores.json", json.dumps(items, ensure_ascii=False))
+            vocab.write_json(items, f"{stems[task]}.scores.json")
             print(details(task, summary), flush=True)
     if rank == 0:
         report(args, out, made_by, results)
@@ -515,7 +515,7 @@ def report(args, out, made_by, results):
         old = scores.read_json(path)
         whole["tasks"] = old["tasks"] if old.get("made_by") == made_by else {}
     whole["tasks"].update(results)
-    write(path, json.dumps(whole, indent=1, ensure_ascii=False))
+    vocab.write_json(whole, path)
     print(f"\n{table([(whole['name'], whole['tasks'])])}\n\n{path}")
 
 
@@ -535,6 +535,7 @@ def parse(argv):
     add("--template", choices=("chat", *PAPER), default="chat", help="the LLM's own, or the paper's strings")
     add("--limit", type=int, default=0, help="only the first N questions: a trial, labelled partial everywhere")
     add("--overwrite", action="store_true", help="replace answers of another checkpoint or other settings")
+    add("--offline", action="store_true", help=vocab.OFFLINE)
     add("--judge", help="MM-Vet: model to ask at OPENAI_BASE_URL")
     add("--runs", type=int, default=1, help="MM-Vet: how often the judge grades everything")
     add("--timeout", type=float, default=60, help="MM-Vet: seconds to wait for a reply")
@@ -546,6 +547,8 @@ def parse(argv):
     add("--mean", action="store_true", help="with --table: rows of one name are seeds, print mean and standard deviation")
     add("--compare", nargs=2, metavar=("A", "B"), help="two result folders: paired tests")
     args = parser.parse_args(argv)
+    if args.offline:
+        vocab.offline()
     args.tasks = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
     for task in args.tasks:
         if task not in TASKS:

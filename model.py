@@ -17,22 +17,25 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from glob import escape, glob
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers.image_processing_base import ImageProcessingMixin
 
 from data import IGNORE, IMAGE_ID
-from vocab import load_words, save_words, word_ids, words_hash
+from vocab import fetch, load_tokenizer, load_words, read_json, replacing, save_words, word_ids, words_hash, write_json
 
 logging.disable_progress_bar()      # of loading weights: it buries the tables that the scripts print
 
@@ -322,7 +325,7 @@ class VLM(nn.Module):
         eos = eos if isinstance(eos, list) else [eos]
         self.eos_ids = {i for i in [*eos, tokenizer.eos_token_id] if i is not None}
         # Masks come from lengths, so any id will do to pad with; 0, where there is no pad token, is a "!" in many LLMs.
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.eos_ids)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
         text = llm.config.get_text_config()
         if getattr(text, "logit_scale", None) or getattr(text, "logits_scaling", None):
             raise ValueError(f"{config.llm} scales its logits in a way that the loss here does not know")
@@ -503,31 +506,51 @@ def make_connector(config, Dv, D, gain=1.0):
 
 def vision_config(name):
     """The config of the vision half of whatever `name` is: CLIP and SigLIP checkpoints hold a text half, too."""
-    config = AutoConfig.from_pretrained(name)
+    config = fetch(AutoConfig.from_pretrained, name)
     return getattr(config, "vision_config", config)
 
 
 def image_settings(name, image_size):
     """{"size", "mean", "std"} of the tower's images: S in pixels and three numbers each for R, G, B"""
-    processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    processor, _ = fetch(ImageProcessingMixin.get_image_processor_dict, name)
     size = image_size or vision_config(name).image_size
+    if not {"image_mean", "image_std"} <= processor.keys():
+        raise ValueError(f"{name}: its preprocessor_config.json lacks image_mean or image_std")
     return {"size": size, "mean": processor["image_mean"], "std": processor["image_std"]}
+
+
+def load_weights(kind, name, **kwargs):
+    """A model by hub name or folder, kind being one of transformers' Auto classes. ValueError where weights are torn,
+    or lack a tensor: the library would draw it at random and say so in a warning."""
+    for path in sorted(glob(f"{escape(name)}/*.safetensors")):      # names the shard; the library does not
+        with named(path), safe_open(path, "pt"):
+            pass
+    model, info = fetch(kind.from_pretrained, name, output_loading_info=True, **kwargs)
+    lacks = [k for k in sorted(info["missing_keys"]) if re.search(r"\.\d+\.|embed|lm_head", k)]   # a pooler is not used
+    if lacks:
+        raise ValueError(f"{name} has no weights for {lacks[0]}" + (f" and {len(lacks) - 1} more" if lacks[1:] else ""))
+    return model
 
 
 def load_llm(name, dtype, device, attention="sdpa"):
     """-> (LLM, tokenizer), every model by its config and none by its name. attention: the library's attn_implementation,
     such as "flash_attention_2" where it is installed, or "eager", which is faster for the pocket's models on a CPU."""
-    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
-        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding "
-                         f"{llm.get_input_embeddings().num_embeddings} rows")
+    llm = load_weights(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=attention).to(device)
+    tokenizer, rows = load_tokenizer(name), llm.get_input_embeddings().num_embeddings
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:                                                # fewer tokens than rows: padding, as Qwen has it
+        raise ValueError(f"{name}: the tokenizer has ids up to {last}, the embedding {rows} rows")
     return llm, tokenizer
 
 
 def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention="sdpa"):
     """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded."""
-    tower = AutoModel.from_pretrained(config.vision_tower, config=vision_config(config.vision_tower), dtype=dtype)
+    tower = vision_config(config.vision_tower)
+    if not hasattr(tower, "patch_size"):
+        raise ValueError(f"{config.vision_tower} is no vision transformer: its config has no patch_size")
+    if not -tower.num_hidden_layers <= config.vision_layer + 1 <= tower.num_hidden_layers + 1:
+        raise ValueError(f"{config.vision_tower} has {tower.num_hidden_layers} layers, no layer {config.vision_layer}")
+    tower = load_weights(AutoModel, config.vision_tower, config=tower, dtype=dtype)
     llm, tokenizer = llm or load_llm(config.llm, dtype, device, attention)
     image = image_settings(config.vision_tower, config.image_size)
     connector = make_connector(config, tower.config.hidden_size, llm.get_input_embeddings().embedding_dim, gain)
@@ -554,9 +577,12 @@ def tokenizer_hash(tokenizer):
 
 
 def git_commit():
-    """The commit of this code, or None outside of a checkout"""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                         capture_output=True, text=True)
+    """The commit of this code, or None outside of a checkout and where there is no git"""
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                             capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return run.stdout.strip() or None
 
 
@@ -566,7 +592,9 @@ def portable(name, folder):
 
 
 def resolve(name, folder):
-    """The other way round."""
+    """The other way round. ValueError for an absolute path: save never writes one."""
+    if os.path.isabs(name):
+        raise ValueError(f"{folder}/config.json names the absolute path {name}, which is nobody else's")
     local = os.path.normpath(os.path.join(folder, name))
     return local if name.startswith("..") or os.path.isdir(local) else name
 
@@ -581,12 +609,14 @@ def save(vlm, folder, stage, with_llm, **extra):
     if vlm.words:
         save_words(vlm.words, f"{folder}/words.json")
     if with_llm:
-        vlm.llm.save_pretrained(f"{folder}/llm")
+        with named(f"{folder}/llm"):
+            vlm.llm.save_pretrained(f"{folder}/llm")
         vlm.tokenizer.save_pretrained(f"{folder}/llm")
         if vlm.words:
             write_safetensors({"vocab_embeds": vlm.connector.vocab_embeds}, f"{folder}/llm/vocab_embeds.safetensors")
     names = {"vision_tower": portable(vlm.config.vision_tower, folder), "llm": portable(vlm.config.llm, folder)}
     write_json({"format": FORMAT, "stage": stage, **asdict(vlm.config), **names, **vlm.origin,
+                "num_patches": vlm.num_patches,
                 "words_hash": words_hash(vlm.words) if vlm.words else None, "git_commit": git_commit(), **extra},
                f"{folder}/config.json")
 
@@ -596,15 +626,24 @@ def fingerprint(vlm):
     return {"tokenizer_hash": tokenizer_hash(vlm.tokenizer), "embeddings_hash": embeddings_hash(vlm.llm)}
 
 
-def write_json(value, path):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-    os.replace(path + ".tmp", path)
+@contextmanager
+def named(path):
+    """What safetensors has to say (torn, a header that lies, a full disk) as a ValueError that names the path"""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_safetensors(tensors, path, metadata=None):
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path + ".tmp", metadata)
-    os.replace(path + ".tmp", path)
+    with named(path), replacing(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+
+
+def read_safetensors(path):
+    """-> {name: tensor}"""
+    with named(path):
+        return load_file(path)
 
 
 def read_config(folder):
@@ -614,10 +653,14 @@ def read_config(folder):
     path = f"{folder}/config.json"
     if not os.path.isfile(path):
         raise ValueError(f"{folder} is no checkpoint: it has no config.json (a run writes it when it ends)")
-    with open(path, encoding="utf-8") as f:
-        whole = json.load(f)
-    if whole.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {whole.get('format')!r}; this code reads format {FORMAT}")
+    whole = read_json(path)
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        found = whole.get("format") if isinstance(whole, dict) else whole
+        raise ValueError(f"{path}: format {str(found)[:60]!r}; this code reads format {FORMAT}")
+    kinds = {f.name: f.type for f in fields(Config)} | {"stage": str, "tokenizer_hash": str, "embeddings_hash": str}
+    for name, kind in kinds.items():
+        if type(whole.get(name)) is not kind:
+            raise ValueError(f"{path}: {name} is {str(whole.get(name))[:60]!r}, it must be of type {kind.__name__}")
     config = Config(**{f.name: whole[f.name] for f in fields(Config)})
     config.vision_tower, config.llm = resolve(config.vision_tower, folder), resolve(config.llm, folder)
     return config, whole
@@ -626,19 +669,30 @@ def read_config(folder):
 def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
     """Read a checkpoint. -> VLM in evaluation mode, nothing of it trained
 
-    ValueError where its parts do not belong together: another word list, another LLM than it was trained on."""
+    ValueError where its parts do not belong together: another word list, another LLM than it was trained on, a vision
+    tower that cuts an image into another number of patches."""
     config, whole = read_config(folder)
     own_llm = f"{folder}/llm"
+    if os.path.isdir(own_llm) and not glob(f"{escape(own_llm)}/model*.safetensors"):    # a .bin is read where you name it
+        raise ValueError(f"{own_llm} holds no model*.safetensors, which is all that a checkpoint of ours is read from")
     llm = load_llm(own_llm if os.path.isdir(own_llm) else config.llm, dtype, device, attention)
     words = load_words(f"{folder}/words.json") if config.connector == "langbridge" else None
-    if words and words_hash(words) != whole["words_hash"]:
+    if words and (words_hash(words) != whole.get("words_hash") or len(words) != config.num_words):
         raise ValueError(f"{folder}/words.json is not the word list that this connector was trained with")
     vlm = build(config, words, device, dtype, llm)
+    if vlm.num_patches != whole.get("num_patches", vlm.num_patches):
+        raise ValueError(f"{folder} was trained on {whole['num_patches']} patches of an image, "
+                         f"{config.vision_tower} gives {vlm.num_patches}")
     load_connector(vlm.connector, folder)
     origin = {k: whole[k] for k in vlm.origin}
     if os.path.isdir(own_llm):
         if words:                                                   # the E of training, which the LLM has moved away from
-            vlm.connector.vocab_embeds = load_file(f"{own_llm}/vocab_embeds.safetensors")["vocab_embeds"].to(device, dtype)
+            path = f"{own_llm}/vocab_embeds.safetensors"
+            E = read_safetensors(path).get("vocab_embeds", torch.empty(0))
+            if E.shape != vlm.connector.vocab_embeds.shape or not E.isfinite().all():
+                raise ValueError(f"{path} is not E: {tuple(E.shape)} instead of "
+                                 f"{tuple(vlm.connector.vocab_embeds.shape)}, {(~E.isfinite()).sum()} numbers not finite")
+            vlm.connector.vocab_embeds = E.to(device, dtype)
     elif vlm.origin != origin:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; transfer.py moves it")
     vlm.origin = origin                                             # E's LLM, also where SFT has changed the LLM since
@@ -648,9 +702,11 @@ def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
 def load_connector(connector, folder):
     """Read connector.safetensors into `connector`; ValueError names the first tensor that does not fit."""
     path = f"{folder}/connector.safetensors"
-    state, own = load_file(path), connector.state_dict()
+    state, own = read_safetensors(path), connector.state_dict()
     for name in own.keys() | state.keys():
         have, want = (tuple(d[name].shape) if name in d else None for d in (state, own))
         if have != want:
             raise ValueError(f"{path}: {name} is {have}, this connector wants {want}")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has numbers that are not finite")
     connector.load_state_dict(state)

@@ -31,7 +31,7 @@ def read_json(path):
     with open(path, "rb") as f:
         try:
             return json.loads(f.read().decode("utf-8-sig"))
-        except ValueError as error:  # a JSONDecodeError knows its line, a torn character does not
+        except (ValueError, RecursionError) as error:  # a JSONDecodeError knows its line, a torn character does not
             raise ValueError(f"{path}, line {getattr(error, 'lineno', '?')}: not complete JSON") from None
 
 
@@ -42,19 +42,27 @@ def read_lines(path, *fields):
         for number, line in enumerate(f, 1):
             try:
                 records.append(json.loads(line.decode("utf-8-sig")))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError(f"{path}, line {number}: not complete JSON") from None
             need(records[-1], fields, f"{path}, line {number}")
     return records
 
 
+TYPES = {"text": str, "prompt": str, "question": str, "image": str, "category": str, "label": str, "value": str,
+         "structural": str, "types": dict, "data": list, "answers": list, "capability": list, "score": list,
+         "test": list, "conversations": list, "choices": list}  # a field that is not here may hold anything
+
+
 def need(record, fields, where):
-    """ValueError where `record` is no object, lacks one of `fields`, or has a text or prompt that is no string."""
+    """ValueError where `record` is no object, lacks one of `fields`, or holds there what is not of its type."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not a JSON object")
     for field in fields:
-        if field not in record or field in ("text", "prompt") and not isinstance(record[field], str):
-            raise ValueError(f"{where}: no {'text in' if field in record else 'field'} '{field}'")
+        kind = TYPES.get(field, object)
+        if field not in record:
+            raise ValueError(f"{where}: no field '{field}'")
+        if not isinstance(record[field], kind):
+            raise ValueError(f"{where}: no {'text' if kind is str else kind.__name__} in '{field}'")
     return record
 
 
@@ -185,7 +193,8 @@ def textvqa(questions, truth, predictions, partial=False):
     """questions: TextVQA_0.5.1_val.json, answers in it. LLaVA's question_id is the image id: key (image, question)."""
     data = need(read_json(questions), ("data",), questions)["data"]
     for i, q in enumerate(data):
-        if len(need(q, ("image_id", "question", "answers"), f"{questions}: record {i}")["answers"]) != 10:
+        humans = need(q, ("image_id", "question", "answers"), f"{questions}: record {i}")["answers"]
+        if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
             raise ValueError(f"{questions}: {q['question']!r} on {q['image_id']} has not ten answers")
     asked = unique(data, lambda q: (str(q["image_id"]), q["question"].lower()), questions)
     answers = read_lines(predictions, "question_id", "prompt", "text")
@@ -318,7 +327,8 @@ def read_mmbench(path):
     with open(path, encoding="utf-8-sig", newline="") as f:
         reader = csv.DictReader(f, delimiter="\t")
         for row in reader:
-            if None in row or None in row.values() or not row.get("index", "").isdecimal() or "answer" not in row:
+            if None in row or None in row.values() or not {"index", "answer", "question", "image"} <= row.keys() \
+                    or not row["index"].isdecimal():
                 raise ValueError(f"{path}, line {reader.line_num}: not a complete row with an index and an answer")
             rows.append(row)
     return rows
@@ -356,6 +366,8 @@ def mmvet_answers(questions, predictions, partial=False):
     asked = need(read_json(questions), (), questions)
     for k, q in asked.items():
         need(q, ("question", "answer", "capability"), f"{questions}: question {k}")
+        if not all(isinstance(text, str) for text in [q["answer"], *q["capability"]]):
+            raise ValueError(f"{questions}: question {k} has an answer or a capability that is no text")
     answers = read_lines(predictions, "question_id", "text")
     answers = pair(asked, answers, predictions, partial, key=lambda a: f"v1_{a['question_id']}")
     return asked, {k: a["text"] for k, a in answers.items()}
@@ -405,6 +417,9 @@ def pope_labels(path, split, asked):
     """{question_id: label} of one split. A label fits a question if id, image and text agree; in a file numbered anew,
     if image and text do. POPE's later random file fits neither way; by position it would silently score 50 %."""
     labels = read_lines(path, "question_id", "image", "text", "label")
+    for r in labels:
+        if not str(r["question_id"]).isdecimal():
+            raise ValueError(f"{path}: question_id {r['question_id']!r} is no number")
     theirs = [(str(int(r["question_id"]) + POPE_OFFSET[split]), r["image"], r["text"]) for r in labels]
     ours = {k: (k, q["image"], q["text"].split("\n")[0]) for k, q in asked.items()}
     for start in (0, 1):
@@ -463,10 +478,20 @@ def scienceqa_parse(text):
     return found[0] if len(found) == 1 else "FAILED"
 
 
+def read_scienceqa(path):
+    """llava_test_CQM-A.json -> its records, each with a first turn that has a text"""
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: not a list of records")
+    for i, record in enumerate(records):
+        turns = need(record, ("id", "conversations"), f"{path}: record {i}")["conversations"]
+        need(turns[0] if turns else None, ("value",), f"{path}: record {i}, first turn")
+    return records
+
+
 def scienceqa(questions, truth, predictions, partial=False):
     """questions: llava_test_CQM-A.json; truth: a folder with problems.json and pid_splits.json"""
-    asked = [need(q, ("id", "conversations"), f"{questions}: record {i}") for i, q in enumerate(read_json(questions))]
-    asked = unique(asked, lambda q: str(q["id"]), questions)
+    asked = unique(read_scienceqa(questions), lambda q: str(q["id"]), questions)
     splits, problems = (os.path.join(truth, file) for file in ("pid_splits.json", "problems.json"))
     test = [str(k) for k in need(read_json(splits), ("test",), splits)["test"]]
     differ = sorted(set(test) ^ set(asked))

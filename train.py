@@ -21,6 +21,8 @@ import time
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
+import vocab
+
 STAGES = {"pretrain": ("connector",), "sft": ("connector", "llm")}      # what each stage trains; all else is frozen
 STOPPED = 75                                 # exit status of a run that saved itself on SIGTERM or SIGINT (EX_TEMPFAIL)
 
@@ -49,7 +51,8 @@ class Settings:
     mask: str = "answers"                    # or "official": the released code's mask for ChatML
     max_length: int = 2048                   # tokens, image patches included
     group: bool = False                      # batches of one modality and of like length
-    on_bad: str = "stop"                     # a broken image: "stop", or "skip" and count it
+    on_bad: str = "stop"                     # a sample that cannot be used: "stop", or "skip", name and count it
+    bad_limit: int = 100                     # the run stops where more than so many are skipped
     workers: int = 2                         # processes that load data, for each rank
     # optimisation
     global_batch: int = 256                  # samples for each step, whatever the number of ranks
@@ -74,6 +77,7 @@ class Settings:
     save_every: int = 500                    # steps between states to resume from
     snapshots: tuple = ()                    # steps at which to keep a checkpoint of the run, such as 100,1000,2000
     overwrite: bool = False                  # train again where a finished run is
+    offline: bool = False                    # download nothing: a hub name is an error where the cache lacks it
     dry_run: bool = False                    # print sizes and memory, load and write nothing
 
 
@@ -89,7 +93,10 @@ def read_settings(argv):
         if not arg.startswith("--"):
             if not os.path.isfile(arg):
                 sys.exit(f"there is no config file {arg}")
-            given += [(k, v, arg) for k, v in runpy.run_path(arg).items() if not k.startswith("_")]
+            try:
+                given += [(k, v, arg) for k, v in runpy.run_path(arg).items() if not k.startswith("_")]
+            except Exception as error:                      # a config file is a program: it may raise anything
+                sys.exit(f"{arg} is not a config file: {type(error).__name__}: {error}")
         else:
             given.append((key, read_value(text) if equals else True, "the command line"))
     for key, value, where in given:
@@ -110,7 +117,7 @@ def read_value(text):
     """A number, True or False where `text` is one, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):       # "{[]: 1}", a thousand brackets
         return text
 
 
@@ -125,7 +132,8 @@ def check(cfg):
     for key in ("global_batch", "batch_size", "epochs", "log_every", "save_every", "max_length"):
         if getattr(cfg, key) < 1:
             sys.exit(f"{key} is {getattr(cfg, key)}, it must be at least 1")
-    for key in ("max_steps", "num_words", "probe_every", "workers", "clip", "connector_lr", "llm_lr", "weight_decay"):
+    for key in ("max_steps", "num_words", "probe_every", "workers", "clip", "connector_lr", "llm_lr", "weight_decay",
+                "hidden", "image_size", "warmup", "bad_limit"):
         if getattr(cfg, key) < 0:
             sys.exit(f"{key} is {getattr(cfg, key)}, it must not be negative")
     needed = ["out", "data"] + ([] if cfg.init else ["llm", "vision_tower"])
@@ -141,6 +149,8 @@ def check(cfg):
 if __name__ == "__main__":                   # before the slow imports: --help and a mistyped setting answer at once
     CFG = read_settings(sys.argv[1:])
     check(CFG)
+    if CFG.offline:
+        vocab.offline()
 
 import torch
 import torch.distributed as dist
@@ -149,7 +159,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import data
 import model
-import vocab
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ranks
@@ -321,7 +330,8 @@ def resume(vlm, optimizer, cfg):
     folder, state = newest_state(cfg)
     if not folder:
         return 0
-    free = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run", "workers", "device", "batch_size")
+    free = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run", "workers", "device",
+            "batch_size", "on_bad", "bad_limit", "offline")
     differ = [f"{k} was {v!r}, is {getattr(cfg, k, None)!r}" for k, v in state["settings"].items()
               if k not in free and v != getattr(cfg, k, None)]
     if differ:
@@ -398,7 +408,7 @@ def main(cfg):
 
     dataset = data.Conversations(cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
                                  {**vlm.image, "mode": cfg.image_mode}, template=cfg.template, mask=cfg.mask,
-                                 max_length=cfg.max_length, on_bad=cfg.on_bad)
+                                 max_length=cfg.max_length)
     steps = plan(dataset, cfg)
     mine = [micro_batches(indices, rank, world, cfg.batch_size) for indices in steps]
     loader = iter(torch.utils.data.DataLoader(
@@ -410,7 +420,7 @@ def main(cfg):
     if rank == 0:
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
-        if first:
+        if not isinstance(first, data.Bad):
             say(data.show(first["input_ids"].tolist(), first["labels"].tolist(), vlm.tokenizer))
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -430,10 +440,12 @@ def main(cfg):
             group["lr"] = group["base_lr"] * lr_factor(step, len(steps), cfg.warmup)
 
         # Losses are sums; the one division, by the trained tokens of the whole global batch, comes after the last.
-        t0, totals, blind = time.time(), torch.zeros(5, dtype=torch.float64), None   # loss, trained, tokens, skipped, stop
+        t0, totals, blind, bad = time.time(), torch.zeros(5, dtype=torch.float64), None, []
+        # totals: loss, trained, tokens, samples that cannot be used, told to stop
         for i in range(len(mine[step])):
             batch = to_device(next(loader), device)
-            totals[3] += batch["skipped"]
+            totals[3] += len(batch["bad"])
+            bad += batch["bad"]
             if not len(batch["ids"]):
                 continue
             with amp:
@@ -445,8 +457,14 @@ def main(cfg):
                 blind = blind_loss(vlm, batch, amp)
         totals[4] = len(told)
         totals = reduce_sum(totals.to(device if world > 1 and device.type == "cuda" else "cpu"), world).cpu()
-        loss, count, tokens, bad, stopped = totals.tolist()
-        stop = stopped > 0
+        loss, count, tokens, unusable, stopped = totals.tolist()
+        stop, skipped = stopped > 0, skipped + int(unusable)
+        for sentence in bad if cfg.on_bad == "skip" else ():
+            print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
+        if skipped > (cfg.bad_limit if cfg.on_bad == "skip" else 0):      # on every rank alike
+            save_state(vlm, optimizer, step, cfg, rank, world)      # before the update: mended, a run goes on here
+            why = f"{skipped} samples were skipped, more than bad_limit {cfg.bad_limit}; data.py --check names them all"
+            sys.exit(f"train.py: {why if cfg.on_bad == 'skip' else (bad + ['another rank has a bad sample'])[0]}")
         for name, p in trained:
             if p.grad is None:                                      # a step without images, or with nothing to train
                 p.grad = torch.zeros_like(p)
@@ -458,7 +476,6 @@ def main(cfg):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        skipped += int(bad)
         seconds = time.time() - t0
         row = {"step": step, "loss": loss / max(count, 1), "trained": int(count), "lr": optimizer.param_groups[0]["lr"],
                "grad_norm": norm, "tok_s": tokens / seconds, "skipped": skipped}
@@ -470,7 +487,7 @@ def main(cfg):
             eta = (time.time() - began) / (step + 1 - start) * (len(steps) - step - 1)
             say(f"step {step:5d}/{len(steps)}  loss {row['loss']:7.4f}" + (f" (blind {blind:.4f})" if blind else "")
                 + f"  trained {int(count):6d} tok  lr {row['lr']:.2e}  grad {norm:8.3f}  {row['tok_s']:7.0f} tok/s"
-                + (f"  skipped {skipped}" if skipped else "") + f"  eta {eta / 60:5.1f} min")
+                + (f"  skipped {skipped}" if cfg.on_bad == "skip" else "") + f"  eta {eta / 60:5.1f} min")
 
     if rank == 0:
         log.close()

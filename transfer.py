@@ -14,6 +14,8 @@ import os
 import sys
 from dataclasses import replace
 
+import vocab
+
 
 def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,17 +28,19 @@ def read_arguments():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
     return parser.parse_args()
 
 
 if __name__ == "__main__":                   # before the slow imports: --help answers at once
     ARGS = read_arguments()
+    if ARGS.offline:
+        vocab.offline()
 
 import torch
 
 import data
 import model
-import vocab
 
 
 def rms(x):
@@ -55,7 +59,8 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     -> (batches on the CPU, number of UTF-8 bytes in their answers)
     """
     dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches,
-                                 {**vlm.image, "mode": whole.get("image_mode", "crop")}, template=whole["template"])
+                                 {**vlm.image, "mode": whole.get("image_mode", "crop")},
+                                 template=whole.get("template", "chat"))
     first = {}                                                      # one record of each image: a neighbour's is another one
     for i, record in enumerate(dataset.records):
         if isinstance(record.get("image"), str):
@@ -63,7 +68,7 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     chosen = list(first.values())[:min(limit, len(first)) // batch_size * batch_size]
     if not chosen:
         sys.exit(f"{path} has {len(first)} different images; --eval and --limit need at least {batch_size}")
-    batches = [data.collate([dataset[i] for i in chosen[j:j + batch_size]], vlm.pad_id)
+    batches = [data.collate([dataset.sample(i) for i in chosen[j:j + batch_size]], vlm.pad_id)
                for j in range(0, len(chosen), batch_size)]
     answers = [turn["value"] for i in chosen for turn in dataset.records[i]["conversations"]
                if data.ROLES.get(turn["from"]) == "assistant"]

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from contextlib import contextmanager
 
 # The GPT-2 byte alphabet: printable latin-1 bytes stand for themselves, the other 68 for the code points from 256 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -183,15 +183,21 @@ def _text_word(text: str, spelling: str) -> str:
 
 # --- the corpus
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")         # JSON can spell it ("\ud800"), UTF-8 and tokenizers cannot
 MAX_RECORD = 1 << 26          # characters; more than this without an end is a broken file, not a long conversation
 
 def read_records(path, progress=lambda n: None, block: int = 1 << 22):
-    """Yield the records of a JSON list one by one, so that a file of gigabytes is never in memory as a whole.
+    """Yield the records (dicts) of a JSON list one by one, so that the text of gigabytes is never in memory as a whole.
 
-    block: characters read at a time; progress(n) is called with each n. ValueError names the file and the record.
+    block: characters read at a time; progress(n) is called with each n. ValueError names the file and the record, also
+    where there is none.
     """
     decode, skip, number = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
-    with open(path, encoding="utf-8-sig") as file:
+    try:
+        file = open(path, encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    with file:
         try:
             buffer = file.read(block).lstrip()
             progress(len(buffer))
@@ -201,6 +207,10 @@ def read_records(path, progress=lambda n: None, block: int = 1 << 22):
             while True:
                 at = skip.match(buffer, at).end()
                 if buffer.startswith("]", at):
+                    if (buffer[at + 1:] + file.read(block)).strip():
+                        raise ValueError(f"{path}: there is text after the list of {number} records")
+                    if number == 0:
+                        raise ValueError(f"{path} holds no records")
                     return
                 try:
                     record, at = decode(buffer, at)
@@ -212,6 +222,10 @@ def read_records(path, progress=lambda n: None, block: int = 1 << 22):
                     buffer, at = buffer[at:] + chunk, 0
                     progress(len(chunk))
                     continue
+                except (ValueError, RecursionError) as error:   # a number of 5,000 digits, lists in lists in lists
+                    raise ValueError(f"{path}: record {number} cannot be read: {error}") from None
+                if not isinstance(record, dict):
+                    raise ValueError(f"{path}: record {number} is not an object but {str(record)[:60]!r}")
                 yield record
                 number += 1
         except UnicodeDecodeError:
@@ -226,13 +240,15 @@ def read_texts(path, count: str = "all", progress=lambda n: None):
     """
     for number, record in enumerate(read_records(path, progress)):
         name = f"{path}: record {number}"
-        turns = record.get("conversations") if isinstance(record, dict) else None
+        turns = record.get("conversations")
         if not isinstance(turns, list) or not turns:
             raise ValueError(f'{name} is not in LLaVA format: it has no list of "conversations"')
         for turn in turns:
             who, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
             if who not in ("human", "gpt", "system") or not isinstance(value, str):
                 raise ValueError(f'{name} is not in LLaVA format: a turn needs "from" (human or gpt) and a "value"')
+            if HALF_CHARACTER.search(value):
+                raise ValueError(f"{name}: a turn holds half a character (a lone surrogate)")
         if count == "answers":
             yield [turn["value"].replace("<image>", "") for turn in turns if turn["from"] == "gpt"]
         else:
@@ -323,23 +339,46 @@ def words_hash(words: list[str]) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
-def _write_json(value, path) -> None:
-    """Write to a temporary name, then rename: a file of the final name is always whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+@contextmanager
+def replacing(path):
+    """A temporary name to write to; it becomes `path` where the block ends well: a file is whole or it is not there."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):                   # on a full disk, half a file takes what room is left
+            os.remove(temporary)
+
+
+def write_text(text: str, path) -> None:
+    """A UTF-8 file of exactly this text; its folder is made if need be."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+
+
+def write_json(value, path, indent: int = 1) -> None:
+    write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", path)
+
+
+def read_json(path):
+    """ValueError names the file where it is not whole."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except (ValueError, RecursionError) as error:   # cut off, not UTF-8, nested too deeply
+            raise ValueError(f"{path} is not a whole JSON file: {error}") from None
 
 
 def save_words(words: list[str], path) -> None:
     """Write words.json, one word a line."""
-    _write_json(words, path)
+    write_json(words, path, indent=0)
 
 
 def load_words(path) -> list[str]:
     """Read words.json. ValueError if it is not a list of different canonical words."""
-    words = _read_json(path)
+    words = read_json(path)
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w for w in words):
         raise ValueError(f"{path} is not a word list: a JSON list of strings")
     for word in words:
@@ -350,13 +389,6 @@ def load_words(path) -> list[str]:
     return words
 
 
-def _read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
-
-
 def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
     """(words in order, counts or None) of a published file, checked against the tokenizer that it was made for.
 
@@ -364,7 +396,7 @@ def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
     fall from line to line and cannot be ids (ties, or beyond the vocabulary) are counts. ValueError names the first
     token that does not match.
     """
-    data, table = _read_json(path), tokenizer_words(tokenizer)
+    data, table = read_json(path), tokenizer_words(tokenizer)
     parts = data if isinstance(data, list) else [data]
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not a published vocabulary file: an object of token: id")
@@ -382,13 +414,46 @@ def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
         if token not in table:
             raise ValueError(f"{path} does not belong to this tokenizer, which has no ordinary token {token!r}")
         if not counts and table[token] != number:
-            there = _backend(tokenizer).id_to_token(number)
+            size = _backend(tokenizer).get_vocab_size()
+            there = _backend(tokenizer).id_to_token(number) if 0 <= number < size else None
             raise ValueError(f"{path} does not belong to this tokenizer: it gives {token!r} the id {number}, which is "
                              f"{there!r} in the tokenizer; {token!r} has id {table[token]}")
     words = [token for token, _ in pairs]
     if len(set(words)) < len(words):
         raise ValueError(f"{path}: the token {Counter(words).most_common(1)[0][0]!r} is in the file more than once")
     return words, dict(pairs) if counts else None
+
+
+# --- models and tokenizers by name
+
+OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
+
+
+def offline() -> None:
+    """What --offline does in every script. Before transformers is imported, which looks only once."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def fetch(load, name: str, **kwargs):
+    """load(name, ...), where `load` is a from_pretrained of transformers and `name` a folder or a hub name.
+
+    Never runs code that comes with a model. ValueError of one sentence for whatever goes wrong in there.
+    """
+    if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise ValueError(f"there is no folder {name}")
+    try:
+        return load(name, trust_remote_code=False, **kwargs)
+    except Exception as error:                          # a dozen kinds, most of them many lines long
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name):
+            why = "it is no folder and not in the Hugging Face cache, and nothing is downloaded (--offline)"
+        raise ValueError(f"{name} cannot be loaded: {why}") from error
+
+
+def load_tokenizer(name: str):
+    """A tokenizer by hub name or folder."""
+    from transformers import AutoTokenizer
+    return fetch(AutoTokenizer.from_pretrained, name)
 
 
 # --- the command
@@ -401,15 +466,6 @@ def report(words: list[str], counts: dict[str, int], total: int) -> None:
     print("top 20       " + " ".join(show(w) for w in words[:20]))
     unseen = [w for w in words if not counts.get(w)]
     print(f"never seen   {len(unseen):,} of the kept words  {' '.join(map(show, unseen[:10]))}")
-
-
-def load_tokenizer(name: str):
-    """A tokenizer by hub name or folder; never runs code from the repository."""
-    from transformers import AutoTokenizer
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:                          # a dozen kinds, most of them many lines long
-        raise ValueError(f"no tokenizer could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from None
 
 
 def parse_args():
@@ -425,7 +481,10 @@ def parse_args():
     parser.add_argument("--out", required=True, metavar="words.json")
     parser.add_argument("--counts", metavar="FILE", help="also write {word: count} of the shared words that were seen")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    parser.add_argument("--offline", action="store_true", help=OFFLINE)
     args = parser.parse_args()
+    if args.offline:
+        offline()
     if args.import_official and (not args.tokenizer or args.tokenizers or args.corpus):
         parser.error("--import-official goes with --tokenizer, without --tokenizers and --corpus")
     if not args.import_official and (len(args.tokenizers or ()) < 2 or not args.corpus or args.tokenizer):
@@ -472,7 +531,7 @@ def main():
     if counts or not args.import_official:
         report(words, counts, total)
     if args.counts:
-        _write_json({w: counts[w] for w in rank_words(shared, counts, len(shared)) if counts.get(w)}, args.counts)
+        write_json({w: counts[w] for w in rank_words(shared, counts, len(shared)) if counts.get(w)}, args.counts, 0)
     save_words(words, args.out)
     print(f"wrote        {args.out}")
 

@@ -25,6 +25,8 @@ import re
 import sys
 from collections import Counter
 
+import vocab
+
 KEEP = 16                       # words that a patch keeps, in each mode and at each end
 MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words only show where a list has them
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html.in")
@@ -49,6 +51,7 @@ def read_arguments():
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
     args = parser.parse_args()
     if args.study and not (args.data and args.images and args.number > 0):
         parser.error("--study needs --data, --images and a --number above 0")
@@ -60,6 +63,8 @@ def read_arguments():
 
 if __name__ == "__main__":                   # before the slow imports: --help answers at once
     ARGS = read_arguments()
+    if ARGS.offline:
+        vocab.offline()
 
 import numpy as np
 import torch
@@ -68,7 +73,6 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import data
 import model
-import vocab
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -734,11 +738,9 @@ def main(args):
     panels = panels_of(states)
     picture = square(image, image_mode, states[0]["mean"], min(1024, max(448, *image.size)))
     os.makedirs(out, exist_ok=True)
-    draw_picture(panels, picture).save(paths[0] + ".tmp", "PNG")
-    with open(paths[1] + ".tmp", "w", encoding="utf-8") as f:
-        f.write(make_page(panels, picture, os.path.basename(args.image), args.ask, args.top))
-    for path in paths:
-        os.replace(path + ".tmp", path)
+    with vocab.replacing(paths[0]) as temporary:
+        draw_picture(panels, picture).save(temporary, "PNG")
+    vocab.write_text(make_page(panels, picture, os.path.basename(args.image), args.ask, args.top), paths[1])
     for state in states:
         print(f"{state['name']}, {state['label']}" + (f": {state['answer']}" if args.ask else ""))
     print(f"wrote {paths[0]} and {paths[1]}")

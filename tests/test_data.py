@@ -276,18 +276,19 @@ def test_malformed_records_are_named_in_a_sentence(bad, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b'[{"id": "a"', "not a whole JSON file"), (b'{"id": 1}', "no list"), (b"[]", "no records"),
-    (b"[1]", "record 0 is not an object"),
-    (b'[{"id": "\xff\xfe"}]', "not a whole JSON file"), (b"", "not a whole JSON file"),
-    (b"[" * 100_000, "not a whole JSON file"),
+    (b'[{"id": "a"', "record 0 is not valid JSON or is cut short"), (b'{"id": 1}', "not a JSON list"),
+    (b"[]", "no records"),
+    (b"[1]", "record 0 is not an object"), (b"[{}, {}] [{}]", "after the list of 2 records"),
+    (b'[{"id": "\xff\xfe"}]', "not UTF-8"), (b"", "not a JSON list"),
+    (b"[" * 100_000, "record 0 cannot be read"), (b"[" + b"1" * 5000 + b"]", "record 0 cannot be read"),
 ])
 def test_bad_files_are_named_in_a_sentence(tmp_path, content, words):
     (tmp_path / "d.json").write_bytes(content)
     with pytest.raises(ValueError, match=words) as caught:
-        data.read_records(tmp_path / "d.json")
+        Conversations(tmp_path / "d.json", tmp_path, None, P, IMAGE)
     assert str(tmp_path / "d.json") in str(caught.value)
     with pytest.raises(ValueError, match="No such file"):
-        data.read_records(tmp_path / "none.json")
+        Conversations(tmp_path / "none.json", tmp_path, None, P, IMAGE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def bad_pictures(folder):
 def test_broken_pictures_are_named(tmp_path, kind):
     path = tmp_path / "a.jpg"
     path.write_bytes(bad_pictures(tmp_path)[kind])
-    with pytest.raises(Bad, match="a.jpg cannot be read") as caught:
+    with pytest.raises(Bad, match="a.jpg' cannot be read") as caught:
         data.open_image(path)
     assert caught.value.kind == "broken image"
 
@@ -445,7 +446,7 @@ def test_samples_and_batches(tmp_path):
         "input_ids": ((3, T), torch.int64), "labels": ((3, T), torch.int64), "attention_mask": ((3, T), torch.int64),
         "position_ids": ((3, T), torch.int64), "pixel_values": ((3, 3, 8, 8), torch.float32)}
     assert torch.equal(batch["pixel_values"], torch.stack([a, b, a]))
-    assert batch["skipped"] == 0 and batch["ids"] == ["r"] * 3
+    assert batch["bad"] == [] and batch["ids"] == ["r"] * 3
     assert (batch["input_ids"] == IMAGE_ID).sum(1).tolist() == [P, 0, 2 * P]
     assert batch["position_ids"][0].tolist() == list(range(T))
     blind = data.without_images(batch)
@@ -477,33 +478,33 @@ def test_truncation_cuts_text_from_the_right_and_never_an_image(tmp_path):
     cut = Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=first + 2)[0]
     assert torch.equal(cut["input_ids"], whole[:first + 2]) and (cut["labels"] != IGNORE).sum() == 2
     with pytest.raises(Bad, match=r"d.json: record 0 \(id 'r'\): no trained token among the first") as caught:
-        Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=first)[0]
+        Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=first).sample(0)
     assert caught.value.kind == "untrainable"
     for length in (image.index(IMAGE_ID), image.index(IMAGE_ID) + P - 1):
         with pytest.raises(Bad, match="record 1 .*an image does not fit"):
-            Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=length)[1]
+            Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=length).sample(1)
 
 
-def test_bad_samples_stop_or_are_skipped_and_counted(tmp_path):
+def test_bad_samples_are_named_and_left_out_of_the_batch(tmp_path):
     tokenizer = make_tokenizer(CHATML)
     path = write(tmp_path, record("What?", "Red!"), record("<image>", "Red!", image="broken.png"), {"id": "x"})
-    with pytest.raises(Bad, match=r"d.json: record 1 \(id 'r'\): image .*broken.png cannot be read"):
-        Conversations(path, tmp_path, tokenizer, P, IMAGE)[1]
-    dataset = Conversations(path, tmp_path, tokenizer, P, IMAGE, on_bad="skip")
+    dataset = Conversations(path, tmp_path, tokenizer, P, IMAGE)
+    with pytest.raises(Bad, match=r"d.json: record 1 \(id 'r'\): image .*broken.png' cannot be read"):
+        dataset.sample(1)
     samples = [dataset[i] for i in range(3)]
-    assert samples[1] is None and samples[2] is None
+    assert [type(s) for s in samples] == [dict, Bad, Bad]
     batch, nothing = collate(samples, 0), collate(samples[1:], 0)
-    assert batch["ids"] == ["r"] and batch["skipped"] == 2
-    assert nothing["ids"] == [] and nothing["skipped"] == 2 and nothing["input_ids"].shape == (0, 0)
+    assert batch["ids"] == ["r"] and "record 1 (id 'r')" in batch["bad"][0] and "record 2 (id 'x')" in batch["bad"][1]
+    assert nothing["ids"] == [] and len(nothing["bad"]) == 2 and nothing["input_ids"].shape == (0, 0)
 
 
 @pytest.mark.parametrize("settings, words", [
     (dict(template="chta"), "template is one of"), (dict(mask="some"), "mask is"),
-    (dict(on_bad="replace"), "on_bad is"), (dict(mask="official", template="plain"), "ChatML")])
+    (dict(mask="official", template="plain"), "ChatML")])
 def test_wrong_settings_fail_at_once_and_are_no_bad_records(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):
         Conversations(write(tmp_path, record("a", "b")), tmp_path, make_tokenizer(CHATML), P, IMAGE,
-                      **{"on_bad": "skip", **settings})
+                      **settings)
 
 
 @pytest.mark.parametrize("images, texts", [(40, 20), (37, 21), (35, 4), (3, 0), (0, 9), (36, 20)])

@@ -1,0 +1,657 @@
+"""What goes wrong, as tables: one row an input, the exit status and the words that must appear. Then any JSON value in
+any field, by Hypothesis, and what must never happen: a stranger's code, a file outside the given folders, a connection.
+
+A row calls the function that the command calls, where the command line itself would only add seconds of imports.
+"""
+import copy
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import data
+import eval as evaluation
+import model
+import scores
+import test_data
+import test_scores
+import test_words
+import train
+import transfer
+import vocab
+from conftest import ROOT, byte_level, run, settings
+from test_model import make
+
+
+SOURCES = {name: open(f"{ROOT}/{name}", encoding="utf-8").read() for name in sorted(os.listdir(ROOT))
+           if name.endswith(".py")}
+
+
+def outcome(call, capsys):
+    """-> (exit status, all that was said) as the last lines of a script make it of what `call` returns or raises"""
+    capsys.readouterr()
+    try:
+        code, text = call() or 0, ""
+    except SystemExit as stop:
+        code, text = (stop.code, "") if isinstance(stop.code, int) else (1, stop.code)
+    except (ValueError, OSError) as error:
+        code, text = 1, str(error).strip().splitlines()[0]
+    said = capsys.readouterr()
+    return code, said.out + said.err + text
+
+
+def expect(found, code, words):
+    assert found[0] == code and all(word in found[1] for word in words), f"{found[0]}: {found[1][-1500:]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures and records, by data.py --check: training refuses the same ones with the same sentence
+
+def turns(*values, roles=("human", "gpt")):
+    return [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def record(*values, image="a.jpg", **more):
+    return {"id": "r7", "conversations": turns(*values, **more), **({"image": image} if image else {})}
+
+
+SEEN = record("<image>\nWhat?", "Red!")
+GOOD = ["1 records, 0 cannot be used"]
+BROKEN = ["broken image: 1", "record 0 (id 'r7')", "a.jpg' cannot be read"]
+DATA = {  # name: (what is in a.jpg, what is in d.json, exit status, words)
+    "a whole picture": ("rgb.png", [SEEN], 0, GOOD), "CMYK": ("cmyk.jpg", [SEEN], 0, GOOD),
+    "16-bit": ("grey16.png", [SEEN], 0, GOOD), "palette": ("palette.png", [SEEN], 0, GOOD),
+    "animated": ("animated.gif", [SEEN], 0, GOOD), "EXIF-rotated": ("turned.png", [SEEN], 0, GOOD),
+    "truncated": ("truncated", [SEEN], 1, BROKEN), "an empty file": ("empty", [SEEN], 1, BROKEN),
+    "zero pixels": ("zero pixels", [SEEN], 1, BROKEN), "a bomb": ("bomb", [SEEN], 1, BROKEN + ["2500000000 pixels"]),
+    "HEIC named jpg": ("heic", [SEEN], 1, BROKEN), "a web page": ("text", [SEEN], 1, BROKEN),
+    "PostScript named jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", [SEEN], 1, BROKEN),
+    "no image file": (None, [SEEN], 1, ["missing image: 1", "a.jpg' does not exist"]),
+    "../": ("rgb.png", [record("<image>", "b", image="../d.json")], 1,
+            ["malformed: 1", "is not inside the image folder"]),
+    "absolute": ("rgb.png", [record("<image>", "b", image="/etc/hostname")], 1, ["'/etc/hostname' is not inside"]),
+    "a link out": ("rgb.png", [record("<image>", "b", image="link.jpg")], 1, ["'link.jpg' is not inside"]),
+    "half a character as a name": ("rgb.png", [record("<image>", "b", image="\udcff.jpg")], 1, ["cannot be used"]),
+    "JSON cut off": (None, b'[{"id": 1}, {"id": ', 1, ["d.json: record 1 is not valid JSON or is cut short"]),
+    "no list": (None, b'{"id": 1}', 1, ["d.json is not a LLaVA-format file"]),
+    "two lists": (None, b"[{}]\n[{}]", 1, ["d.json: there is text after the list of 1 records"]),
+    "no record": (None, b"[]", 1, ["d.json holds no records"]), "no byte": (None, b"", 1, ["d.json is not a LLaVA"]),
+    "no object": (None, [SEEN, 7], 1, ["d.json: record 1 is not an object but '7'"]),
+    "not UTF-8": (None, b'[{"id": "\xff"}]', 1, ["d.json: not UTF-8"]),
+    "too deep": (None, b"[" * 99_999, 1, ["d.json: record 0 cannot be read"]),
+    "wrong role": (None, [record("a", "b", roles=("human", "wizard"))], 1, ["malformed: 1", "turn 1 is from 'wizard'"]),
+    "roles out of order": (None, [record("a", "b", roles=("gpt", "human"))], 1, ["turn 0 is from 'gpt'"]),
+    "empty turn": (None, [record("a", " \n", image=None)], 1, ["turn 1 is empty"]),
+    "no turns": (None, [{"id": "r7", "conversations": []}], 1, ["record 0 (id 'r7')", "missing or empty"]),
+    "two <image>, one image": ("rgb.png", [record("<image><image>", "b")], 1, ["1 image(s) but 2 '<image>'"]),
+    "<image> in an answer": ("rgb.png", [record("a", "a <image>")], 1, ["turn 1 is from 'gpt' and holds '<image>'"]),
+    "ten thousand tokens asked": (None, [record("Yes, " * 5000, "b", image=None)], 1,
+                                  ["untrainable: 1", "no trained token"]),
+    "ten thousand tokens answered": (None, [record("a", "Yes, " * 5000, image=None)], 0, GOOD),
+    "an image beyond the end": ("rgb.png", [record("yes " * 3000 + "<image> <image>", "b", image=["a.jpg"] * 2)], 1,
+                                ["an image does not fit"]),
+    "control strings": (None, [record("<|im_end|>\n<|im_start|>assistant\n<|pad|>", "b<|im_end|>\x00\x1b[31m",
+                                      image=None)], 0,
+                        GOOD + ["<|im_start|>assistant\n<|pad|>", "␛[31m"]),
+    "half a character": (None, [record("a\ud800", "b", image=None)], 1, ["half a character"]),
+    "double ids": (None, [record("a", "b", image=None)] * 2, 0, ["1 share an id with one before"]),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    test_data.save_pictures(folder)
+    Image.new("I;16", (8, 8), 40_000).save(folder / "grey16.png")
+    for name, content in test_data.bad_pictures(folder).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_check(name, tiny, pictures, tmp_path, capsys):
+    picture, content, code, words = DATA[name]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.jpg").write_bytes((pictures / "rgb.png").read_bytes())
+    os.symlink("../secret.jpg", tmp_path / "images" / "link.jpg")
+    if picture:
+        content_of = picture if isinstance(picture, bytes) else (pictures / picture).read_bytes()
+        (tmp_path / "images" / "a.jpg").write_bytes(content_of)
+    (tmp_path / "d.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    argv = ["--check", tmp_path / "d.json", "--images", tmp_path / "images", "--workers", "1", "--tokenizer", tiny.qwen,
+            "--num_patches", "9"]
+    expect(outcome(lambda: data.main([*map(str, argv)]), capsys), code, words)
+
+
+def test_labels_all_masked(tiny, tmp_path, capsys):
+    (tmp_path / "d.json").write_text(json.dumps([record("a red circle and a blue square?", "b", image=None)]))
+    argv = ["--check", tmp_path / "d.json", "--images", tmp_path, "--tokenizer", tiny.qwen, "--max_length", "8"]
+    found = outcome(lambda: data.main([*map(str, argv)]), capsys)
+    expect(found, 1, ["untrainable: 1", "no trained token among the first 8"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints and models, by model.load
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny, tmp_path_factory):
+    """Two untrained checkpoints beside their parts, ck without and sft with its LLM: a folder to copy and break"""
+    root = tmp_path_factory.mktemp("parts")
+    for name in ("clip", "qwen"):
+        shutil.copytree(getattr(tiny, name), root / name)
+    vlm = make(tiny)
+    vlm.config.vision_tower, vlm.config.llm = str(root / "clip"), str(root / "qwen")
+    model.save(vlm, str(root / "ck"), "pretrain", with_llm=False, template="plain")
+    model.save(vlm, str(root / "sft"), "sft", with_llm=True, template="chat")
+    vlm.llm.save_pretrained(root / "sharded", max_shard_size="60KB")
+    return root
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def edit_weights(path, change):
+    """change: {name: tensor} -> what to write instead"""
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def cut(path, part=0.5):
+    path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
+
+
+def lie(path):
+    """The header says that a tensor goes on behind the end of the file"""
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:8 + size])
+    last = max((k for k in header if k != "__metadata__"), key=lambda k: header[k]["data_offsets"][1])
+    header[last]["data_offsets"][1] += 4096
+    header[last]["shape"][0] += 1
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size:])
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def pickled(root, protocol):
+    """A pickle that runs a command, in place of the weights; and as the library writes one"""
+    os.remove(root / "qwen" / "model.safetensors")
+    path = root / "qwen" / "pytorch_model.bin"
+    torch.save({"model.embed_tokens.weight": Payload()}, path) if protocol is None else \
+        path.write_bytes(pickle.dumps(Payload(), protocol))
+
+
+def shards(root):
+    for path in (root / "qwen").glob("*.safetensors"):
+        os.remove(path)
+    for path in (root / "sharded").glob("model*"):
+        shutil.copy(path, root / "qwen")
+    return sorted((root / "qwen").glob("model-*.safetensors"))
+
+
+def another_tokenizer(root, size):
+    for path in (root / "qwen").glob("tokenizer*"):
+        os.remove(path)
+    byte_level(root / "qwen", size)
+
+
+def fewer_rows(root):
+    edit_json(root / "qwen/config.json", vocab_size=300)
+    edit_weights(root / "qwen/model.safetensors",
+                 lambda t: {k: v[:300].clone() if len(v) == 500 else v for k, v in t.items()})
+
+
+def config(**values):
+    return lambda root: edit_json(root / "ck/config.json", **values)
+
+
+def weights(path, change):
+    return lambda root: edit_weights(root / path, change)
+
+
+def nan(name):
+    return lambda tensors: {**tensors, name: tensors[name].index_fill(0, torch.tensor([3]), float("nan"))}
+
+
+WORDS = ["is not the word list that this connector was trained with"]
+FIT = ["connector.safetensors: ", "this connector wants"]
+MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it loads
+    "a whole one": ("ck", lambda d: None, []), "a whole one with its LLM": ("sft", lambda d: None, []),
+    "no checkpoint": ("ck", lambda d: os.remove(d / "ck/config.json"), ["ck is no checkpoint: it has no config.json"]),
+    "config cut off": ("ck", lambda d: cut(d / "ck/config.json"), ["config.json is not a whole JSON file"]),
+    "config of another type": ("ck", config(hidden="28"), ["hidden is '28', it must be of type int"]),
+    "another format": ("ck", config(format=9), ["format '9'; this code reads format 1"]),
+    "absolute path": ("ck", config(llm="/etc"), ["config.json names the absolute path /etc"]),
+    "another K in the config": ("ck", config(num_words=5), WORDS),
+    "another K in the connector": ("ck", weights("ck/connector.safetensors", lambda t: {
+        **t, "words.weight": t["words.weight"][:5].clone()}), FIT),
+    "another H": ("ck", config(hidden=20), FIT),
+    "another connector": ("ck", config(connector="mlp"), FIT),
+    "unknown connector": ("ck", config(connector="qformer"), ['"langbridge" or "mlp"']),
+    "connector with NaN": ("ck", weights("ck/connector.safetensors", nan("words.bias")),
+                           ["words.bias has numbers that are not finite"]),
+    "connector cut off": ("ck", lambda d: cut(d / "ck/connector.safetensors"), ["connector.safetensors: "]),
+    "connector's header lies": ("ck", lambda d: lie(d / "ck/connector.safetensors"), ["connector.safetensors: "]),
+    "another word list": ("ck", lambda d: (d / "ck/words.json").write_text(
+        (d / "ck/words.json").read_text().replace('"a"', '"zzz"', 1)), WORDS),
+    "words that are no list": ("ck", lambda d: (d / "ck/words.json").write_text("{}"), ["words.json is not a word"]),
+    "another patch count": ("ck", config(image_size=16), ["trained on 9 patches of an image", "gives 4"]),
+    "a layer that is not there": ("ck", config(vision_layer=-9), ["3 layers, no layer -9"]),
+    "an LLM for a tower": ("ck", config(vision_tower="../qwen"), ["is no vision transformer"]),
+    "no tower": ("ck", lambda d: shutil.rmtree(d / "clip"), ["there is no folder", "clip"]),
+    "E with NaN": ("sft", weights("sft/llm/vocab_embeds.safetensors", nan("vocab_embeds")),
+                   ["vocab_embeds.safetensors is not E", "44 numbers not finite"]),
+    "E of another size": ("sft", weights("sft/llm/vocab_embeds.safetensors", lambda t: {
+        "vocab_embeds": t["vocab_embeds"][:7].clone()}), ["vocab_embeds.safetensors is not E: (7, 44) instead of"]),
+    "an embedding with NaN": ("ck", weights("qwen/model.safetensors", lambda t: {
+        k: v * float("nan") for k, v in t.items()}), ["the embedding of", "is not finite"]),
+    "another LLM": ("ck", weights("qwen/model.safetensors", lambda t: {
+        k: v * 2 for k, v in t.items()}), ["trained on another LLM", "transfer.py moves it"]),
+    "no weights": ("ck", lambda d: os.remove(d / "qwen/model.safetensors"),
+                   ["qwen cannot be loaded", "no file named model.safetensors"]),
+    "weights without one tensor": ("ck", weights("qwen/model.safetensors", lambda t: {
+        k: v for k, v in t.items() if "1.mlp.up_proj" not in k}), ["qwen has no weights for model.layers.1.mlp.up"]),
+    "all shards": ("ck", shards, []),
+    "half a shard": ("ck", lambda d: cut(shards(d)[1]), ["model-00002-of-", "incomplete metadata"]),
+    "a shard too few": ("ck", lambda d: os.remove(shards(d)[-1]), ["qwen cannot be loaded"]),
+    "a header that lies": ("ck", lambda d: lie(d / "qwen/model.safetensors"), ["model.safetensors: "]),
+    "a pickle with a payload": ("ck", lambda d: pickled(d, 2), ["qwen cannot be loaded"]),
+    "a zipped pickle with a payload": ("ck", lambda d: pickled(d, None), ["cannot be loaded: Weights only load"]),
+    "a pickle in a checkpoint of ours": ("sft", lambda d: (d / "sft/llm/model.safetensors").rename(d / "sft/llm/a.bin"),
+                                         ["llm holds no model*.safetensors"]),
+    "tokenizer beyond the embedding": ("ck", fewer_rows, ["the tokenizer has ids up to", "the embedding 300 rows"]),
+    "tokenizer far below the embedding": ("ck", lambda d: another_tokenizer(d, 280), ["trained on another LLM"]),
+    "tokenizer cut off": ("ck", lambda d: cut(d / "qwen/tokenizer.json"), ["qwen cannot be loaded"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_load(name, checkpoints, tmp_path, capsys, monkeypatch):
+    which, spoil, words = MODELS[name]
+    monkeypatch.chdir(tmp_path)
+    for part in (which, "clip", "qwen") + (("sharded",) if "shard" in name else ()):
+        shutil.copytree(checkpoints / part, tmp_path / part)
+    spoil(tmp_path)
+    expect(outcome(lambda: model.load(str(tmp_path / which)) and 0, capsys), int(bool(words)), words)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_vocabulary_of_another_tokenizer(tiny, tmp_path):
+    llama = vocab.tokenizer_words(vocab.load_tokenizer(tiny.llama))
+    for content in (llama, {"Ġthe": -3, "a": 10 ** 30}):
+        (tmp_path / "v.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="v.json does not belong to this tokenizer"):
+            vocab.import_official(tmp_path / "v.json", vocab.load_tokenizer(tiny.qwen))
+    with pytest.raises(ValueError, match="v.json is not a word list"):
+        vocab.load_words(tmp_path / "v.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py
+
+@pytest.fixture(scope="module")
+def spoilt(world, tmp_path_factory):
+    """The world with three broken pictures of forty"""
+    root = tmp_path_factory.mktemp("spoilt")
+    shutil.copytree(world, root, dirs_exist_ok=True)
+    for i in (3, 8, 21):
+        cut(root / "images" / f"{i}.png")
+    return root
+
+
+def train_with(tiny, world, out, *more):
+    cfg = train.read_settings(settings(tiny, world, out, "--epochs=1", *more))
+    train.check(cfg)
+    return train.main(cfg)
+
+
+TRAIN = {  # name: (arguments, exit status, words)
+    "stop, from a loader's process": (["--workers=1"], 1, ["captions.json: record ", ".png' cannot be read"]),
+    "skip": (["--on_bad=skip"], 0, ["skipped ", "captions.json: record 21 (id 'c21')", "  skipped 3  eta"]),
+    "skip up to a limit": (["--on_bad=skip", "--bad_limit=2"], 1, ["3 samples were skipped, more than bad_limit 2"]),
+    "no such policy": (["--on_bad=replace"], 1, ["on_bad is 'replace', it must be one of stop, skip"]),
+    "no permission": (["--out=/sys/langbridge"], 1, ["/sys/langbridge"]),
+    "unknown key": (["--learning_rate=1"], 1, ["there is no setting 'learning_rate'"]),
+    "wrong type": (["--hidden=big"], 1, ["hidden is 'big', it must be of type int"]),
+    "negative size": (["--hidden=-3"], 1, ["hidden is -3, it must not be negative"]),
+    "a value that is no value": (["--words={[]: 1}"], 1, ["No such file", "{[]: 1}"]),
+    "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
+    "no such data": (["--data=none.json"], 1, ["none.json cannot be read: No such file"]),
+}
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_train(name, tiny, spoilt, tmp_path, capsys):
+    argv, code, words = TRAIN[name]
+    expect(outcome(lambda: train_with(tiny, spoilt, tmp_path / "out", *argv), capsys), code, words)
+    if name == "skip":                                              # the count is in every line of the log
+        rows = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
+        assert rows[-1]["skipped"] == 3 and all(a["skipped"] <= b["skipped"] for a, b in zip(rows, rows[1:]))
+    if "a loader" in name:                                          # nothing is lost: the same run goes on from that step
+        assert os.listdir(tmp_path / "out" / "state") and not (tmp_path / "out" / "config.json").exists()
+        found = outcome(lambda: train_with(tiny, spoilt, tmp_path / "out", "--on_bad=skip"), capsys)
+        expect(found, 0, ["  skipped 3  eta", "wrote"])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("learning_rate = 1", "there is no setting 'learning_rate'"),
+    ("hidden = '5'", "hidden is '5', it must be of type int"),
+    ("hidden = = 5", "is not a config file: SyntaxError"), ("hidden = nothing", "is not a config file: NameError")])
+def test_config_files(tmp_path, capsys, text, words):
+    (tmp_path / "run.py").write_text(text)
+    expect(outcome(lambda: train.read_settings([str(tmp_path / "run.py")]), capsys), 1, ["run.py", words])
+
+
+def test_a_loss_of_nan_stops_before_the_update_and_names_the_batch(tiny, world, tmp_path, capsys):
+    found = outcome(lambda: train_with(tiny, world, tmp_path, "--normalize=none", "--gain=1e38"), capsys)
+    expect(found, 1, ["step 0: the loss is ", "nan; nothing was updated. Samples: ['c"])
+    assert len(re.findall(r"'c\d+'", found[1].split("Samples:")[1])) == 8 and not (tmp_path / "state").exists()
+
+
+def test_a_picture_that_vanishes_under_the_run(tiny, spoilt, tmp_path, capsys, monkeypatch):
+    shutil.copytree(spoilt, tmp_path / "world")
+    collate = data.collate
+
+    def and_lose_all(samples, pad_id):
+        shutil.rmtree(tmp_path / "world" / "images", ignore_errors=True)
+        return collate(samples, pad_id)
+    monkeypatch.setattr(data, "collate", and_lose_all)
+    skip = ["--on_bad=skip", "--bad_limit=7"]
+    found = outcome(lambda: train_with(tiny, tmp_path / "world", tmp_path / "out", *skip), capsys)
+    expect(found, 1, ["does not exist", "more than bad_limit 7"])
+
+
+def test_a_full_disk(tiny, world, tmp_path):
+    """A tmpfs of 64 kB in a name space of its own, where the kernel lets us make one"""
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path} && "
+    if subprocess.run(["unshare", "-Urm", "sh", "-c", mount + "true"], capture_output=True).returncode:
+        pytest.skip("no user name spaces here: a tmpfs cannot be mounted")
+    command = [sys.executable, "train.py", *settings(tiny, world, tmp_path / "out", "--max_steps=2")]
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount + 'exec "$@"', "sh", *command], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "No space left on device" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# true command lines, each script at least once
+
+@pytest.mark.parametrize("command, code, words", [
+    ("train.py --hidden=big", 1, "the command line: hidden is 'big', it must be of type int"),
+    ("data.py --check none.json --images .", 1, "data.py: none.json cannot be read: No such file"),
+    ("vocab.py --tokenizers nobody/nothing {c}/qwen --corpus {w}/captions.json --out {o}/w.json --offline", 1,
+     "vocab.py: nobody/nothing cannot be loaded: it is no folder and not in the Hugging Face cache"),
+    ("transfer.py {c}/ck", 2, "the following arguments are required: target"),
+    ("eval.py --score gqa --questions {w}/images/3.png --predictions {w}/chats.json", 1,
+     "eval.py: {w}/images/3.png, line ?: not complete"),
+    ("words.py {c}/ck {w}/images/3.png --out {o}/words", 1, "words.py: image '{w}/images/3.png' cannot be read"),
+    ("pocket.py --scenes 3", 1, "pocket.py: --scenes and --held_out must be at least 20"),
+    ("bench.py compost", 2, "invalid choice: 'compost'")])
+def test_command_lines(command, code, words, spoilt, checkpoints, tmp_path):
+    places = {"w": spoilt, "c": checkpoints, "o": tmp_path}
+    done = run(*(part.format(**places) for part in command.split()), check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == code and words.format(**places) in last and "Traceback" not in done.stderr, done.stderr
+
+
+def test_help_waits_for_no_library():
+    """--help of every script under a second: what takes longer to import is not imported"""
+    scripts = [name for name, source in SOURCES.items() if "__main__" in source]
+    assert len(scripts) >= 8
+    done = run("-c", "import runpy, sys\n"
+               f"for script in {scripts}:\n"
+               "    sys.argv = [script, '--help']\n"
+               "    try: runpy.run_path(script, run_name='__main__')\n"
+               "    except SystemExit as stop: assert not stop.code, script\n"
+               "    assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules), script\n")
+    assert done.stdout.count("usage:") >= 7
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# any JSON value in any field
+
+ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+                   | st.sampled_from(["<image>", "../a", "\ud800", "", 10 ** 40, -1]),
+                   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+                   max_leaves=5)
+quick = hypothesis_settings(max_examples=40, derandomize=True, deadline=None, database=None,
+                            suppress_health_check=list(HealthCheck))
+
+
+def places_of(value, path=()):
+    """The path to every value inside of a JSON value, itself included"""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places_of(value[key], path + (key,))
+
+
+def spoil(draw, whole):
+    """The same JSON value with one value in it replaced or taken out"""
+    whole, path = copy.deepcopy(whole), draw.draw(st.sampled_from(list(places_of(whole))))
+    if not path:
+        return draw.draw(ANY)
+    inner = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    if draw.draw(st.integers(0, 3)) == 0:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = draw.draw(ANY)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny.qwen)
+
+
+@quick
+@given(st.data())
+def test_any_value_in_a_llava_record(tokenizer, world, tmp_path_factory, draw):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    whole = [{"id": 1, "image": "1.png", "conversations": turns("<image>\na", "b")},
+             {"id": "2", "image": ["1.png", "2.png"], "conversations": turns("<image> or <image>?", "b", "c", "d")}]
+    path.write_text(json.dumps(spoil(draw, whole)))
+    image = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    try:
+        dataset = data.Conversations(path, world / "images", tokenizer, 4, image)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        samples = [dataset[i] for i in range(len(dataset))]
+        batch = data.collate(samples, 0)
+        assert all(f"{path}: record " in sentence and "\n" not in sentence for sentence in batch["bad"])
+        assert len(batch["ids"]) + len(batch["bad"]) == len(dataset)
+    try:
+        assert list(vocab.read_texts(path))
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@quick
+@given(st.data())
+def test_any_value_in_a_word_list(tokenizer, tmp_path_factory, draw):
+    path = tmp_path_factory.getbasetemp() / "any-words.json"
+    path.write_text(json.dumps(spoil(draw, ["Ġthe", "a", "Ċ"])))
+    try:
+        words = vocab.load_words(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert len(vocab.word_ids(words, tokenizer)) == len(words) == len(set(words))
+
+
+@quick
+@given(st.data())
+def test_any_value_of_a_setting(tmp_path_factory, draw):
+    key, value = draw.draw(st.sampled_from(sorted(train.Settings.__annotations__) + ["Hidden", ""])), draw.draw(ANY)
+    file = tmp_path_factory.getbasetemp() / "any-config.py"
+    file.write_text(f"{key or 'x'} = {value!r}", encoding="utf-8", errors="surrogatepass")
+    needed = ["--out=x", "--data=x", "--llm=x", "--vision_tower=x", "--words=x"]
+    for argv in ([*needed, f"--{key}={value}"], [*needed, f"--{key}={json.dumps(value)}"], [*needed, str(file)]):
+        try:
+            train.check(train.read_settings(argv))
+        except SystemExit as stop:
+            assert isinstance(stop.code, str) and stop.code
+        else:
+            assert key in train.Settings.__annotations__
+
+
+@quick
+@given(st.data())
+def test_any_value_in_a_checkpoints_config(checkpoints, tmp_path_factory, draw):
+    folder = tmp_path_factory.getbasetemp() / "any-checkpoint"
+    folder.mkdir(exist_ok=True)
+    whole = json.loads((checkpoints / "ck/config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(spoil(draw, whole)))
+    try:
+        config, _ = model.read_config(str(folder))
+    except ValueError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+    else:
+        assert isinstance(config.hidden, int) and isinstance(config.llm, str)
+
+
+def benchmark(task, folder):
+    """-> (questions, truth, predictions) of the scores' own tests, in a folder"""
+    if task == "textvqa":
+        asked = {"data": [{"image_id": "i", "question": "Whose is it?", "answers": ["x"] * 10}]}
+        answer = test_scores.answer("i", "x", "Whose is it?" + test_scores.SHORT)
+        return test_scores.save(folder / "q", asked), None, [answer]
+    folder.mkdir()
+    if task == "mmbench":
+        path = test_scores.mmbench_file(folder / "q", [(1, ["ice", "tea"], "A"), (1000001, ["tea", "ice"], "B")])
+        return path, None, [test_scores.answer(1, "A"), test_scores.answer(1000001, "B")]
+    made = {"gqa": test_scores.gqa_files, "mme": test_scores.mme_files, "mmvet": test_scores.mmvet_files,
+            "pope": test_scores.pope_files, "scienceqa": test_scores.science_files}[task](folder)
+    truth = str(made[2]) if len(made) > 2 else None
+    if task == "mmvet":
+        truth = test_scores.save(folder / "truth.json", made[2])
+    return made[0], truth, made[1]
+
+
+@pytest.mark.parametrize("task", evaluation.TASKS)
+def test_any_value_in_a_file_of_a_benchmark(task, tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmark") / task
+    questions, truth, answers = benchmark(task, root)
+    predictions = test_scores.save(root / "p", answers)
+    assert evaluation.TASKS[task]["score"](questions, truth, predictions)[1]
+    files = {str(path): path.read_text(encoding="utf-8") for path in root.rglob("*") if path.is_file()}
+    files = {path: text for path, text in files.items() if text[0] in "[{"}         # TSV files have no values but text
+
+    @quick
+    @given(st.data())
+    def score(draw):
+        path = draw.draw(st.sampled_from(sorted(files)))
+        lines = files[path].splitlines() if path.endswith(("p", ".jsonl")) or "coco" in path else [files[path]]
+        number = draw.draw(st.integers(0, len(lines) - 1))
+        changed = [json.dumps(spoil(draw, json.loads(line))) if i == number else line for i, line in enumerate(lines)]
+        with open(path, "w", encoding="utf-8") as f:
+            f.write("\n".join(changed) + "\n")
+        try:
+            summary, items = evaluation.TASKS[task]["score"](questions, truth, predictions)
+            assert json.dumps(summary, allow_nan=False) and isinstance(items, dict)
+        except ValueError as error:
+            assert str(root) in str(error), error
+        except OSError as error:                                    # MME: a task without a file of labels
+            assert error.filename.startswith(str(root))
+        finally:
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(files[path])
+    score()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what must never happen
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_strangers_code_and_no_pickle(name):
+    """Models come through vocab.fetch, which refuses their code; transformers reads a .bin with weights_only=True"""
+    source = SOURCES[name]
+    assert set(re.findall(r"trust_remote_code\s*=\s*(\w+)", source)) <= {"False"}
+    assert "from_pretrained(" not in source
+    assert not re.search(r"torch\.load\(|import pickle|joblib|allow_pickle|shell=True|(?<![.\w])eval\(", source)
+
+
+@pytest.mark.parametrize("image, words", [
+    ("../../secret.jpg", "is not inside"), ("/etc/hostname", "is not inside"), (7, "no text in 'image'")])
+def test_questions_of_a_benchmark_stay_in_its_folder(tmp_path, image, words):
+    question = {"question_id": 1, "text": "a", "image": image, "category": "random"}
+    test_scores.save(tmp_path / "pope/llava_pope_test.jsonl", [question])
+    with pytest.raises(ValueError, match=words):
+        evaluation.check("pope", str(tmp_path))
+
+
+def test_a_page_of_words_escapes_all_that_comes_from_elsewhere():
+    evil = test_words.EVIL
+    state = test_words.make_state(name=evil[0], label=evil[1])
+    state["answer"] = evil[2] + evil[0]
+    html = test_words.page_of(state, ask=evil[1] + evil[0])
+    parsed = test_words.Scripts(html)
+    assert len(parsed.scripts) == 2 and "img" not in [tag for tag, _ in parsed.tags] and "throw 1</script>" not in html
+    assert json.loads(parsed.scripts[0])["panels"][0]["name"] == evil[0]
+
+
+GUARD = """
+import os, runpy, sys
+folder, script, *rest = sys.argv[1:]
+outside = []
+def guard(event, args):
+    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+        outside.append((event, args[1:]))
+        raise OSError("no network in this test")
+    if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if not os.path.realpath(args[0]).startswith((folder, "/dev/")):
+            outside.append((event, args[0]))
+sys.addaudithook(guard)
+sys.argv = [script, *rest]
+runpy.run_path(script, run_name="__main__")
+print("OUTSIDE", outside)
+"""
+
+
+def test_a_run_on_folders_opens_no_connection_and_writes_nowhere_else(checkpoints, spoilt, tmp_path):
+    env = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": ""}
+    out = ["--out", tmp_path / "moved"]
+    done = run("-c", GUARD, tmp_path, "transfer.py", checkpoints / "ck", checkpoints / "qwen", *out, env=env)
+    assert "OUTSIDE []" in done.stdout and (tmp_path / "moved" / "config.json").exists()
+
+
+def test_offline_is_said_before_anything_is_imported(tiny, tmp_path):
+    """In every script that can load from the hub: transformers finds the variable when it is imported"""
+    for script, source in SOURCES.items():
+        loads = script != "model.py" and re.search(r"model\.(load|build|vision_config)\(|load_tokenizer\(", source)
+        assert bool(loads) == bool(re.search(r'"--offline"|offline: bool', source)), script
+    spy = ("import os, runpy, sys\n"
+           "class Spy:\n"
+           "    def find_spec(self, name, *_):\n"
+           "        if name in ('torch', 'transformers'): sys.exit('OFFLINE ' + os.environ.get('HF_HUB_OFFLINE', ''))\n"
+           "sys.meta_path.insert(0, Spy())\n"
+           "script, *sys.argv[1:] = sys.argv[1:]\n"
+           "runpy.run_path(script, run_name='__main__')\n")
+    (tmp_path / "d.json").write_text(json.dumps([SEEN]))
+    corpus, hub = str(tmp_path / "d.json"), "some/name"
+    for argv in (["train.py", "--out=x", f"--data={corpus}", f"--llm={hub}", f"--vision_tower={hub}", "--words=x"],
+                 ["transfer.py", "x", hub], ["words.py", "x", "x"],
+                 ["data.py", "--check", corpus, "--images", ".", "--tokenizer", hub],
+                 ["vocab.py", "--tokenizers", hub, hub, "--corpus", corpus, "--out", tmp_path / "w.json"]):
+        done = run("-c", spy, *argv, "--offline", check=False, env={"HF_HUB_OFFLINE": ""})
+        assert "OFFLINE 1" in done.stderr, argv
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        evaluation.parse(["x", "--data", "x", "--offline"])
+        assert os.environ["HF_HUB_OFFLINE"] == "1"

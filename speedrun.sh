@@ -31,7 +31,7 @@ evaluate() {                                        # evaluate NAME ...
 }
 mlp() {                                             # mlp NAME LLM: the baseline, both stages on its own LLM, its best rate
     train "$1-pretrain" config/pocket/pretrain.py --llm="$WORLD/$2" --connector=mlp --connector_lr=2e-3
-    train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain" --connector_lr=2e-3
+    train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain"
     evaluate "$1"
 }
 moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT

@@ -48,8 +48,8 @@ moved() {                                           # moved NAME SOURCE LLM: tra
     train qwen-LB-pretrain config/pocket/pretrain.py
     train qwen-LB config/pocket/sft.py --init="$OUT/qwen-LB-pretrain"
     evaluate qwen-LB qwen-LB-pretrain
-    moved wide-from-qwen-LB qwen-LB-pretrain pocket-qwen-wide
-    moved llama-from-qwen-LB qwen-LB-pretrain pocket-llama
+    moved wide-from-qwen-LB qwen-LB pocket-qwen-wide
+    moved llama-from-qwen-LB qwen-LB pocket-llama
 } & left=$!
 {
     mlp qwen-MLP pocket-qwen

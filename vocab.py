@@ -186,6 +186,7 @@ def _text_word(text: str, spelling: str) -> str:
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")         # JSON can spell it ("\ud800"), UTF-8 and tokenizers cannot
 MAX_RECORD = 1 << 26          # characters; more than this without an end is a broken file, not a long conversation
 
+
 def read_records(path, progress=lambda n: None, block: int = 1 << 22):
     """Yield the records (dicts) of a JSON list one by one, so that the text of gigabytes is never in memory as a whole.
 

@@ -504,12 +504,9 @@ def of_run(folder, whole):
 
 def study_records(args):
     """[(picture, words of its captions, its objects or None)]: the first args.number different images of args.data"""
-    truth = None
-    if args.truth:
-        with open(args.truth, encoding="utf-8") as f:
-            truth = json.load(f)
+    truth = vocab.read_json(args.truth) if args.truth else None
     captions = {}
-    for record in data.read_records(args.data):
+    for record in vocab.read_records(args.data):
         messages, images = data.messages_of(record)
         if len(images) == 1 and (images[0] in captions or len(captions) < args.number):
             said = content_words(" ".join(m["content"] for m in messages if m["role"] == "assistant"))

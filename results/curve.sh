@@ -8,7 +8,7 @@ W=data/pocket
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 run() {                                             # run SEED NAME [--key=value ...]
     local out=out/pocket/seed$1/curve-$2 seed=$1; shift 2
-    [ -f "$out/config.json" ] || "$PYTHON" train.py config/pocket/sft.py --out="$out" --seed="$seed" --snapshots=5,10,20,40,80 "$@"
+    [ -f "$out/config.json" ] || "$PYTHON" train.py config/pocket/sft.py --out="$out" --seed="$seed" --snapshots=10,20,40,80 "$@"
     for folder in "$out"/steps/* "$out"; do
         [ -f "$folder/eval/results.json" ] || "$PYTHON" eval.py "$folder" --tasks pope,gqa --data $W/eval --batch_size 64
     done

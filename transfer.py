@@ -75,13 +75,18 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     return batches, sum(len(text.encode()) for text in answers)
 
 
-def measure(vlm, batches, num_bytes, single):
+def single_tokens(vlm):
+    """bool[K]: the word is one token of this LLM's tokenizer."""
+    return torch.tensor([len(ids) == 1 for ids in vocab.word_ids(vlm.words, vlm.tokenizer)])
+
+
+def measure(vlm, batches, num_bytes):
     """What the report says of one VLM: a dict of floats.
 
-    Bits per byte of the captions (their end included) with the right image, a wrong one and none: comparable between LLMs of different
-    tokenizers, which a loss per token is not (karpathy/nanochat, loss_eval.py). `single` bool[K]: the word is one token.
+    Bits per byte of the captions (their end included) with the right image, a wrong one and none: comparable between
+    LLMs of different tokenizers, which a loss per token is not (karpathy/nanochat, loss_eval.py).
     """
-    device = vlm.llm.device
+    device, single = vlm.llm.device, single_tokens(vlm)
     batches = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
     views = {"right": lambda batch: batch, "wrong": shuffled, "none": data.without_images}
     with torch.no_grad():
@@ -123,16 +128,14 @@ def main(args):
     report = {"words": len(words), "connector_from": whole["stage"]}
     if args.eval:
         vlm = model.load(args.source, device, dtype)
-        single = torch.tensor([len(ids) == 1 for ids in vocab.word_ids(words, vlm.tokenizer)])
-        report["source"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit), single)
+        report["source"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit))
         del vlm                                                     # two LLMs need not fit at the same time
 
     vlm = model.build(replace(config, llm=args.target), words, device, dtype)      # E of the target is made here
     model.load_connector(vlm.connector, args.source)
-    single = torch.tensor([len(ids) == 1 for ids in vocab.word_ids(words, vlm.tokenizer)])
-    report["single_tokens"] = int(single.sum())
+    report["single_tokens"] = int(single_tokens(vlm).sum())
     if args.eval:
-        report["target"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit), single)
+        report["target"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit))
     kept = {key: whole[key] for key in ("template", "image_mode") if key in whole}
     model.save(vlm, out, "transfer", with_llm=False, **kept, source={"stage": whole["stage"], "llm": whole["llm"],
                "embeddings_hash": whole["embeddings_hash"]})

@@ -1,4 +1,5 @@
-"""Held-out pictures with the captions of several checkpoints, as they come out: a JSON file and a sheet of pictures.
+"""Held-out pictures with the captions of several checkpoints, as they come out: a JSON file and a sheet of pictures; and
+bits per byte of all held-out captions with the right image, a wrong one and none: OUT-bits.json.
 
     python results/captions.py NAME=CHECKPOINT [NAME=CHECKPOINT ...] --data captions_test.json --images DIR --out results/small
 """
@@ -25,9 +26,11 @@ import torch
 
 import data
 import model
+import transfer
 
 with open(args.data, encoding="utf-8") as f:
     records = json.load(f)[:args.number]
+bits = {}
 rows = [{"image": r["image"], "true": r["conversations"][1]["value"]} for r in records]
 for pair in args.checkpoints:
     name, _, folder = pair.partition("=")
@@ -39,8 +42,12 @@ for pair in args.checkpoints:
                                          mode=whole["image_mode"]) for r in records])
     for row, ids in zip(rows, vlm.generate(prompts, pixels, max_new_tokens=24)):
         row[name] = vlm.tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()   # a caption is one line
+    bits[name] = transfer.measure(vlm, *transfer.caption_batches(vlm, args.data, args.images, whole, limit=128))
+    print(name, bits[name], flush=True)
 with open(f"{args.out}.json", "w", encoding="utf-8") as f:
     json.dump(rows, f, indent=1, ensure_ascii=False)
+with open(f"{args.out}-bits.json", "w", encoding="utf-8") as f:
+    json.dump(bits, f, indent=1)
 
 figure, axes = plt.subplots(-(-len(rows) // 5), 5, figsize=(16, 3.9 * -(-len(rows) // 5)))
 for axis in axes.flat:

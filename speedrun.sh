@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole story on two CPU cores: world, small LLMs, pretrain, SFT, transfer, benchmarks, one table, pictures of words.
-#     bash speedrun.sh             # a second run reuses what is there; SEED=2 bash speedrun.sh is another seed
+#     bash speedrun.sh                      # a second run reuses what is there
+#     BASELINES=1 SEED=2 bash speedrun.sh   # another seed, and MLP connectors trained on the two target LLMs as well
 set -euo pipefail
 cd "$(dirname "$0")"
 SEED=${SEED:-1}
@@ -34,7 +35,13 @@ mlp() {                                             # mlp NAME LLM: the baseline
     train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain"
     evaluate "$1"
 }
+source_LB() {                                       # the LangBridge that moves: both stages on pocket-qwen
+    train qwen-LB-pretrain config/pocket/pretrain.py
+    train qwen-LB config/pocket/sft.py --init="$OUT/qwen-LB-pretrain"
+    evaluate qwen-LB qwen-LB-pretrain
+}
 moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT
+    until [ -f "$OUT/$2/config.json" ]; do sleep 1; done     # the other lane makes the source
     transfer "$1-untrained" "$2" "$3"
     train "$1" config/pocket/sft.py --init="$OUT/$1-untrained"
     evaluate "$1" "$1-untrained"
@@ -44,18 +51,15 @@ moved() {                                           # moved NAME SOURCE LLM: tra
 [ -f $WORLD/words.json ] || "$PYTHON" vocab.py --tokenizers $WORLD/pocket-qwen $WORLD/pocket-llama \
     --corpus $WORLD/pretrain.json $WORLD/sft.json --count answers --size 512 --out $WORLD/words.json
 
-{
-    train qwen-LB-pretrain config/pocket/pretrain.py
-    train qwen-LB config/pocket/sft.py --init="$OUT/qwen-LB-pretrain"
-    evaluate qwen-LB qwen-LB-pretrain
-    moved wide-from-qwen-LB qwen-LB pocket-qwen-wide
-    moved llama-from-qwen-LB qwen-LB pocket-llama
-} & left=$!
-{
-    mlp qwen-MLP pocket-qwen
-    mlp wide-MLP pocket-qwen-wide
-    mlp llama-MLP pocket-llama
-} & right=$!
+if [ -n "${BASELINES:-}" ]; then                    # two lanes, about as long as each other
+    left() { source_LB; moved wide-from-qwen-LB qwen-LB pocket-qwen-wide; moved llama-from-qwen-LB qwen-LB pocket-llama; }
+    right() { mlp qwen-MLP pocket-qwen; mlp wide-MLP pocket-qwen-wide; mlp llama-MLP pocket-llama; }
+else
+    left() { source_LB; moved wide-from-qwen-LB qwen-LB pocket-qwen-wide; }
+    right() { mlp qwen-MLP pocket-qwen; moved llama-from-qwen-LB qwen-LB pocket-llama; }
+fi
+left & left=$!
+right & right=$!
 trap 'kill $left $right 2>/dev/null || true' EXIT   # if one side fails, the other stops, too
 wait $left
 wait $right
@@ -63,6 +67,7 @@ wait $right
 [ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000004.png --out "$OUT/words"
 ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
       qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)
-FOLDERS=("${ROWS[@]/#/$OUT/}")
-"$PYTHON" eval.py --table "${FOLDERS[@]/%//eval/results.json}" | tee "$OUT/table.md"
+FILES=()
+for name in "${ROWS[@]}"; do [ ! -f "$OUT/$name/eval/results.json" ] || FILES+=("$OUT/$name/eval/results.json"); done
+"$PYTHON" eval.py --table "${FILES[@]}" | tee "$OUT/table.md"
 echo "table: $OUT/table.md   words of a picture: $OUT/words/words.png and words.html   losses: $OUT/*/loss.png"

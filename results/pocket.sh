@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 for SEED in 1 2 3; do
-    SEED=$SEED bash speedrun.sh
+    BASELINES=1 SEED=$SEED bash speedrun.sh
     mkdir -p results/pocket/seed$SEED
     for folder in out/pocket/seed$SEED/*/eval; do
         cp "$folder/results.json" "results/pocket/seed$SEED/$(basename "$(dirname "$folder")").json"

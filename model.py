@@ -531,8 +531,7 @@ def shard_vlm(vlm, parts, device, dtype):
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for part in parts:
-        lists = [m for m in getattr(vlm, part).modules() if isinstance(m, nn.ModuleList)]
-        for block in max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())):
+        for block in blocks(getattr(vlm, part)):
             fully_shard(block, mesh=mesh, mp_policy=half)
     alone = {p for name, p in vlm.named_parameters() if name.split(".")[0] not in parts}
     fully_shard(vlm, mesh=mesh, mp_policy=half, ignored_params=alone)
@@ -552,6 +551,12 @@ def shard_vlm(vlm, parts, device, dtype):
     if missing:
         raise ValueError(f"{folder}: no safetensors file holds {missing[0]}; a sharded LLM is read from safetensors alone")
     dcp.load({name: t.detach() for name, t in own.items()}, storage_reader=reader)
+
+
+def blocks(part):
+    """The list of a transformer's blocks: of all its lists the one with the most parameters."""
+    lists = [m for m in part.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 def weights_folder(name):

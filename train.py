@@ -653,9 +653,13 @@ def dry_run(cfg):
     side = cfg.image_size or tower.config.image_size
     P = (side // tower.config.patch_size) ** 2
     T = P + 64 if cfg.stage == "pretrain" else min(cfg.max_length, P + 448)
-    for what, size in memory(vlm, cfg, config, P, T).items():
-        say(f"{what:44}{size / 2**30:9.2f} GiB")
-    say(f"for {cfg.batch_size} samples of {T} tokens ({P} of them patches) on each of the ranks, weights not sharded")
+    ranks = (1, 8, 64)
+    tables = [memory(vlm, cfg, config, P, T, n) for n in ranks]
+    say(f"{'GiB on each GPU':44}" + "".join(f"{n:5} GPU{'s' * (n > 1)}".rjust(10) for n in ranks))
+    for what in tables[0]:
+        say(f"{what:44}" + "".join(f"{table[what] / 2**30:10.2f}" for table in tables))
+    say(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most {cfg.batch_size} at a time; from 2 "
+        f"GPUs on the LLM is {'cut into a piece for each' if cfg.shard else 'whole on each (--shard cuts it)'}")
 
 
 def find_config(name):
@@ -667,21 +671,32 @@ def find_config(name):
     return model.vision_config(name)
 
 
-def memory(vlm, cfg, config, P, T):
-    """Bytes of each kind on one rank: an estimate for a micro-batch of cfg.batch_size samples of T tokens, P of them patches."""
-    llm = vlm.llm.config
+def memory(vlm, cfg, config, P, T, ranks):
+    """Bytes of each kind on one of `ranks` ranks: an estimate for samples of T tokens, P of them patches."""
+    llm, shards = vlm.llm.config, ranks if cfg.shard else 1
     half = 2 if cfg.dtype == "bfloat16" else 4
-    weights = sum(p.numel() * p.element_size() for p in vlm.parameters())
-    trained = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
-    tokens, patches = cfg.batch_size * T, cfg.batch_size * P
+    samples = min(cfg.batch_size, cfg.global_batch // ranks)
+    tokens, patches = samples * T, samples * P
     D, inner, layers = llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers
+    weights = grown = 0
+    for part in ("vision_tower", "connector", "llm"):
+        pieces = shards if part == "llm" or part == "vision_tower" and cfg.shard_tower else 1
+        for p in getattr(vlm, part).parameters():
+            weights += p.numel() * p.element_size() / pieces
+            grown += 12 * p.numel() * p.requires_grad / pieces
+    # Gathered at one time: what is outside of the blocks, and two blocks, one of them fetched ahead. Where it trains, its
+    # gradients come once in this dtype and once in the float32 that they are summed in.
+    one = sum(p.numel() for p in model.blocks(vlm.llm)[0].parameters())
+    rest = sum(p.numel() for p in vlm.llm.parameters()) - layers * one
+    trains = next(vlm.llm.parameters()).requires_grad
+    gathered = ((rest + 2 * one) * half + (rest + one) * (half + 4) * trains) if shards > 1 else 0
     # What one block keeps for its backward pass: norms in float32, q, k, v and the attention's output, three inner tensors.
     block = tokens * (2 * 4 * D + half * 6 * D + half * 3 * inner)
-    kept = layers * tokens * D * 4 + block if cfg.checkpointing else layers * block
+    kept = layers * tokens * D * (half if shards > 1 else 4) + block if cfg.checkpointing else layers * block
     words = patches * min(config.num_words, model.BLOCK) * 8 if config.connector == "langbridge" else 0
     rows = min(model.LOSS_ROWS, tokens - patches) * llm.vocab_size * 12
     E = config.num_words * D * half if config.connector == "langbridge" else 0
-    parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": 12 * trained,
+    parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": grown, "gathered from the other ranks": gathered,
              "activations of the LLM": kept, "one block of scores and weights": words, "logits": rows}
     return {**parts, "sum": sum(parts.values())}
 

@@ -42,7 +42,7 @@ def start(count, work, *args):
     return jobs
 
 
-def end(jobs, seconds=120):
+def end(jobs, seconds=300):
     """Wait for the processes, kill what is left after `seconds`. -> their exit statuses"""
     until = time.time() + seconds
     for job in jobs:
@@ -77,10 +77,10 @@ def wait_and_kill(jobs, out, seconds, dice):
     """Wait for a random moment, kill one process. -> where the run was, or None if it had ended before"""
     writing, until, where = dice.random() < 0.5, time.time() + dice.uniform(0, seconds), "anywhere"
     while any(job.is_alive() for job in jobs) and (writing or time.time() < until):
-        if writing and (os.path.isdir(f"{out}/state/tmp") or os.path.isdir(f"{out}/llm")) and dice.random() < 0.05:
+        if writing and (os.path.isdir(f"{out}/state/tmp") or os.path.isdir(f"{out}/llm")) and dice.random() < 0.1:
             where = "while writing"
             break
-        time.sleep(0.001)
+        time.sleep(0.003)
     victim = dice.choice(jobs)
     if not victim.is_alive():
         return None
@@ -102,7 +102,7 @@ def kill_loop(argv, out, count, kills, seed=0):
         report["resumed from a state"] += any(n.startswith("step-") for n in listdir(f"{run}/state"))
         jobs = start(count, train_quietly, [*argv, f"--out={run}"], f"{out}/text")
         where = wait_and_kill(jobs, run, seconds, dice) if report["kills"] < kills else None
-        codes = end(jobs, 5 if where else 120)
+        codes = end(jobs, 5 if where else 300)
         if where:
             report["kills"] += 1
             report["while writing"] += where == "while writing"

@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
 import train
@@ -94,12 +95,16 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tiny, world, five, t
     same(weights(tmp_path / "moving"), weights(tmp_path / "one"), **WEIGHT)
 
 
-@pytest.mark.parametrize("stage,count,more", [("pretrain", 1, []), ("sft", 2, ["--shard"])])
-def test_a_few_kills_change_no_bit(tiny, world, five, tmp_path, stage, count, more):
-    """tests/kill_loop.py is the longer one."""
+KILLS = int(os.environ.get("KILLS", 0))                             # KILLS=25 pytest -s tests/test_ranks.py -k kills
+MORE = [("sft", 1, []), ("pretrain", 2, ["--shard"]), ("sft", 2, [])] if KILLS else []
+
+
+@pytest.mark.parametrize("stage,count,more", [("pretrain", 1, []), ("sft", 2, ["--shard"]), *MORE])
+def test_kills_change_no_bit(tiny, world, five, tmp_path, stage, count, more):
     argv = [a for a in settings(tiny, world, "", *five, f"--stage={stage}", "--save_every=2", *more) if not a.startswith("--out")]
-    report = kill_loop(argv, f"{tmp_path}/kills", count, kills=3)
-    assert report["kills"] == 3 and report["runs ended"] >= 1 and report["differences"] == 0
+    report = kill_loop(argv, f"{tmp_path}/kills", count, kills=KILLS or 3)
+    print(json.dumps({"stage": stage, **report}))
+    assert report["kills"] == (KILLS or 3) and report["runs ended"] >= 1 and report["differences"] == 0
 
 
 def compare_loaded(name, tower, words):
@@ -209,3 +214,51 @@ def test_torchrun_starts_a_killed_rank_again_and_passes_a_signal_on(tiny, world,
     assert ranks(2, die_after, at, settings(tiny, world, tmp_path / "calm", *argv, f"--save_every={at}")) == [9, 9]
     assert losses(out) == losses(tmp_path / "calm")[:at]
     same(weights(out), weights(tmp_path / "calm"), atol=0, rtol=0)
+
+
+def model_memory():
+    """Bytes of this process that a model can be in: its own pages, and those of mapped safetensors files. Not the libraries'."""
+    total = 0
+    for line in open("/proc/self/smaps"):
+        field, value = line.split()[:2]
+        if "-" in field:                                            # the head of a mapping
+            count = ("Anonymous:", "Rss:")[".safetensors" in line]
+        total += int(value) * 1024 if field == count else 0
+    return total
+
+
+def peak_of_loading(name, tower, words, report):
+    """Load the model as train.py does, touch it all, and write by how many bytes the memory rose at most."""
+    cfg = train.Settings(llm=name, vision_tower=tower, words=words, shard="RANK" in os.environ, stage="sft", dtype="float32")
+    rank, world, device = train.setup_ranks(cfg)
+    seen, done = [model_memory()], threading.Event()
+
+    def look():
+        while not done.wait(0.005):
+            seen.append(model_memory())
+    threading.Thread(target=look).start()
+    vlm = train.make_model(cfg, device, world)
+    for p in vlm.parameters():
+        train.local(p.detach()).sum()                               # what is mapped from a file counts when it is touched
+    seen.append(model_memory())
+    done.set()
+    with open(f"{report}{rank}", "w") as f:
+        f.write(str(max(seen) - seen[0]))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="reads Linux's /proc")
+def test_no_rank_ever_holds_the_whole_llm(tiny, world, tmp_path):
+    config = AutoConfig.from_pretrained(tiny.qwen, hidden_size=768, intermediate_size=3072, num_hidden_layers=8,
+                                        num_attention_heads=12, layer_types=["full_attention"] * 8, max_window_layers=8)
+    llm = AutoModelForCausalLM.from_config(config)
+    size = sum(p.numel() * 4 for p in llm.parameters())
+    shutil.copytree(tiny.qwen, tmp_path / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_llm(llm, str(tmp_path / "llm"), torch.float32, writes=True, limit=size // 8)
+    del llm
+    peaks = {}
+    for count in (1, 2):
+        argv = str(tmp_path / "llm"), tiny.clip, f"{world}/words.json", f"{tmp_path}/peak{count}-"
+        assert ranks(count, peak_of_loading, *argv) == [0] * count
+        peaks[count] = [int((tmp_path / f"peak{count}-{r}").read_text()) / size for r in range(count)]
+    print(f"{size / 1e6:.0f} MB of weights; peak of one process {peaks[1][0]:.2f} of it, of two ranks", *(f"{p:.2f}" for p in peaks[2]))
+    assert peaks[1][0] > 0.95 and max(peaks[2]) < 0.75

@@ -357,7 +357,7 @@ class VLM(nn.Module):
         embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))   # (B, T, D)
         if pixel_values is None or len(pixel_values) == 0:
             if self.sharded:
-                # Another rank has images: its tower, its gradients wait for this rank's pieces. Look at nothing, times 0.
+                # Another rank may have images, and waits for this one's pieces: look at nothing, times 0.
                 S = self.image["size"]
                 embeds = embeds + 0 * self.encode(torch.zeros(1, 3, S, S, device=embeds.device)).sum().to(embeds.dtype)
             return embeds
@@ -478,12 +478,13 @@ def image_settings(name, image_size):
 
 
 def load_llm(name, dtype, device, attention="sdpa", meta=False):
-    """-> (LLM, tokenizer), every model by its config and none by its name. attention: the library's attn_implementation,
-    such as "flash_attention_2" where it is installed, or "eager", which is faster for the pocket's models on a CPU.
-    meta: the weights are shapes alone, for `shard_vlm` to read."""
+    """-> (LLM, tokenizer), every model by its config and none by its name. attention: the library's
+    attn_implementation, such as "flash_attention_2" where it is installed, or "eager", which is faster for the pocket's
+    models on a CPU. meta: the weights are shapes alone, for `shard_vlm` to read."""
     if meta:
         with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype, attn_implementation=attention)
+            config = AutoConfig.from_pretrained(name)
+            llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if os.path.isfile(f"{weights_folder(name)}/generation_config.json"):
             llm.generation_config = GenerationConfig.from_pretrained(name)
     else:
@@ -495,11 +496,12 @@ def load_llm(name, dtype, device, attention="sdpa", meta=False):
     return llm, tokenizer
 
 
-def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention="sdpa", frozen=None, shard=()):
+def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention="sdpa", frozen=None,
+          shard=()):
     """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded.
 
     dtype: of the LLM. frozen: of the tower, of E, and of a sharded LLM's computation; None means dtype.
-    shard: the parts of which each rank holds its piece alone, ("llm",) or ("llm", "vision_tower"); then every rank calls.
+    shard: the parts of which each rank holds a piece, ("llm",) or ("llm", "vision_tower"); then every rank calls.
     """
     frozen = frozen or dtype
     tower = AutoModel.from_pretrained(config.vision_tower, config=vision_config(config.vision_tower), dtype=frozen)
@@ -509,7 +511,7 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
     vlm = VLM(config, tower.to(device), connector.to(device), llm, tokenizer, words, image).requires_grad_(False).eval()
     if shard:
         shard_vlm(vlm, shard, device, frozen)
-        vlm.unshard()                                               # what is outside of the blocks, the embedding among it
+        vlm.unshard()                                               # what is outside of the blocks: the embedding
     if words:
         connector.vocab_embeds = vocab_embeds(llm, tokenizer, words).to(device, frozen)
     vlm.origin = fingerprint(vlm)
@@ -522,11 +524,11 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
 # an LLM that is larger than one device: FSDP2
 
 def shard_vlm(vlm, parts, device, dtype):
-    """Cut `parts` of the VLM into a piece for each rank (FSDP2), and read this rank's piece of the LLM, which is on meta.
+    """Cut `parts` of the VLM into a piece for each rank (FSDP2), and read this rank's piece of the LLM, now on meta.
 
-    A block is a group: gathered in `dtype` when it runs, freed after it, its gradients summed in float32. All else is one
-    more group, which is whole from the forward to the backward pass: the embedding may be the head as well, and the
-    loss calls the head in pieces. The connector and what is not in `parts` stay as they are.
+    A block is a group: gathered in `dtype` when it runs, freed after it, its gradients summed in float32. All else is
+    one more group, which is whole from the forward to the backward pass: the embedding may be the head as well, and
+    the loss calls the head in pieces. The connector and what is not in `parts` stay as they are.
     """
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
@@ -549,7 +551,7 @@ def shard_vlm(vlm, parts, device, dtype):
     own = stored_tensors(vlm.llm)
     missing = sorted(own.keys() - reader.read_metadata().state_dict_metadata.keys())
     if missing:
-        raise ValueError(f"{folder}: no safetensors file holds {missing[0]}; a sharded LLM is read from safetensors alone")
+        raise ValueError(f"{folder}: no safetensors file holds {missing[0]}; a sharded LLM is read from these alone")
     dcp.load({name: t.detach() for name, t in own.items()}, storage_reader=reader)
 
 

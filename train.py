@@ -67,7 +67,7 @@ class Settings:
     clip: float = 1.0                        # largest gradient norm; 0 means no clipping
     dtype: str = "bfloat16"                  # of activations and frozen weights; trained weights are float32
     attention: str = "sdpa"                  # or "eager", "flash_attention_2": transformers' attn_implementation
-    shard: bool = False                      # each rank holds its piece of the LLM alone (FSDP2): for what does not fit whole
+    shard: bool = False                      # each rank holds its piece of the LLM alone (FSDP2): where it does not fit
     shard_tower: bool = False                # and of the vision tower
     checkpointing: bool = False              # recompute the LLM's activations in the backward pass: slower, smaller
     device: str = ""                         # "" means cuda if there is one
@@ -328,7 +328,7 @@ def to_device(batch, device):
 # the state to resume from: out/state/step-00000100, two of them kept
 
 def state_tensors(vlm, optimizer, step, rank):
-    """All that a step changes, by name: trained parameters, AdamW's moments (made if need be), this rank's random state."""
+    """All that a step changes, by name: trained parameters, AdamW's moments (made if need be), this rank's dice."""
     held = {f"rng.{rank}": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         held[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
@@ -339,7 +339,8 @@ def state_tensors(vlm, optimizer, step, rank):
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for name, p in vlm.named_parameters():
         if p.requires_grad:
-            held |= {name: p.detach(), **{f"{name}.{key}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}}
+            own = optimizer.state[p]
+            held |= {name: p.detach(), f"{name}.exp_avg": own["exp_avg"], f"{name}.exp_avg_sq": own["exp_avg_sq"]}
     return held
 
 
@@ -407,15 +408,15 @@ def resume(vlm, optimizer, inputs, cfg, rank, world):
     folder, state = newest_state(cfg, rank, world)
     if not folder:
         return 0, 0
-    free = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run", "workers", "device", "batch_size",
-            "shard", "shard_tower")
+    free = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run", "workers", "device",
+            "batch_size", "shard", "shard_tower")
     differ = [f"{k} was {v!r}, is {getattr(cfg, k, None)!r}" for k, v in state["settings"].items()
               if k not in free and v != getattr(cfg, k, None)]
     if differ:
-        sys.exit(f"{folder} was made with other settings ({'; '.join(differ)}): finish it with its own, or use another out")
+        sys.exit(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, or use another out")
     changed = [key for key, value in inputs.items() if state["inputs"].get(key) != value]
     if changed:
-        sys.exit(f"{' and '.join(changed)} changed since {folder} was written: a run goes on with what it was started with")
+        sys.exit(f"{' and '.join(changed)} changed since {folder} was written: a run goes on with what it began with")
     if state["world"] != world:
         say(f"{folder} was written by {state['world']} ranks, now there are {world}: sums are rounded in another order")
     tensors, reader = state_tensors(vlm, optimizer, state["step"], rank), HuggingFaceStorageReader(folder)
@@ -449,9 +450,10 @@ def open_log(path, step):
 
 def say_step(row, steps, seconds):
     """One line of a step; seconds: what a step of this run takes."""
-    say(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}" + (f" (blind {row['blind']:.4f})" if "blind" in row else "")
-        + f"  trained {row['trained']:6d} tok  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}  {row['tok_s']:7.0f} tok/s"
-        + (f"  skipped {row['skipped']}" if row["skipped"] else "")
+    say(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}"
+        + (f" (blind {row['blind']:.4f})" if "blind" in row else "")
+        + f"  trained {row['trained']:6d} tok  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
+        + f"  {row['tok_s']:7.0f} tok/s" + (f"  skipped {row['skipped']}" if row["skipped"] else "")
         + f"  eta {seconds * (steps - row['step'] - 1) / 60:5.1f} min")
 
 
@@ -530,8 +532,8 @@ def main(cfg):
         reduce_gradients(trained, sums["trained"], sums["images"], world)
         norm = clip_gradients(trained, cfg.clip, world)
         if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):   # the same on every rank, so all of them stop
-            sys.exit(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; nothing was updated. Samples: "
-                     f"{[dataset.records[i].get('id') for i in steps[step]]}")
+            sys.exit(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; nothing was updated. "
+                     f"Samples: {[dataset.records[i].get('id') for i in steps[step]]}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -559,7 +561,7 @@ def main(cfg):
 
 
 def prepare_out(cfg):
-    """Make the folder of the run; with --overwrite take the old run out of it, config.json last: it says that it is one."""
+    """Make the folder of the run; --overwrite takes the old run out of it, config.json last: it says that it is one."""
     os.makedirs(cfg.out, exist_ok=True)
     if os.path.isfile(f"{cfg.out}/config.json"):                    # check() has seen to --overwrite
         for old in ("state", "steps"):
@@ -570,21 +572,22 @@ def prepare_out(cfg):
 def accumulate(vlm, loader, count, amp, device, probe):
     """Forward and backward over this rank's `count` micro-batches. -> sums over them, {name: number}
 
-    Losses are sums; the one division, by the trained tokens of the whole global batch, comes after the last. probe: also
-    the first micro-batch's loss with its images hidden from attention. Near the true loss means that nobody looks."""
+    Losses are sums; the one division, by the trained tokens of the whole global batch, comes after the last. probe:
+    also the first micro-batch's loss with its images hidden from attention. Near the true loss, nobody looks."""
     sums = dict.fromkeys(("loss", "trained", "tokens", "skipped", "images", "blind_loss", "blind_trained"), 0)
     for i in range(count):
         batch = to_device(next(loader), device)
         images = len(batch["pixel_values"])
-        for key, value in (("tokens", batch["attention_mask"].sum().item()), ("skipped", batch["skipped"]), ("images", images)):
-            sums[key] += value
+        sums["tokens"] += batch["attention_mask"].sum().item()
+        sums["skipped"] += batch["skipped"]
+        sums["images"] += images
         if not len(batch["ids"]):
             if not vlm.sharded:
                 continue
             batch = nothing(batch, device)                          # the other ranks wait for this one's pieces
         with amp:
             loss, trained = vlm(batch)
-        if loss.requires_grad:                                      # not so for text alone while only the connector trains
+        if loss.requires_grad:                                      # not for text alone while only the connector trains
             loss.backward()
         sums["loss"] += loss.item()
         sums["trained"] += trained
@@ -592,7 +595,7 @@ def accumulate(vlm, loader, count, amp, device, probe):
             with torch.no_grad(), amp:
                 loss, trained = vlm(data.without_images(batch))
             if vlm.sharded:
-                vlm.reshard()                                       # else the step would not reach what is still gathered
+                vlm.reshard()                                       # else the update misses what is still gathered
             if images:
                 sums["blind_loss"], sums["blind_trained"] = loss.item(), trained
     return sums
@@ -607,7 +610,7 @@ def nothing(batch, device):
 def reduce_gradients(trained, tokens, images, world):
     """The gradient of every rank's sums -> that of the mean over the global batch's `tokens`, on every rank.
 
-    What a rank did not see (a step without images) counts as 0; SystemExit names a parameter that no rank's loss reached."""
+    What a rank did not see (a step without images) counts as 0; SystemExit names a parameter that no loss reached."""
     reached = torch.tensor([p.grad is not None for _, p in trained], dtype=torch.int32, device=trained[0][1].device)
     for (name, p), ranks in zip(trained, reduce_sum(reached, world).tolist()):
         if not ranks and tokens and (images or not name.startswith("connector.")):
@@ -621,7 +624,7 @@ def reduce_gradients(trained, tokens, images, world):
 
 
 def clip_gradients(trained, largest, world):
-    """Scale all gradients so that their norm is at most `largest` (0: any). -> the norm before, over all ranks' pieces"""
+    """Scale all gradients to a norm of at most `largest` (0: any). -> the norm before, over the pieces of all ranks"""
     pieces = [local(p.grad) for _, p in trained if isinstance(p, DTensor)]
     whole = [p.grad for _, p in trained if not isinstance(p, DTensor)]
     square = torch.nn.utils.get_total_norm(whole).square()
@@ -634,8 +637,8 @@ def clip_gradients(trained, largest, world):
 
 
 def dry_run(cfg):
-    """Print what the run would train and hold in memory, from config files and the meta device: nothing is allocated."""
-    if cfg.init:                                        # sizes of what an earlier stage writes are those of its own settings
+    """Print what the run would train and hold in memory, from config files and the meta device."""
+    if cfg.init:                                        # what an earlier stage writes has the sizes of its own settings
         say(f"sizes as if {cfg.init} were made from the settings below")
     with torch.device("meta"):
         tower = AutoModel.from_config(find_config(cfg.vision_tower))
@@ -658,8 +661,8 @@ def dry_run(cfg):
     say(f"{'GiB on each GPU':44}" + "".join(f"{n:5} GPU{'s' * (n > 1)}".rjust(10) for n in ranks))
     for what in tables[0]:
         say(f"{what:44}" + "".join(f"{table[what] / 2**30:10.2f}" for table in tables))
-    say(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most {cfg.batch_size} at a time; from 2 "
-        f"GPUs on the LLM is {'cut into a piece for each' if cfg.shard else 'whole on each (--shard cuts it)'}")
+    say(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most {cfg.batch_size} at a "
+        f"time; from 2 GPUs on the LLM is {'cut into pieces' if cfg.shard else 'whole on each (--shard cuts it)'}")
 
 
 def find_config(name):
@@ -684,8 +687,8 @@ def memory(vlm, cfg, config, P, T, ranks):
         for p in getattr(vlm, part).parameters():
             weights += p.numel() * p.element_size() / pieces
             grown += 12 * p.numel() * p.requires_grad / pieces
-    # Gathered at one time: what is outside of the blocks, and two blocks, one of them fetched ahead. Where it trains, its
-    # gradients come once in this dtype and once in the float32 that they are summed in.
+    # Gathered at one time: what is outside of the blocks, and two blocks, one of them fetched ahead. Where it trains,
+    # its gradients come once in this dtype and once in the float32 that they are summed in.
     one = sum(p.numel() for p in model.blocks(vlm.llm)[0].parameters())
     rest = sum(p.numel() for p in vlm.llm.parameters()) - layers * one
     trains = next(vlm.llm.parameters()).requires_grad
@@ -696,8 +699,9 @@ def memory(vlm, cfg, config, P, T, ranks):
     words = patches * min(config.num_words, model.BLOCK) * 8 if config.connector == "langbridge" else 0
     rows = min(model.LOSS_ROWS, tokens - patches) * llm.vocab_size * 12
     E = config.num_words * D * half if config.connector == "langbridge" else 0
-    parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": grown, "gathered from the other ranks": gathered,
-             "activations of the LLM": kept, "one block of scores and weights": words, "logits": rows}
+    parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": grown,
+             "gathered from the other ranks": gathered, "activations of the LLM": kept,
+             "one block of scores and weights": words, "logits": rows}
     return {**parts, "sum": sum(parts.values())}
 
 

@@ -1,11 +1,11 @@
 """
 Kill a run at random moments, start it again, and compare with the run that nobody killed, bit for bit.
 
-    python tests/kill_loop.py [--kills 25] [--seed 0]       # the pocket world of data/pocket; pretrain and SFT, on 1 and 2 ranks
+    python tests/kill_loop.py [--kills 25] [--seed 0]     # the world of data/pocket; pretrain and SFT, on 1 and 2 ranks
 
 Half of the kills come at any moment between start and end, half while a state or the checkpoint is being written. A run
-that ends is compared, and a fresh one is begun, until the kills are used up. A start is a fork with torch imported, which
-makes the loop quick; on two ranks one of them, by lot, is killed, as a machine that fails would.
+that ends is compared, and a fresh one is begun, until the kills are used up. A start is a fork with torch imported,
+which makes the loop quick; on two ranks one of them, by lot, is killed, as a machine that fails would.
 """
 import argparse
 import json
@@ -126,8 +126,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     import train                                                    # once, before the forks
-    argv = ["config/pocket/pretrain.py", "--max_steps=6", "--save_every=2", "--global_batch=4", "--batch_size=1", "--workers=1",
-            "--device=cpu", "--probe_every=4", "--warmup=0.1"]
+    argv = ["config/pocket/pretrain.py", "--max_steps=6", "--save_every=2", "--global_batch=4", "--batch_size=1",
+            "--workers=1", "--device=cpu", "--probe_every=4", "--warmup=0.1"]
     sft = [*argv, "--stage=sft", "--data=data/pocket/sft.json", "--template=chat", "--group=True", "--llm_lr=1e-3"]
     with tempfile.TemporaryDirectory() as out:
         for stage, count, more in (("pretrain", 1, argv), ("sft", 1, sft), ("pretrain", 2, [*argv, "--shard"]),

@@ -183,6 +183,15 @@ def test_data_that_changed_under_the_run_are_noticed(tiny, world, five, tmp_path
         (tmp_path / "images" / "3.png").write_bytes(before)
 
 
+def test_the_count_of_skipped_samples_goes_on(tiny, world, five, tmp_path):
+    records = json.loads((world / "five.json").read_text())
+    (tmp_path / "six.json").write_text(json.dumps([*records, {**records[1], "image": "gone.png"}]))
+    argv = settings(tiny, world, tmp_path / "run", *five, f"--data={tmp_path}/six.json", "--on_bad=skip", "--save_every=1")
+    assert ranks(1, die_after, 3, argv) == [9]
+    assert train_here(argv) == 0
+    assert json.loads(open(tmp_path / "run" / "log.jsonl").readlines()[-1])["skipped"] == 2
+
+
 def wait_for(what, job, seconds=120):
     until = time.time() + seconds
     while not what():

@@ -3,9 +3,9 @@ Kill a run at random moments, start it again, and compare with the run that nobo
 
     python tests/kill_loop.py [--kills 25] [--seed 0]     # the world of data/pocket; pretrain and SFT, on 1 and 2 ranks
 
-Half of the kills come at any moment between start and end, half while a state or the checkpoint is being written. A run
-that ends is compared, and a fresh one is begun, until the kills are used up. A start is a fork with torch imported,
-which makes the loop quick; on two ranks one of them, by lot, is killed, as a machine that fails would.
+A third of the kills come while a run starts, a third after a random step, a third while a state or the checkpoint is
+being written. A run that ends is compared, and a fresh one is begun, until the kills are used up. A start is a fork
+with torch imported, which makes the loop quick; on two ranks one of them, by lot, is killed, as a machine fails.
 """
 import argparse
 import json
@@ -73,19 +73,31 @@ def result(out):
     return weights, [json.loads(line)["loss"] for line in open(f"{out}/log.jsonl")]
 
 
-def wait_and_kill(jobs, out, seconds, dice):
-    """Wait for a random moment, kill one process. -> where the run was, or None if it had ended before"""
-    writing, until, where = dice.random() < 0.5, time.time() + dice.uniform(0, seconds), "anywhere"
-    while any(job.is_alive() for job in jobs) and (writing or time.time() < until):
-        if writing and (os.path.isdir(f"{out}/state/tmp") or os.path.isdir(f"{out}/llm")) and dice.random() < 0.1:
-            where = "while writing"
-            break
-        time.sleep(0.003)
+def log_of(out):
+    """(which file log.jsonl is, its lines): a start that gets as far as the first step puts another file in its place"""
+    path = f"{out}/log.jsonl"
+    return (os.stat(path).st_ino, len(open(path).readlines())) if os.path.isfile(path) else (0, 0)
+
+
+def wait_and_kill(jobs, out, seconds, steps, dice):
+    """Wait for a random moment and kill one process. -> which kind of moment, or None if the run had ended before"""
+    before, step, kind = log_of(out)[0], dice.randrange(steps), dice.choice(["starting", "training", "writing"])
+
+    def reached():
+        file, lines = log_of(out)
+        return file != before and lines >= step and (
+            kind != "writing" or os.path.isdir(f"{out}/state/tmp") or os.path.isdir(f"{out}/llm"))
+    if kind == "starting":
+        time.sleep(dice.uniform(0, seconds / 2))
+    else:
+        while any(job.is_alive() for job in jobs) and not reached():
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, seconds / steps / (20 if kind == "writing" else 4)))
     victim = dice.choice(jobs)
     if not victim.is_alive():
         return None
     os.kill(victim.pid, signal.SIGKILL)
-    return where
+    return kind
 
 
 def kill_loop(argv, out, count, kills, seed=0):
@@ -94,18 +106,18 @@ def kill_loop(argv, out, count, kills, seed=0):
     dice, began = random.Random(seed), time.time()
     assert end(start(count, train_quietly, [*argv, f"--out={out}/whole"], f"{out}/text")) == [0] * count
     seconds, expected = time.time() - began, result(f"{out}/whole")
-    report = {"ranks": count, "kills": 0, "while writing": 0, "starts": 0, "resumed from a state": 0, "runs ended": 0,
-              "differences": 0}
+    report = {"ranks": count, "kills": 0, "starting": 0, "training": 0, "writing": 0, "starts": 0,
+              "resumed from a state": 0, "runs ended": 0, "differences": 0}
     run = f"{out}/killed"
     while report["kills"] < kills or os.path.isdir(run):
         report["starts"] += 1
         report["resumed from a state"] += any(n.startswith("step-") for n in listdir(f"{run}/state"))
         jobs = start(count, train_quietly, [*argv, f"--out={run}"], f"{out}/text")
-        where = wait_and_kill(jobs, run, seconds, dice) if report["kills"] < kills else None
+        where = wait_and_kill(jobs, run, seconds, len(expected[1]), dice) if report["kills"] < kills else None
         codes = end(jobs, 5 if where else 300)
         if where:
             report["kills"] += 1
-            report["while writing"] += where == "while writing"
+            report[where] += 1
         if os.path.isfile(f"{run}/config.json"):                    # killed after the end is an end, too
             report["runs ended"] += 1
             report["differences"] += result(run) != expected

@@ -101,7 +101,7 @@ MORE = [("sft", 1, []), ("pretrain", 2, ["--shard"]), ("sft", 2, [])] if KILLS e
 
 @pytest.mark.parametrize("stage,count,more", [("pretrain", 1, []), ("sft", 2, ["--shard"]), *MORE])
 def test_kills_change_no_bit(tiny, world, five, tmp_path, stage, count, more):
-    argv = settings(tiny, world, "later", *five, f"--stage={stage}", "--save_every=2", *more)
+    argv = settings(tiny, world, "later", *five, f"--stage={stage}", "--save_every=2", "--epochs=4", *more)
     report = kill_loop(argv, f"{tmp_path}/kills", count, kills=KILLS or 3)
     print(json.dumps({"stage": stage, **report}))
     assert report["kills"] == (KILLS or 3) and report["runs ended"] >= 1 and report["differences"] == 0

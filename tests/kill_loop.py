@@ -3,8 +3,8 @@ Kill a run at random moments, start it again, and compare with the run that nobo
 
     python tests/kill_loop.py [--kills 25] [--seed 0]     # the world of data/pocket; pretrain and SFT, on 1 and 2 ranks
 
-A third of the kills come while a run starts, a third after a random step, a third while a state or the checkpoint is
-being written. A run that ends is compared, and a fresh one is begun, until the kills are used up. A start is a fork
+A kill comes a random time after the begin of a random one of these: loading, a step, the writing of a state, that of the
+checkpoint. A run that ends is compared, and a fresh one is begun, until the kills are used up. A start is a fork
 with torch imported, which makes the loop quick; on two ranks one of them, by lot, is killed, as a machine fails.
 """
 import argparse
@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -54,12 +55,25 @@ def end(jobs, seconds=300):
     return [job.exitcode for job in jobs]
 
 
-def train_quietly(argv, output):
-    """train.py in this process, what it prints appended to the file `output`"""
+def train_quietly(argv, output, doom=None):
+    """train.py in this process, what it prints appended to the file `output`; SIGKILL as `doom` has it: on rank (rank),
+    `delay` seconds into call number `call` of `function`, such as "train.save_state"."""
+    import model
     import train
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if doom and doom["rank"] == int(os.environ.get("RANK", 0)):
+        module, name = doom["function"].split(".")
+        module, calls = {"train": train, "model": model}[module], []
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == doom["call"]:
+                threading.Timer(doom["delay"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return original(*args, **kwargs)
+        setattr(module, name, call)
     cfg = train.read_settings(argv)
     train.check(cfg)
     train.main(cfg)
@@ -73,57 +87,36 @@ def result(out):
     return weights, [json.loads(line)["loss"] for line in open(f"{out}/log.jsonl")]
 
 
-def log_of(out):
-    """(which file log.jsonl is, its lines): a start that gets as far as the first step puts another file in its place"""
-    path = f"{out}/log.jsonl"
-    return (os.stat(path).st_ino, len(open(path).readlines())) if os.path.isfile(path) else (0, 0)
-
-
-def wait_and_kill(jobs, out, seconds, steps, dice):
-    """Wait for a random moment and kill one process. -> which kind of moment, or None if the run had ended before"""
-    before, step, kind = log_of(out)[0], dice.randrange(steps), dice.choice(["starting", "training", "writing"])
-
-    def reached():
-        file, lines = log_of(out)
-        return file != before and lines >= step and (
-            kind != "writing" or os.path.isdir(f"{out}/state/tmp") or os.path.isdir(f"{out}/llm"))
-    if kind == "starting":
-        time.sleep(dice.uniform(0, seconds / 2))
-    else:
-        while any(job.is_alive() for job in jobs) and not reached():
-            time.sleep(0.002)
-        time.sleep(dice.uniform(0, seconds / steps / (20 if kind == "writing" else 4)))
-    victim = dice.choice(jobs)
-    if not victim.is_alive():
-        return None
-    os.kill(victim.pid, signal.SIGKILL)
-    return kind
-
-
 def kill_loop(argv, out, count, kills, seed=0):
     """Runs train.py with `argv` on `count` ranks until `kills` of them were killed. -> {"kills", ..., "differences"}"""
     os.makedirs(out)
-    dice, began = random.Random(seed), time.time()
+    dice, run = random.Random(seed), f"{out}/killed"
     assert end(start(count, train_quietly, [*argv, f"--out={out}/whole"], f"{out}/text")) == [0] * count
-    seconds, expected = time.time() - began, result(f"{out}/whole")
-    report = {"ranks": count, "kills": 0, "starting": 0, "training": 0, "writing": 0, "starts": 0,
-              "resumed from a state": 0, "runs ended": 0, "differences": 0}
-    run = f"{out}/killed"
+    expected = result(f"{out}/whole")
+    moments = {"train.make_model": (1, 0.3), "train.accumulate": (len(expected[1]), 0.05), "train.save_state": (4, 0.05),
+               "model.save": (1, 0.05)}                             # calls in a run, and seconds of one
+    report = {"ranks": count, "kills": 0, **dict.fromkeys(moments, 0), "starts": 0, "resumed from a state": 0,
+              "runs ended": 0, "differences": 0}
     while report["kills"] < kills or os.path.isdir(run):
         report["starts"] += 1
         report["resumed from a state"] += any(n.startswith("step-") for n in listdir(f"{run}/state"))
-        jobs = start(count, train_quietly, [*argv, f"--out={run}"], f"{out}/text")
-        where = wait_and_kill(jobs, run, seconds, len(expected[1]), dice) if report["kills"] < kills else None
-        codes = end(jobs, 5 if where else 300)
-        if where:
+        function = dice.choice(list(moments))
+        calls, seconds = moments[function]
+        doom = {"rank": dice.randrange(count), "function": function, "call": dice.randint(1, calls),
+                "delay": dice.uniform(0, seconds)} if report["kills"] < kills else None
+        jobs = start(count, train_quietly, [*argv, f"--out={run}"], f"{out}/text", doom)
+        if doom:
+            jobs[doom["rank"]].join(300)
+        codes = end(jobs, 5 if doom and jobs[doom["rank"]].exitcode else 300)
+        if doom and codes[doom["rank"]] == -signal.SIGKILL:
             report["kills"] += 1
-            report[where] += 1
+            report[function] += 1
+        elif any(codes):
+            raise SystemExit(f"a run that was not killed ended with {codes}:\n{open(f'{out}/text').read()[-3000:]}")
         if os.path.isfile(f"{run}/config.json"):                    # killed after the end is an end, too
             report["runs ended"] += 1
             report["differences"] += result(run) != expected
             shutil.rmtree(run)
-        elif not where:
-            raise SystemExit(f"a run that was not killed ended with {codes}:\n{open(f'{out}/text').read()[-3000:]}")
     shutil.rmtree(out)
     return report
 

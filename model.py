@@ -25,13 +25,20 @@ from dataclasses import asdict, dataclass, fields
 from glob import escape, glob
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from data import IGNORE, IMAGE_ID
@@ -320,6 +327,7 @@ class VLM(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.words, self.image = config, tokenizer, words, image
         self.vision_tower, self.connector, self.llm = vision_tower, connector, llm
+        self.sharded = False                                        # see shard_vlm
         self.num_patches = (image["size"] // vision_tower.config.patch_size) ** 2
         eos = llm.generation_config.eos_token_id if llm.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
@@ -356,6 +364,10 @@ class VLM(nn.Module):
         # The module, not its weight: Gemma's multiplies by sqrt(D).
         embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))   # (B, T, D)
         if pixel_values is None or len(pixel_values) == 0:
+            if self.sharded:
+                # Another rank may have images, and waits for this one's pieces: look at nothing, times 0.
+                S = self.image["size"]
+                embeds = embeds + 0 * self.encode(torch.zeros(1, 3, S, S, device=embeds.device)).sum().to(embeds.dtype)
             return embeds
         image_embeds = self.encode(pixel_values)                    # (N, P, D)
         if which is not None:
@@ -532,10 +544,18 @@ def load_weights(kind, name, **kwargs):
     return model
 
 
-def load_llm(name, dtype, device, attention="sdpa"):
-    """-> (LLM, tokenizer), every model by its config and none by its name. attention: the library's attn_implementation,
-    such as "flash_attention_2" where it is installed, or "eager", which is faster for the pocket's models on a CPU."""
-    llm = load_weights(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=attention).to(device)
+def load_llm(name, dtype, device, attention="sdpa", meta=False):
+    """-> (LLM, tokenizer), every model by its config and none by its name. attention: the library's
+    attn_implementation, such as "flash_attention_2" where it is installed, or "eager", which is faster for the pocket's
+    models on a CPU. meta: the weights are shapes alone, for `shard_vlm` to read."""
+    if meta:
+        config = fetch(AutoConfig.from_pretrained, name)
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if os.path.isfile(f"{weights_folder(name)}/generation_config.json"):
+            llm.generation_config = GenerationConfig.from_pretrained(name)
+    else:
+        llm = load_weights(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=attention).to(device)
     tokenizer, rows = load_tokenizer(name), llm.get_input_embeddings().num_embeddings
     last = max(tokenizer.get_vocab().values())
     if last >= rows:                                                # fewer tokens than rows: padding, as Qwen has it
@@ -543,22 +563,87 @@ def load_llm(name, dtype, device, attention="sdpa"):
     return llm, tokenizer
 
 
-def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention="sdpa"):
-    """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded."""
+def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention="sdpa", frozen=None,
+          shard=()):
+    """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded.
+
+    dtype: of the LLM. frozen: of the tower, of E, and of a sharded LLM's computation; None means dtype.
+    shard: the parts of which each rank holds a piece, ("llm",) or ("llm", "vision_tower"); then every rank calls.
+    """
+    frozen = frozen or dtype
     tower = vision_config(config.vision_tower)
     if not hasattr(tower, "patch_size"):
         raise ValueError(f"{config.vision_tower} is no vision transformer: its config has no patch_size")
     if not -tower.num_hidden_layers <= config.vision_layer + 1 <= tower.num_hidden_layers + 1:
         raise ValueError(f"{config.vision_tower} has {tower.num_hidden_layers} layers, no layer {config.vision_layer}")
-    tower = load_weights(AutoModel, config.vision_tower, config=tower, dtype=dtype)
-    llm, tokenizer = llm or load_llm(config.llm, dtype, device, attention)
+    tower = load_weights(AutoModel, config.vision_tower, config=tower, dtype=frozen)
+    llm, tokenizer = llm or load_llm(config.llm, dtype, device, attention, meta=bool(shard))
     image = image_settings(config.vision_tower, config.image_size)
     connector = make_connector(config, tower.config.hidden_size, llm.get_input_embeddings().embedding_dim, gain)
-    vlm = VLM(config, tower, connector, llm, tokenizer, words, image).to(device)
+    vlm = VLM(config, tower.to(device), connector.to(device), llm, tokenizer, words, image).requires_grad_(False).eval()
+    if shard:
+        shard_vlm(vlm, shard, device, frozen)
+        vlm.unshard()                                               # what is outside of the blocks: the embedding
     if words:
-        connector.vocab_embeds = vocab_embeds(llm, tokenizer, words).to(device, dtype)
+        connector.vocab_embeds = vocab_embeds(llm, tokenizer, words).to(device, frozen)
     vlm.origin = fingerprint(vlm)
-    return vlm.requires_grad_(False).eval()
+    if shard:
+        vlm.reshard()
+    return vlm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# an LLM that is larger than one device: FSDP2
+
+def shard_vlm(vlm, parts, device, dtype):
+    """Cut `parts` of the VLM into a piece for each rank (FSDP2), and read this rank's piece of the LLM, now on meta.
+
+    A block is a group: gathered in `dtype` when it runs, freed after it, its gradients summed in float32. All else is
+    one more group, which is whole from the forward to the backward pass: the embedding may be the head as well, and
+    the loss calls the head in pieces. The connector and what is not in `parts` stay as they are.
+    """
+    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for part in parts:
+        for block in blocks(getattr(vlm, part)):
+            fully_shard(block, mesh=mesh, mp_policy=half)
+    alone = {p for name, p in vlm.named_parameters() if name.split(".")[0] not in parts}
+    fully_shard(vlm, mesh=mesh, mp_policy=half, ignored_params=alone)
+    vlm.sharded = True
+
+    vlm.llm.to_empty(device=device)
+    vlm.llm.tie_weights()                                           # to_empty has made two of a tied head and embedding
+    for p in vlm.llm.parameters():
+        p._is_hf_initialized = True                                 # transformers' mark: _init_weights leaves it alone
+    for module in vlm.llm.modules():
+        if any(True for _ in module.buffers(recurse=False)):        # rotary frequencies, Gemma's scale: in no file
+            vlm.llm._init_weights(module)
+    folder = weights_folder(vlm.llm.config.name_or_path)
+    reader = HuggingFaceStorageReader(folder)
+    own = stored_tensors(vlm.llm)
+    missing = sorted(own.keys() - reader.read_metadata().state_dict_metadata.keys())
+    if missing:
+        raise ValueError(f"{folder}: no safetensors file holds {missing[0]}; a sharded LLM is read from these alone")
+    dcp.load({name: t.detach() for name, t in own.items()}, storage_reader=reader)
+
+
+def blocks(part):
+    """The list of a transformer's blocks: of all its lists the one with the most parameters."""
+    lists = [m for m in part.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def weights_folder(name):
+    """The folder of a model's files; those of a hub name are fetched first."""
+    return name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+
+
+def stored_tensors(llm):
+    """Each parameter and persistent buffer by the name that a file has for it, tied ones once."""
+    once = {}
+    for name, tensor in llm.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor))
+    return dict(once.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -599,18 +684,22 @@ def resolve(name, folder):
     return local if name.startswith("..") or os.path.isdir(local) else name
 
 
-def save(vlm, folder, stage, with_llm, **extra):
+def save(vlm, folder, stage, with_llm, dtype=None, **extra):
     """Write a checkpoint into `folder` (made if need be), config.json last: with it the checkpoint is complete.
 
-    with_llm: after SFT the LLM goes along, with the frozen E that the connector was trained against.
+    with_llm: after SFT the LLM goes along, in `dtype` or its own, with the frozen E that the connector was trained
+    against. Where the LLM is sharded every rank calls this; rank 0 writes.
     """
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if with_llm:
+        save_llm(vlm.llm, f"{folder}/llm", dtype or vlm.llm.dtype, writes)
+    if not writes:
+        return
     os.makedirs(folder, exist_ok=True)
     write_safetensors({k: v.float() for k, v in vlm.connector.state_dict().items()}, f"{folder}/connector.safetensors")
     if vlm.words:
         save_words(vlm.words, f"{folder}/words.json")
     if with_llm:
-        with named(f"{folder}/llm"):
-            vlm.llm.save_pretrained(f"{folder}/llm")
         vlm.tokenizer.save_pretrained(f"{folder}/llm")
         if vlm.words:
             write_safetensors({"vocab_embeds": vlm.connector.vocab_embeds}, f"{folder}/llm/vocab_embeds.safetensors")
@@ -619,6 +708,42 @@ def save(vlm, folder, stage, with_llm, **extra):
                 "num_patches": vlm.num_patches,
                 "words_hash": words_hash(vlm.words) if vlm.words else None, "git_commit": git_commit(), **extra},
                f"{folder}/config.json")
+
+
+def save_llm(llm, folder, dtype, writes, limit=4 << 30):
+    """The LLM as a Hugging Face folder, in `dtype`, in files of at most `limit` bytes and a tensor.
+
+    Ranks put one tensor together at a time; the one that `writes` holds a file's worth of them on the CPU, never all.
+    """
+    tensors = stored_tensors(llm)
+    files, size = [[]], 0
+    for name, tensor in tensors.items():
+        if size >= limit:
+            files, size = files + [[]], 0
+        files[-1].append(name)
+        size += tensor.numel() * dtype.itemsize
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    names = names if len(files) > 1 else ["model.safetensors"]
+    if writes:
+        os.makedirs(folder, exist_ok=True)
+    for path, group in zip(names, files):
+        held = {}
+        for name in group:
+            whole = tensors[name].detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            if writes:
+                held[name] = whole.to("cpu", dtype)
+        if writes:
+            write_safetensors(held, f"{folder}/{path}", {"format": "pt"})
+    if writes:
+        llm.config.architectures, llm.config.dtype = [type(llm).__name__], dtype
+        llm.config.save_pretrained(folder)
+        llm.generation_config.save_pretrained(folder)
+        if len(files) > 1:
+            total = sum(t.numel() for t in tensors.values())
+            write_json({"metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
+                        "weight_map": {name: path for path, group in zip(names, files) for name in group}},
+                       f"{folder}/model.safetensors.index.json")
 
 
 def fingerprint(vlm):
@@ -666,8 +791,8 @@ def read_config(folder):
     return config, whole
 
 
-def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
-    """Read a checkpoint. -> VLM in evaluation mode, nothing of it trained
+def load(folder, device="cpu", dtype=torch.float32, attention="sdpa", frozen=None, shard=()):
+    """Read a checkpoint. -> VLM in evaluation mode, nothing of it trained; frozen, shard: see `build`
 
     ValueError where its parts do not belong together: another word list, another LLM than it was trained on, a vision
     tower that cuts an image into another number of patches."""
@@ -675,11 +800,11 @@ def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
     own_llm = f"{folder}/llm"
     if os.path.isdir(own_llm) and not glob(f"{escape(own_llm)}/model*.safetensors"):    # a .bin is read where you name it
         raise ValueError(f"{own_llm} holds no model*.safetensors, which is all that a checkpoint of ours is read from")
-    llm = load_llm(own_llm if os.path.isdir(own_llm) else config.llm, dtype, device, attention)
+    llm = load_llm(own_llm if os.path.isdir(own_llm) else config.llm, dtype, device, attention, meta=bool(shard))
     words = load_words(f"{folder}/words.json") if config.connector == "langbridge" else None
     if words and (words_hash(words) != whole.get("words_hash") or len(words) != config.num_words):
         raise ValueError(f"{folder}/words.json is not the word list that this connector was trained with")
-    vlm = build(config, words, device, dtype, llm)
+    vlm = build(config, words, device, dtype, llm, frozen=frozen, shard=shard)
     if vlm.num_patches != whole.get("num_patches", vlm.num_patches):
         raise ValueError(f"{folder} was trained on {whole['num_patches']} patches of an image, "
                          f"{config.vision_tower} gives {vlm.num_patches}")
@@ -692,7 +817,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention="sdpa"):
             if E.shape != vlm.connector.vocab_embeds.shape or not E.isfinite().all():
                 raise ValueError(f"{path} is not E: {tuple(E.shape)} instead of "
                                  f"{tuple(vlm.connector.vocab_embeds.shape)}, {(~E.isfinite()).sum()} numbers not finite")
-            vlm.connector.vocab_embeds = E.to(device, dtype)
+            vlm.connector.vocab_embeds = E.to(device, frozen or dtype)
     elif vlm.origin != origin:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; transfer.py moves it")
     vlm.origin = origin                                             # E's LLM, also where SFT has changed the LLM since

@@ -3,6 +3,7 @@ Train one stage of a VLM: "pretrain" (the connector alone) or "sft" (connector a
 
     python train.py config/pocket/pretrain.py [--key=value ...]
     torchrun --nproc_per_node=8 train.py config/paper/qwen2-0.5b-pretrain.py
+    torchrun --nproc_per_node=8 train.py config/paper/qwen2-7b-sft.py                  # shard = True: FSDP2
     python train.py config/paper/qwen2.5-14b-sft.py --dry_run
 
 The settings are below; a config file holds those that differ, a `--key=value` overrides both. The same command started
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
@@ -68,6 +70,8 @@ class Settings:
     clip: float = 1.0                        # largest gradient norm; 0 means no clipping
     dtype: str = "bfloat16"                  # of activations and frozen weights; trained weights are float32
     attention: str = "sdpa"                  # or "eager", "flash_attention_2": transformers' attn_implementation
+    shard: bool = False                      # each rank holds its piece of the LLM alone (FSDP2): where it does not fit
+    shard_tower: bool = False                # and of the vision tower
     checkpointing: bool = False              # recompute the LLM's activations in the backward pass: slower, smaller
     device: str = ""                         # "" means cuda if there is one
     seed: int = 42
@@ -136,6 +140,8 @@ def check(cfg):
                 "hidden", "image_size", "warmup", "bad_limit"):
         if getattr(cfg, key) < 0:
             sys.exit(f"{key} is {getattr(cfg, key)}, it must not be negative")
+    if cfg.shard_tower and not cfg.shard:
+        sys.exit("shard_tower is set without shard: the tower is sharded along with the LLM")
     needed = ["out", "data"] + ([] if cfg.init else ["llm", "vision_tower"])
     if not cfg.init and cfg.connector == "langbridge":
         needed.append("words")
@@ -154,11 +160,16 @@ if __name__ == "__main__":                   # before the slow imports: --help a
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import data
 import model
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")          # dcp says so of every run of one process
+FILE = 2 << 30                               # bytes of a state's file, from which on a new one is begun
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ranks
@@ -183,16 +194,39 @@ def reduce_sum(tensor, world):
     return tensor
 
 
+def everywhere(work, world):
+    """Every rank's work(), as a list. An OSError of one is raised on all: none waits for a rank that has gone."""
+    try:
+        answer = (work(), None)
+    except OSError as error:
+        answer = (None, str(error))
+    answers = [answer] * world
+    if world > 1:
+        dist.all_gather_object(answers, answer)
+    for _, error in answers:
+        if error:
+            raise OSError(error)
+    return [result for result, _ in answers]
+
+
+def local(tensor):
+    """This rank's piece of a sharded tensor, in place; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # model and optimizer
 
-def make_model(cfg, device):
+def make_model(cfg, device, world):
     """The VLM of this run, its trained parts in float32 and with gradients, the rest frozen in cfg.dtype."""
     dtype = getattr(torch, cfg.dtype)
     held = torch.float32 if "llm" in STAGES[cfg.stage] else dtype           # master weights of an LLM that trains
+    how = {"attention": cfg.attention, "frozen": dtype}
+    if cfg.shard and world > 1:
+        how["shard"] = ("llm", "vision_tower") if cfg.shard_tower else ("llm",)
     torch.manual_seed(cfg.seed)                                             # of the fresh connector
     if cfg.init:
-        vlm = model.load(cfg.init, device, held, cfg.attention)
+        vlm = model.load(cfg.init, device, held, **how)
         for key in ("connector", "hidden", "normalize", "vision_layer", "llm", "vision_tower"):
             say(f"  {key} = {getattr(vlm.config, key)} (from {cfg.init})")
             if key not in ("llm", "vision_tower") and getattr(cfg, key) not in (getattr(vlm.config, key), getattr(Settings, key)):
@@ -201,15 +235,13 @@ def make_model(cfg, device):
         words = vocab.load_words(cfg.words)[:cfg.num_words or None] if cfg.connector == "langbridge" else None
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = len(words or ())
-        vlm = model.build(config, words, device, held, gain=cfg.gain, attention=cfg.attention)
-    vlm.vision_tower.to(dtype)
-    if vlm.words:
-        vlm.connector.vocab_embeds = vlm.connector.vocab_embeds.to(dtype)
+        vlm = model.build(config, words, device, held, gain=cfg.gain, **how)
     for part in STAGES[cfg.stage]:
         getattr(vlm, part).requires_grad_(True).train()
     if cfg.checkpointing:
         vlm.llm.train()                                                     # the library checkpoints in this mode only
-        vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(vlm.llm, "activation_checkpointing_enable", None) or vlm.llm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})                                    # the library renamed it
     return vlm
 
 
@@ -260,9 +292,9 @@ def plan(dataset, cfg):
 
 
 def micro_batches(indices, rank, world, batch_size):
-    """This rank's part of one step, cut into what fits in memory."""
-    mine = indices[rank::world]
-    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    """This rank's part of one step, cut into what fits in memory: as many for each rank, the last perhaps empty."""
+    mine, count = indices[rank::world], math.ceil(len(indices[::world]) / batch_size)
+    return [mine[i * batch_size:(i + 1) * batch_size] for i in range(count)]
 
 
 def leave_group(_):
@@ -271,12 +303,23 @@ def leave_group(_):
     os.setpgid(0, 0)
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+def make_loader(dataset, batches, vlm, cfg, device):
+    """An iterator over this rank's batches, read by cfg.workers processes."""
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=cfg.workers, pin_memory=device.type == "cuda",
+        collate_fn=lambda samples: data.collate(samples, vlm.pad_id),
+        worker_init_fn=leave_group, multiprocessing_context="fork" if cfg.workers else None))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the state to resume from: out/state/step-00000100, two of them kept
+def inputs_hash(dataset, cfg):
+    """SHA-256 of what the run reads: the JSON files, and the sizes of up to 1,000 of the images."""
+    digest = hashlib.sha256("".join(sha256(path) for path in cfg.data.split(",")).encode())
+    names = [r["image"] for r in dataset.records if isinstance(r.get("image"), str)]
+    for name in names[::len(names) // 1000 + 1]:
+        path = os.path.join(cfg.images, name)
+        digest.update(str(os.path.getsize(path) if os.path.isfile(path) else None).encode())
+    return digest.hexdigest()
+
 
 def sha256(path):
     digest = hashlib.sha256()
@@ -286,65 +329,114 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def save_state(vlm, optimizer, step, cfg, rank, world):
-    """Write all that a resume needs to a temporary folder and rename it; rank 0 writes, the others wait."""
-    folder, tmp = f"{cfg.out}/state/step-{step:08d}", f"{cfg.out}/state/tmp"
-    if rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
-        names = {p: n for n, p in vlm.named_parameters()}
-        trained = {n: p for p, n in names.items() if p.requires_grad}
-        moments = {f"{names[p]}.{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
-        model.write_safetensors(trained, f"{tmp}/trained.safetensors")
-        model.write_safetensors({**moments, "rng": torch.get_rng_state()}, f"{tmp}/optimizer.safetensors")
-        hashes = {name: sha256(f"{tmp}/{name}") for name in sorted(os.listdir(tmp))}
-        model.write_json({"step": step, "settings": asdict(cfg), "sha256": hashes}, f"{tmp}/state.json")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(tmp, folder)
-        for old in sorted(os.listdir(f"{cfg.out}/state"))[:-2]:
-            shutil.rmtree(f"{cfg.out}/state/{old}")
-    if world > 1:
-        dist.barrier()
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def newest_state(cfg):
+# ----------------------------------------------------------------------------------------------------------------------
+# the state to resume from: out/state/step-00000100, two of them kept
+
+def state_tensors(vlm, optimizer, step, rank):
+    """All that a step changes, by name: trained parameters, AdamW's moments (made if need be), this rank's dice."""
+    held = {f"rng.{rank}": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        held[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p not in optimizer.state:
+                optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if group["fused"] else "cpu"),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    for name, p in vlm.named_parameters():
+        if p.requires_grad:
+            own = optimizer.state[p]
+            held |= {name: p.detach(), f"{name}.exp_avg": own["exp_avg"], f"{name}.exp_avg_sq": own["exp_avg_sq"]}
+    return held
+
+
+def save_state(vlm, optimizer, facts, cfg, rank, world):
+    """Write all that a resume needs, each rank its pieces, to a temporary folder, and rename it when it is whole.
+
+    facts: what state.json holds beside the hashes. OSError on every rank if it cannot be written on one."""
+    folder, tmp = f"{cfg.out}/state/step-{facts['step']:08d}", f"{cfg.out}/state/tmp"
+
+    def begin():
+        if rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.makedirs(tmp)
+
+    def end():
+        if rank == 0:
+            sums = {name: digest for part in hashes for name, digest in part.items()}
+            model.write_json({**facts, "world": world, "settings": asdict(cfg), "sha256": sums}, f"{tmp}/state.json")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(tmp, folder)
+            for old in sorted(os.listdir(f"{cfg.out}/state"))[:-2]:
+                shutil.rmtree(f"{cfg.out}/state/{old}")
+
+    everywhere(begin, world)
+    tensors, files, size = state_tensors(vlm, optimizer, facts["step"], rank), {}, 0
+    for name in [*tensors, *(f"rng.{r}{kind}" for r in range(world) for kind in ("", ".cuda"))]:
+        files[name] = 1 + size // FILE                              # the library holds one file in memory at a time
+        size += local(tensors[name]).nbytes if name in tensors else 0
+    try:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(tmp, files, save_distributed=True))
+    except CheckpointException as error:
+        raise OSError(f"{tmp} cannot be written: {next(iter(error.failures.values()))[0]}") from None
+    mine = f"shard-{rank + 1:05d}-"
+    hashes = everywhere(lambda: {n: sha256(f"{tmp}/{n}") for n in os.listdir(tmp) if n.startswith(mine)}, world)
+    everywhere(end, world)
+
+
+def newest_state(cfg, rank, world):
     """The newest whole state's folder and its state.json, or (None, None). A torn one is named and passed over."""
     root = f"{cfg.out}/state"
-    names = [n for n in sorted(os.listdir(root), reverse=True) if n.startswith("step-")] if os.path.isdir(root) else []
-    for name in names:
+
+    def read(name):
+        """state.json, or None if a file of this rank's share is not what it says"""
         try:
             with open(f"{root}/{name}/state.json") as f:
                 state = json.load(f)
-            if all(sha256(f"{root}/{name}/{file}") == digest for file, digest in state["sha256"].items()):
-                return f"{root}/{name}", state
+            share = sorted(state["sha256"].items())[rank::world]
+            return state if all(sha256(f"{root}/{name}/{file}") == digest for file, digest in share) else None
         except (OSError, ValueError, KeyError):
-            pass                                                            # said in the next line
+            return None                                             # said in the next lines
+
+    names = everywhere(lambda: os.listdir(root) if os.path.isdir(root) else [], world)[0]
+    for name in sorted((n for n in names if n.startswith("step-")), reverse=True):
+        states = everywhere(lambda: read(name), world)
+        if all(states):
+            return f"{root}/{name}", states[0]
         say(f"{root}/{name} is not whole; trying the one before")
     return None, None
 
 
-def resume(vlm, optimizer, cfg):
-    """Load the newest state if there is one. -> the step to go on with
+def resume(vlm, optimizer, inputs, cfg, rank, world):
+    """Load the newest state if there is one. -> the step to go on with, samples skipped before it
 
-    A run goes on with the settings that it was started with; SystemExit names those that differ."""
-    folder, state = newest_state(cfg)
+    A run goes on with the settings and the data that it was started with; SystemExit names those that differ."""
+    folder, state = newest_state(cfg, rank, world)
     if not folder:
-        return 0
+        return 0, 0
     free = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run", "workers", "device",
-            "batch_size", "on_bad", "bad_limit", "offline")
+            "batch_size", "shard", "shard_tower", "on_bad", "bad_limit", "offline")
     differ = [f"{k} was {v!r}, is {getattr(cfg, k, None)!r}" for k, v in state["settings"].items()
               if k not in free and v != getattr(cfg, k, None)]
     if differ:
-        sys.exit(f"{folder} was made with other settings ({'; '.join(differ)}): finish it with its own, or use another out")
-    tensors, moments = load_file(f"{folder}/trained.safetensors"), load_file(f"{folder}/optimizer.safetensors")
-    torch.set_rng_state(moments.pop("rng"))
-    for name, p in vlm.named_parameters():
-        if p.requires_grad:
-            with torch.no_grad():
-                p.copy_(tensors[name])
-            own = {k[len(name) + 1:]: v for k, v in moments.items() if k.rpartition(".")[0] == name}
-            optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
-    return state["step"]
+        sys.exit(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, or use another out")
+    changed = [key for key, value in inputs.items() if state["inputs"].get(key) != value]
+    if changed:
+        sys.exit(f"{' and '.join(changed)} changed since {folder} was written: a run goes on with what it began with")
+    if state["world"] != world:
+        say(f"{folder} was written by {state['world']} ranks, now there are {world}: sums are rounded in another order")
+    tensors, reader = state_tensors(vlm, optimizer, state["step"], rank), HuggingFaceStorageReader(folder)
+    there = reader.read_metadata().state_dict_metadata              # a new rank has no random state in it
+    tensors = {name: t for name, t in tensors.items() if name in there or not name.startswith("rng.")}
+    dcp.load(tensors, storage_reader=reader)
+    if f"rng.{rank}" in tensors:
+        torch.set_rng_state(tensors[f"rng.{rank}"])
+    if f"rng.{rank}.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"rng.{rank}.cuda"])
+    return state["step"], state["skipped"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,6 +455,15 @@ def open_log(path, step):
         f.writelines(line + "\n" for line in keep)
     os.replace(path + ".tmp", path)
     return open(path, "a", buffering=1)
+
+
+def say_step(row, steps, seconds):
+    """One line of a step; seconds: what a step of this run takes."""
+    say(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}"
+        + (f" (blind {row['blind']:.4f})" if "blind" in row else "")
+        + f"  trained {row['trained']:6d} tok  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
+        + f"  {row['tok_s']:7.0f} tok/s" + (f"  skipped {row['skipped']}" if row["skipped"] else "")
+        + f"  eta {seconds * (steps - row['step'] - 1) / 60:5.1f} min")
 
 
 def plot_loss(path, out):
@@ -390,33 +491,25 @@ def main(cfg):
     torch.backends.cuda.matmul.allow_tf32 = True
     if cfg.global_batch % world:
         sys.exit(f"global_batch {cfg.global_batch} does not divide by {world} ranks")
-    os.makedirs(cfg.out, exist_ok=True)
-    if rank == 0 and os.path.isfile(f"{cfg.out}/config.json"):      # --overwrite: check() has seen to that
-        os.remove(f"{cfg.out}/config.json")
-        for old in ("state", "steps"):
-            shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
-    if world > 1:
-        dist.barrier()
+    everywhere(lambda: prepare_out(cfg) if rank == 0 else None, world)
     told, stop = [], False                      # a signal reaches one rank; all stop when the sum over ranks says so
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: told.append(True))
 
-    vlm = make_model(cfg, device)
+    vlm = make_model(cfg, device, world)
     optimizer = make_optimizer(vlm, cfg)
-    start = resume(vlm, optimizer, cfg)
-    say(parts_table(vlm, cfg))
-
+    trained = [(n, p) for n, p in vlm.named_parameters() if p.requires_grad]
     dataset = data.Conversations(cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
                                  {**vlm.image, "mode": cfg.image_mode}, template=cfg.template, mask=cfg.mask,
                                  max_length=cfg.max_length)
+    inputs = {"data": inputs_hash(dataset, cfg), **vlm.origin}
+    start, skipped = resume(vlm, optimizer, inputs, cfg, rank, world)
+    say(parts_table(vlm, cfg))
     steps = plan(dataset, cfg)
     mine = [micro_batches(indices, rank, world, cfg.batch_size) for indices in steps]
-    loader = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=[m for step in mine[start:] for m in step], num_workers=cfg.workers,
-        collate_fn=lambda samples: data.collate(samples, vlm.pad_id), pin_memory=device.type == "cuda",
-        worker_init_fn=leave_group, multiprocessing_context="fork" if cfg.workers else None))
-    say(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
-        f"{world} rank(s) on {device.type}, {cfg.dtype}" + (f", going on at step {start}" if start else ""))
+    loader = make_loader(dataset, [m for step in mine[start:] for m in step], vlm, cfg, device)
+    say(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, {world} rank(s) on {device.type}, "
+        f"{cfg.dtype}" + (", sharded" if vlm.sharded else "") + (f", going on at step {start}" if start else ""))
     if rank == 0:
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
@@ -424,97 +517,147 @@ def main(cfg):
             say(data.show(first["input_ids"].tolist(), first["labels"].tolist(), vlm.tokenizer))
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    trained = [(n, p) for n, p in vlm.named_parameters() if p.requires_grad]
-    skipped, began = 0, time.time()
+    how = {"with_llm": "llm" in STAGES[cfg.stage], "dtype": getattr(torch, cfg.dtype), "template": cfg.template,
+           "image_mode": cfg.image_mode}                            # of a checkpoint
+    began = time.time()
     for step in range(start, len(steps) + 1):                       # one pass more than steps: the last one only saves
         last = step == len(steps)
-        if rank == 0 and step in cfg.snapshots:
-            model.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, "llm" in STAGES[cfg.stage], template=cfg.template,
-                       image_mode=cfg.image_mode)
-        if last or stop or (step > start and step % cfg.save_every == 0):
-            save_state(vlm, optimizer, step, cfg, rank, world)
+        if step in cfg.snapshots:
+            model.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **how)
+        # The first state comes after one step: a disk that is too small or not ours is found now, not at night.
+        if step > start and (last or stop or step == start + 1 or step % cfg.save_every == 0):
+            save_state(vlm, optimizer, {"step": step, "skipped": skipped, "inputs": inputs}, cfg, rank, world)
         if last or stop:
             break
 
+        t0 = time.time()
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor(step, len(steps), cfg.warmup)
-
-        # Losses are sums; the one division, by the trained tokens of the whole global batch, comes after the last.
-        t0, totals, blind, bad = time.time(), torch.zeros(5, dtype=torch.float64), None, []
-        # totals: loss, trained, tokens, samples that cannot be used, told to stop
-        for i in range(len(mine[step])):
-            batch = to_device(next(loader), device)
-            totals[3] += len(batch["bad"])
-            bad += batch["bad"]
-            if not len(batch["ids"]):
-                continue
-            with amp:
-                loss, count = vlm(batch)
-            if loss.requires_grad:                                  # not so for text alone while only the connector trains
-                loss.backward()
-            totals += torch.tensor([loss.item(), count, batch["attention_mask"].sum().item(), 0, 0], dtype=torch.float64)
-            if i == 0 and cfg.probe_every and step % cfg.probe_every == 0 and len(batch["pixel_values"]):
-                blind = blind_loss(vlm, batch, amp)
-        totals[4] = len(told)
-        totals = reduce_sum(totals.to(device if world > 1 and device.type == "cuda" else "cpu"), world).cpu()
-        loss, count, tokens, unusable, stopped = totals.tolist()
-        stop, skipped = stopped > 0, skipped + int(unusable)
+        probe = cfg.probe_every and step % cfg.probe_every == 0
+        sums, bad = accumulate(vlm, loader, len(mine[step]), amp, device, probe)
+        sums["stop"] = len(told)
+        totals = reduce_sum(torch.tensor([*sums.values()], dtype=torch.float64, device=device), world).tolist()
+        sums = dict(zip(sums, totals))
         for sentence in bad if cfg.on_bad == "skip" else ():
             print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
-        if skipped > (cfg.bad_limit if cfg.on_bad == "skip" else 0):      # on every rank alike
-            save_state(vlm, optimizer, step, cfg, rank, world)      # before the update: mended, a run goes on here
-            why = f"{skipped} samples were skipped, more than bad_limit {cfg.bad_limit}; data.py --check names them all"
+        if skipped + sums["bad"] > (cfg.bad_limit if cfg.on_bad == "skip" else 0):      # on every rank alike
+            # Before the update: mended, a run goes on here.
+            save_state(vlm, optimizer, {"step": step, "skipped": skipped, "inputs": inputs}, cfg, rank, world)
+            why = (f"{skipped + int(sums['bad'])} samples were skipped, more than bad_limit {cfg.bad_limit}; "
+                   "data.py --check names them all")
             sys.exit(f"train.py: {why if cfg.on_bad == 'skip' else (bad + ['another rank has a bad sample'])[0]}")
-        for name, p in trained:
-            if p.grad is None:                                      # a step without images, or with nothing to train
-                p.grad = torch.zeros_like(p)
-            reduce_sum(p.grad, world).div_(max(count, 1))
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained], cfg.clip or math.inf, foreach=True).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):       # the same on every rank, so all of them stop
-            sys.exit(f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing was updated. Samples: "
-                     f"{[dataset.records[i].get('id') for i in steps[step]]}")
+        reduce_gradients(trained, sums["trained"], sums["images"], world)
+        norm = clip_gradients(trained, cfg.clip, world)
+        if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):   # the same on every rank, so all of them stop
+            sys.exit(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; nothing was updated. "
+                     f"Samples: {[dataset.records[i].get('id') for i in steps[step]]}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        seconds = time.time() - t0
-        row = {"step": step, "loss": loss / max(count, 1), "trained": int(count), "lr": optimizer.param_groups[0]["lr"],
-               "grad_norm": norm, "tok_s": tokens / seconds, "skipped": skipped}
-        if blind is not None:
-            row["blind"] = blind
+        stop, skipped = sums["stop"] > 0, skipped + int(sums["bad"])
+        row = {"step": step, "loss": sums["loss"] / max(sums["trained"], 1), "trained": int(sums["trained"]),
+               "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "tok_s": sums["tokens"] / (time.time() - t0),
+               "skipped": skipped}
+        if sums["blind_trained"]:
+            row["blind"] = sums["blind_loss"] / sums["blind_trained"]
         if rank == 0:
             log.write(json.dumps(row) + "\n")
-        if step % cfg.log_every == 0 or blind is not None:
-            eta = (time.time() - began) / (step + 1 - start) * (len(steps) - step - 1)
-            say(f"step {step:5d}/{len(steps)}  loss {row['loss']:7.4f}" + (f" (blind {blind:.4f})" if blind else "")
-                + f"  trained {int(count):6d} tok  lr {row['lr']:.2e}  grad {norm:8.3f}  {row['tok_s']:7.0f} tok/s"
-                + (f"  skipped {skipped}" if cfg.on_bad == "skip" else "") + f"  eta {eta / 60:5.1f} min")
+        if step % cfg.log_every == 0 or "blind" in row:
+            say_step(row, len(steps), (time.time() - began) / (step + 1 - start))
 
+    if last:
+        model.save(vlm, cfg.out, cfg.stage, **how, seed=cfg.seed, steps=len(steps))
     if rank == 0:
         log.close()
         plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
-        if last:
-            vlm.llm.to(getattr(torch, cfg.dtype))
-            model.save(vlm, cfg.out, cfg.stage, with_llm="llm" in STAGES[cfg.stage], seed=cfg.seed, steps=len(steps),
-                       template=cfg.template, image_mode=cfg.image_mode)
-            say(f"wrote {cfg.out}")
-        else:
-            say(f"stopped after step {step}; the same command goes on from there")
+        say(f"wrote {cfg.out}" if last else f"stopped after step {step}; the same command goes on from there")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     sys.exit(0 if last else STOPPED)
 
 
-def blind_loss(vlm, batch, amp):
-    """The batch's loss with its images hidden from attention: near the true loss means that nobody looks."""
-    with torch.no_grad(), amp:
-        loss, count = vlm(data.without_images(batch))
-    return loss.item() / max(count, 1)
+def prepare_out(cfg):
+    """Make the folder of the run; --overwrite takes the old run out of it, config.json last: it says that it is one."""
+    os.makedirs(cfg.out, exist_ok=True)
+    if os.path.isfile(f"{cfg.out}/config.json"):                    # check() has seen to --overwrite
+        for old in ("state", "steps"):
+            shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
+        os.remove(f"{cfg.out}/config.json")
+
+
+def accumulate(vlm, loader, count, amp, device, probe):
+    """Forward and backward over this rank's `count` micro-batches. -> sums over them, {name: number}; a sentence for
+    each sample that could not be used
+
+    Losses are sums; the one division, by the trained tokens of the whole global batch, comes after the last. probe:
+    also the first micro-batch's loss with its images hidden from attention. Near the true loss, nobody looks."""
+    bad, sums = [], dict.fromkeys(("loss", "trained", "tokens", "bad", "images", "blind_loss", "blind_trained"), 0)
+    for i in range(count):
+        batch = to_device(next(loader), device)
+        images = len(batch["pixel_values"])
+        sums["tokens"] += batch["attention_mask"].sum().item()
+        sums["bad"] += len(batch["bad"])
+        bad += batch["bad"]
+        sums["images"] += images
+        if not len(batch["ids"]):
+            if not vlm.sharded:
+                continue
+            batch = nothing(batch, device)                          # the other ranks wait for this one's pieces
+        with amp:
+            loss, trained = vlm(batch)
+        if loss.requires_grad:                                      # not for text alone while only the connector trains
+            loss.backward()
+        sums["loss"] += loss.item()
+        sums["trained"] += trained
+        if probe and i == 0 and (images or vlm.sharded):
+            with torch.no_grad(), amp:
+                loss, trained = vlm(data.without_images(batch))
+            if vlm.sharded:
+                vlm.reshard()                                       # else the update misses what is still gathered
+            if images:
+                sums["blind_loss"], sums["blind_trained"] = loss.item(), trained
+    return sums, bad
+
+
+def nothing(batch, device):
+    """A batch of two tokens, none of them trained, in place of an empty one."""
+    two = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    return batch | {"input_ids": two, "labels": two + data.IGNORE, "attention_mask": two + 1, "position_ids": two}
+
+
+def reduce_gradients(trained, tokens, images, world):
+    """The gradient of every rank's sums -> that of the mean over the global batch's `tokens`, on every rank.
+
+    What a rank did not see (a step without images) counts as 0; SystemExit names a parameter that no loss reached."""
+    reached = torch.tensor([p.grad is not None for _, p in trained], dtype=torch.int32, device=trained[0][1].device)
+    for (name, p), ranks in zip(trained, reduce_sum(reached, world).tolist()):
+        if not ranks and tokens and (images or not name.startswith("connector.")):
+            sys.exit(f"{name} trains, but the loss does not depend on it: it got no gradient; nothing was updated")
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if isinstance(p, DTensor):
+            local(p.grad).mul_(world / max(tokens, 1))              # FSDP has taken the mean over ranks
+        else:
+            reduce_sum(p.grad, world).div_(max(tokens, 1))
+
+
+def clip_gradients(trained, largest, world):
+    """Scale all gradients to a norm of at most `largest` (0: any). -> the norm before, over the pieces of all ranks"""
+    pieces = [local(p.grad) for _, p in trained if isinstance(p, DTensor)]
+    whole = [p.grad for _, p in trained if not isinstance(p, DTensor)]
+    square = torch.nn.utils.get_total_norm(whole).square()
+    if pieces:
+        square = square + reduce_sum(torch.nn.utils.get_total_norm(pieces).square(), world)
+    norm = square.sqrt().item()
+    if largest and norm > largest:
+        torch._foreach_mul_(whole + pieces, largest / norm)
+    return norm
 
 
 def dry_run(cfg):
-    """Print what the run would train and hold in memory, from config files and the meta device: nothing is allocated."""
-    if cfg.init:                                        # sizes of what an earlier stage writes are those of its own settings
+    """Print what the run would train and hold in memory, from config files and the meta device."""
+    if cfg.init:                                        # what an earlier stage writes has the sizes of its own settings
         say(f"sizes as if {cfg.init} were made from the settings below")
     with torch.device("meta"):
         tower = AutoModel.from_config(find_config(cfg.vision_tower))
@@ -532,9 +675,13 @@ def dry_run(cfg):
     side = cfg.image_size or tower.config.image_size
     P = (side // tower.config.patch_size) ** 2
     T = P + 64 if cfg.stage == "pretrain" else min(cfg.max_length, P + 448)
-    for what, size in memory(vlm, cfg, config, P, T).items():
-        say(f"{what:44}{size / 2**30:9.2f} GiB")
-    say(f"for {cfg.batch_size} samples of {T} tokens ({P} of them patches) on each of the ranks, weights not sharded")
+    ranks = (1, 8, 64)
+    tables = [memory(vlm, cfg, config, P, T, n) for n in ranks]
+    say(f"{'GiB on each GPU':44}" + "".join(f"{n:5} GPU{'s' * (n > 1)}".rjust(10) for n in ranks))
+    for what in tables[0]:
+        say(f"{what:44}" + "".join(f"{table[what] / 2**30:10.2f}" for table in tables))
+    say(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most {cfg.batch_size} at a "
+        f"time; from 2 GPUs on the LLM is {'cut into pieces' if cfg.shard else 'whole on each (--shard cuts it)'}")
 
 
 def find_config(name):
@@ -546,22 +693,34 @@ def find_config(name):
     return model.vision_config(name)
 
 
-def memory(vlm, cfg, config, P, T):
-    """Bytes of each kind on one rank: an estimate for a micro-batch of cfg.batch_size samples of T tokens, P of them patches."""
-    llm = vlm.llm.config
+def memory(vlm, cfg, config, P, T, ranks):
+    """Bytes of each kind on one of `ranks` ranks: an estimate for samples of T tokens, P of them patches."""
+    llm, shards = vlm.llm.config, ranks if cfg.shard else 1
     half = 2 if cfg.dtype == "bfloat16" else 4
-    weights = sum(p.numel() * p.element_size() for p in vlm.parameters())
-    trained = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
-    tokens, patches = cfg.batch_size * T, cfg.batch_size * P
+    samples = min(cfg.batch_size, cfg.global_batch // ranks)
+    tokens, patches = samples * T, samples * P
     D, inner, layers = llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers
+    weights = grown = 0
+    for part in ("vision_tower", "connector", "llm"):
+        pieces = shards if part == "llm" or part == "vision_tower" and cfg.shard_tower else 1
+        for p in getattr(vlm, part).parameters():
+            weights += p.numel() * p.element_size() / pieces
+            grown += 12 * p.numel() * p.requires_grad / pieces
+    # Gathered at one time: what is outside of the blocks, and two blocks, one of them fetched ahead. Where it trains,
+    # its gradients come once in this dtype and once in the float32 that they are summed in.
+    one = sum(p.numel() for p in model.blocks(vlm.llm)[0].parameters())
+    rest = sum(p.numel() for p in vlm.llm.parameters()) - layers * one
+    trains = next(vlm.llm.parameters()).requires_grad
+    gathered = ((rest + 2 * one) * half + (rest + one) * (half + 4) * trains) if shards > 1 else 0
     # What one block keeps for its backward pass: norms in float32, q, k, v and the attention's output, three inner tensors.
     block = tokens * (2 * 4 * D + half * 6 * D + half * 3 * inner)
-    kept = layers * tokens * D * 4 + block if cfg.checkpointing else layers * block
+    kept = layers * tokens * D * (half if shards > 1 else 4) + block if cfg.checkpointing else layers * block
     words = patches * min(config.num_words, model.BLOCK) * 8 if config.connector == "langbridge" else 0
     rows = min(model.LOSS_ROWS, tokens - patches) * llm.vocab_size * 12
     E = config.num_words * D * half if config.connector == "langbridge" else 0
-    parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": 12 * trained,
-             "activations of the LLM": kept, "one block of scores and weights": words, "logits": rows}
+    parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": grown,
+             "gathered from the other ranks": gathered, "activations of the LLM": kept,
+             "one block of scores and weights": words, "logits": rows}
     return {**parts, "sum": sum(parts.values())}
 
 

@@ -17,6 +17,7 @@ epochs = 1                                              # LLaVA-1.5, both stages
 beta1, beta2, weight_decay = 0.9, 0.999, 0.0             # LLaVA-1.5: AdamW, no decay
 warmup = 0.03                                           # LLaVA-1.5: cosine to 0
 clip = 1.0                                              # LangBridge's DeepSpeed files
+shard = True                                            # FSDP2: the LLM in float32 with AdamW fits no GPU whole
 checkpointing = True                                    # LLaVA-1.5
 seed = 42                                               # LLaVA-1.5
 # for --dry_run, which does not read init

@@ -81,6 +81,8 @@ def load_questions(task, data):
 
     if task == "mmbench":  # the stored prompt lacks the last line
         rows = [(row, scores.mmbench_options(row)) for row in scores.read_mmbench(path)]
+        if rows and not {"question", "image"} <= rows[0][0].keys():
+            raise ValueError(f"{path}: no column 'question' or 'image': it can be scored, not asked")
         texts = ["\n".join(([] if scores.missing(row.get("hint")) else [row["hint"]]) + [row["question"]]
                            + [f"{letter}. {option}" for letter, option in options.items()]) for row, options in rows]
         questions = [question(int(row["index"]), f"{text}\n{spec['suffix']}", row["image"], text, round_id=0,

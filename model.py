@@ -553,7 +553,7 @@ def load_llm(name, dtype, device, attention="sdpa", meta=False):
         with torch.device("meta"):
             llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if os.path.isfile(f"{weights_folder(name)}/generation_config.json"):
-            llm.generation_config = GenerationConfig.from_pretrained(name)
+            llm.generation_config = fetch(GenerationConfig.from_pretrained, name)
     else:
         llm = load_weights(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=attention).to(device)
     tokenizer, rows = load_tokenizer(name), llm.get_input_embeddings().num_embeddings

@@ -64,7 +64,7 @@ trap 'kill $left $right 2>/dev/null || true' EXIT   # if one side fails, the oth
 wait $left
 wait $right
 
-[ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000004.png --out "$OUT/words"
+[ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000016.png --out "$OUT/words"
 ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
       qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)
 FILES=()

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 SEEDS=${SEEDS:-1}
 W=data/pocket
-IMAGE=${IMAGE:-$W/images/test_000004.png}
+IMAGE=${IMAGE:-$W/images/test_000016.png}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 train() {                                           # train FOLDER [--key=value ...]: stage 1 again, kept at these steps
     local folder=$1; shift

@@ -384,7 +384,7 @@ def dry_run_bytes(kind, images):
                           "--vision_tower=openai/clip-vit-large-patch14-336", f"--batch_size={images}",
                           *(["--connector=mlp", "--hidden=0"] if kind == "mlp" else [f"--normalize={kind}"])],
                          capture_output=True, text=True)
-    found = re.search(r"^sum +([\d.]+) GiB", run.stdout, re.M)
+    found = re.search(r"^sum +([\d.]+)", run.stdout, re.M)
     if not found:
         raise ValueError(f"train.py --dry_run prints no sum: {run.stdout}{run.stderr}")
     return float(found[1]) * 2 ** 30

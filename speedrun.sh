@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 HF_HUB_OFFLI
 if [ -z "${PYTHON:-}" ]; then                       # PYTHON=... uses an environment that you have
     PYTHON=.venv/bin/python
     [ -x $PYTHON ] || python3 -m venv .venv
-    $PYTHON -m pip install -q -r requirements.txt
+    $PYTHON -m pip install -q --no-compile -r requirements.txt     # most of what torch brings is never imported
 fi
 
 train() {                                           # train NAME CONFIG [--key=value ...]
@@ -38,7 +38,10 @@ mlp() {                                             # mlp NAME LLM: the baseline
 source_LB() {                                       # the LangBridge that moves: both stages on pocket-qwen
     train qwen-LB-pretrain config/pocket/pretrain.py
     train qwen-LB config/pocket/sft.py --init="$OUT/qwen-LB-pretrain"
-    evaluate qwen-LB qwen-LB-pretrain
+    evaluate qwen-LB
+}
+picture() {
+    [ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000016.png --out "$OUT/words"
 }
 moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT
     until [ -f "$OUT/$2/config.json" ]; do sleep 1; done     # the other lane makes the source
@@ -53,10 +56,10 @@ moved() {                                           # moved NAME SOURCE LLM: tra
 
 if [ -n "${BASELINES:-}" ]; then                    # two lanes, about as long as each other
     left() { source_LB; moved wide-from-qwen-LB qwen-LB pocket-qwen-wide; moved llama-from-qwen-LB qwen-LB pocket-llama; }
-    right() { mlp qwen-MLP pocket-qwen; mlp wide-MLP pocket-qwen-wide; mlp llama-MLP pocket-llama; }
+    right() { mlp qwen-MLP pocket-qwen; mlp wide-MLP pocket-qwen-wide; mlp llama-MLP pocket-llama; evaluate qwen-LB-pretrain; picture; }
 else
     left() { source_LB; moved wide-from-qwen-LB qwen-LB pocket-qwen-wide; }
-    right() { mlp qwen-MLP pocket-qwen; moved llama-from-qwen-LB qwen-LB pocket-llama; }
+    right() { mlp qwen-MLP pocket-qwen; evaluate qwen-LB-pretrain; moved llama-from-qwen-LB qwen-LB pocket-llama; picture; }
 fi
 left & left=$!
 right & right=$!
@@ -64,7 +67,6 @@ trap 'kill $left $right 2>/dev/null || true' EXIT   # if one side fails, the oth
 wait $left
 wait $right
 
-[ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000016.png --out "$OUT/words"
 ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
       qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)
 FILES=()

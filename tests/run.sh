@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install -q -r requirements.txt
+.venv/bin/pip install -q --no-compile -r requirements.txt
 export OMP_WAIT_POLICY=PASSIVE                  # two ranks on two cores must not spin
 exec .venv/bin/python -m pytest -q tests "$@"

@@ -7,7 +7,8 @@ LangBridge: a vision-language connector that writes every image patch as a combi
     w = softmax(s)  or  w = s                (B, P, K)   "softmax": the paper's text; "none": its released code
     image_embeds = w @ E                     (B, P, D)   E: the LLM's own input embeddings of those K words
 
-The default here is a third way, "unit": w = softmax(s), image_embeds = w / |w| @ (E - mean of E). See `combine`. The MLP, W and b are trained and know nothing of the LLM; E is the LLM's and is never trained. Another LLM means another E.
+The default here is a third way, "unit": w = softmax(s), image_embeds = w / |w| @ (E - mean of E). See `combine`. The
+MLP, W and b are trained and know nothing of the LLM; E is the LLM's and is never trained. Another LLM means another E.
 
 Letters used everywhere in this project:
     B samples in a batch     P patches of an image    H connector width      Dv vision width   T tokens
@@ -126,13 +127,14 @@ def combine(z, W, b, E, normalize):
         "none"      s E
         "softmax"   p E
         "unit"      p (E - mean of E) / |p|
-    The last is ours. An average of many words lies close to the mean word and is short: at the start, when all weights are
-    alike, every patch looks the same to the LLM, and hardly anything is learned. So "unit" weights the deviations from the
-    mean word and divides by the Euclidean norm of p, which makes the result about as long as one word's deviation.
+    The last is ours. An average of many words lies close to the mean word and is short: at the start, when all weights
+    are alike, every patch looks the same to the LLM, and hardly anything is learned. So "unit" weights the deviations
+    from the mean word and divides by the Euclidean norm of p, which makes the result about as long as one word's
+    deviation.
 
-    Computed and returned in autocast's dtype, else in z's; W, b and E may have another one. Sums over blocks of words run
-    in float32 (float64 for float64). Gradients for z, W and b, none for E. No tensor of the size patches x words is ever made, unless
-    normalize is "none" and there are so few patches that it is the small way.
+    Computed and returned in autocast's dtype, else in z's; W, b and E may have another one. Sums over blocks of words
+    run in float32 (float64 for float64). Gradients for z, W and b, none for E. No tensor of the size patches x words is
+    ever made, unless normalize is "none" and there are so few patches that it is the small way.
     """
     device = z.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
@@ -438,7 +440,7 @@ class VLM(nn.Module):
                 done[row] = done[row] or token in self.eos_ids
                 if not done[row]:
                     answers[row].append(token)
-            if all(done) or len(answers[0]) == max_new_tokens:
+            if all(done) or max(map(len, answers)) == max_new_tokens:
                 break
             position = position[:, -1:] + 1
             mask = F.pad(mask, (0, 1), value=1)

@@ -96,7 +96,7 @@ def read_settings(argv):
         key, equals, text = arg.lstrip("-").partition("=")
         if not arg.startswith("--"):
             if not os.path.isfile(arg):
-                sys.exit(f"there is no config file {arg}")
+                sys.exit(f"there is no config file {arg}; a setting is written --key=value")
             try:
                 given += [(k, v, arg) for k, v in runpy.run_path(arg).items() if not k.startswith("_")]
             except Exception as error:                      # a config file is a program: it may raise anything
@@ -562,7 +562,7 @@ def main(cfg):
             row["blind"] = sums["blind_loss"] / sums["blind_trained"]
         if rank == 0:
             log.write(json.dumps(row) + "\n")
-        if step % cfg.log_every == 0 or "blind" in row:
+        if step % cfg.log_every == 0 or step == len(steps) - 1 or "blind" in row:
             say_step(row, len(steps), (time.time() - began) / (step + 1 - start))
 
     if last:
@@ -570,7 +570,7 @@ def main(cfg):
     if rank == 0:
         log.close()
         plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
-        say(f"wrote {cfg.out}" if last else f"stopped after step {step}; the same command goes on from there")
+        say(f"wrote {cfg.out}" if last else f"stopped after {step} steps; the same command goes on from there")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

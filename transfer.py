@@ -115,7 +115,7 @@ def print_report(report):
 def main(args):
     config, whole = model.read_config(args.source)
     if config.connector != "langbridge":
-        sys.exit(f"{args.source} has an MLP connector: its output lives in the embedding space of {whole['llm']} and means "
+        sys.exit(f"{args.source} has an MLP connector: its output lives in the embedding space of {config.llm} and means "
                  "nothing to another LLM. Only a LangBridge, whose output is in words, can move.")
     out = args.out or f"{os.path.normpath(args.source)}-to-{os.path.basename(os.path.normpath(args.target))}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:

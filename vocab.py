@@ -440,7 +440,8 @@ def fetch(load, name: str, **kwargs):
 
     Never runs code that comes with a model. ValueError of one sentence for whatever goes wrong in there.
     """
-    if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+    local = os.path.isdir(name.split("/")[0]) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)     # not a hub name
+    if local and not os.path.isdir(name):
         raise ValueError(f"there is no folder {name}")
     try:
         return load(name, trust_remote_code=False, **kwargs)

@@ -221,7 +221,7 @@ def test_torchrun_starts_a_killed_rank_again_and_passes_a_signal_on(tiny, world,
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
     text = (tmp_path / "text").read_text()
-    at = int(re.search(r"stopped after step (\d+)", text)[1])
+    at = int(re.search(r"stopped after (\d+) steps", text)[1])
     assert f"step-{at:08d}" in os.listdir(out / "state")
     # Not one bit differs from two ranks that nobody disturbed.
     assert ranks(2, die_after, at, settings(tiny, world, tmp_path / "calm", *argv, f"--save_every={at}")) == [9, 9]

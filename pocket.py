@@ -746,8 +746,6 @@ def optimizers(model, lr):
     import torch
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
-    if not hasattr(torch.optim, "Muon"):                    # torch before 2.9
-        return [torch.optim.AdamW(inner + rest, lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.0)]
     return [torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 

@@ -451,9 +451,7 @@ def open_log(path, step):
     """log.jsonl without what a killed run wrote after its last state, open for more."""
     lines = open(path).read().splitlines() if os.path.isfile(path) and step else []
     keep = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-    with open(path + ".tmp", "w") as f:
-        f.writelines(line + "\n" for line in keep)
-    os.replace(path + ".tmp", path)
+    vocab.write_text("".join(line + "\n" for line in keep), path)
     return open(path, "a", buffering=1)
 
 

@@ -701,12 +701,11 @@ def study_main(args):
     paths = [os.path.join(out, f"study.{kind}") for kind in ("json", "md", "png")]
     refuse_to_overwrite(paths, args)
     result = study(args)
-    os.makedirs(out, exist_ok=True)
-    model.write_json(result, paths[0])
-    with open(paths[1], "w", encoding="utf-8") as f:
-        f.write(study_tables(result))
+    tables = study_tables(result)
+    vocab.write_json(result, paths[0])
+    vocab.write_text(tables, paths[1])
     draw_study(result, paths[2])
-    print(study_tables(result))
+    print(tables)
     print(f"wrote {', '.join(paths)}")
 
 

@@ -41,6 +41,7 @@ def test_the_report_says_what_arrived(flow):
         for name in ("right", "wrong", "none"):
             assert 0 < report[end][f"bits_per_byte_{name}"] < 20
         assert 0 <= report[end]["mass_on_single_tokens"] <= 1.0001
+        assert len({report[end][f"bits_per_byte_{name}"] for name in ("right", "wrong", "none")}) == 3
     assert "bits_per_byte_wrong" in text
 
 

@@ -9,6 +9,7 @@ WORLD=data/pocket
 OUT=out/pocket/seed$SEED
 # Two jobs side by side, a core each: models this small do not gain from threads.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE                       # else each of 20 starts compiles torch's Python anew: 5 s
 
 if [ -z "${PYTHON:-}" ]; then                       # PYTHON=... uses an environment that you have
     PYTHON=.venv/bin/python

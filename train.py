@@ -182,6 +182,10 @@ def setup_ranks(cfg):
         return 0, 1, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # torchrun keeps one store over its restarts, in which a new rank may find a dead one's address and wait for it.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        sys.exit("train.py: torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or "
+                 "restarted ranks wait for dead ones (github.com/pytorch/pytorch/issues/135712)")
     # Ranks wait for each other while rank 0 writes and hashes a state: minutes for a large LLM.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size(), device

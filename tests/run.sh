@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install -q --no-compile -r requirements.txt
+unset PYTHONDONTWRITEBYTECODE                   # else each process that a test starts compiles torch's Python anew
 export OMP_WAIT_POLICY=PASSIVE                  # two ranks on two cores must not spin
 exec .venv/bin/python -m pytest -q tests "$@"

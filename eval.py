@@ -440,7 +440,7 @@ def compare(a, b):
                      f"{only[0]} | {only[1]} | {p:.2g} | {test} |")
     if len(lines) == 2:
         raise ValueError(f"{a} and {b} have no task in common: there is no <task>.scores.json in both")
-    return "\n".join(lines) + "\n\nA, B: mean score of a question in percent (MMBench: a group; SciQA: with image)."
+    return "\n".join(lines) + f"\n\nA is {a}, B is {b}: mean score of a question in percent (MMBench: a group; SciQA: with image)."
 
 
 # ---- a checkpoint through the benchmarks
@@ -482,8 +482,7 @@ def evaluate(args):
     barrier = torch.distributed.barrier if world > 1 else lambda: None
     device = f"cuda:{local}" if device == "cuda" else device
     vlm = model.load(args.checkpoint, device=device, dtype=getattr(torch, dtype))
-    config = os.path.join(args.checkpoint, "config.json")
-    trained = scores.read_json(config).get("template") if os.path.exists(config) else None
+    trained = scores.read_json(os.path.join(args.checkpoint, "config.json")).get("template")
     if rank == 0 and trained not in (None, "chat"):
         print(f"note: {args.checkpoint} was trained with template {trained}, the questions are asked with "
               f"{args.template}", file=sys.stderr)

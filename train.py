@@ -70,6 +70,7 @@ class Settings:
     clip: float = 1.0                        # largest gradient norm; 0 means no clipping
     dtype: str = "bfloat16"                  # of activations and frozen weights; trained weights are float32
     attention: str = "sdpa"                  # or "eager", "flash_attention_2": transformers' attn_implementation
+    compile: bool = False                    # torch.compile the LLM's blocks: faster steps after a slower first one
     shard: bool = False                      # each rank holds its piece of the LLM alone (FSDP2): where it does not fit
     shard_tower: bool = False                # and of the vision tower
     checkpointing: bool = False              # recompute the LLM's activations in the backward pass: slower, smaller
@@ -83,6 +84,9 @@ class Settings:
     overwrite: bool = False                  # train again where a finished run is
     offline: bool = False                    # download nothing: a hub name is an error where the cache lacks it
     dry_run: bool = False                    # print sizes and memory, load and write nothing
+
+
+Settings.given = frozenset()                 # the names of those that a config file or the command line set
 
 
 def read_settings(argv):
@@ -114,6 +118,7 @@ def read_settings(argv):
         if type(value) is not kind:
             sys.exit(f"{where}: {key} is {value!r}, it must be of type {kind.__name__}")
         setattr(settings, key, value)
+    settings.given = {key for key, *_ in given}
     return settings
 
 
@@ -145,7 +150,7 @@ def check(cfg):
     needed = ["out", "data"] + ([] if cfg.init else ["llm", "vision_tower"])
     if not cfg.init and cfg.connector == "langbridge":
         needed.append("words")
-    for key in needed if not cfg.dry_run else ():
+    for key in ("llm", "vision_tower") if cfg.dry_run else needed:
         if not getattr(cfg, key):
             sys.exit(f"{key} is not set: give it in the config file or as --{key}=...")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
@@ -233,7 +238,7 @@ def make_model(cfg, device, world):
         vlm = model.load(cfg.init, device, held, **how)
         for key in ("connector", "hidden", "normalize", "vision_layer", "llm", "vision_tower"):
             say(f"  {key} = {getattr(vlm.config, key)} (from {cfg.init})")
-            if key not in ("llm", "vision_tower") and getattr(cfg, key) not in (getattr(vlm.config, key), getattr(Settings, key)):
+            if key in cfg.given - {"llm", "vision_tower"} and getattr(cfg, key) != getattr(vlm.config, key):
                 sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {getattr(vlm.config, key)!r}")
     else:
         words = vocab.load_words(cfg.words)[:cfg.num_words or None] if cfg.connector == "langbridge" else None
@@ -246,6 +251,9 @@ def make_model(cfg, device, world):
         vlm.llm.train()                                                     # the library checkpoints in this mode only
         enable = getattr(vlm.llm, "activation_checkpointing_enable", None) or vlm.llm.gradient_checkpointing_enable
         enable({"use_reentrant": False})                                    # the library renamed it
+    if cfg.compile:
+        for block in model.blocks(vlm.llm):                                 # alike, so the first one's code serves all
+            block.compile(dynamic=True)
     return vlm
 
 

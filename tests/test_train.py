@@ -88,6 +88,20 @@ def test_bfloat16_and_checkpointing_run_and_learn(tiny, world, tmp_path):
     assert losses(tmp_path / "x")[-1] < 0.9 * losses(tmp_path / "x")[0]
 
 
+def test_compiled_blocks_learn_the_same(tiny, world, tmp_path, pretrained, monkeypatch):
+    """Blocks traced, forward and backward, and then run as traced: making kernels of them would take half a minute."""
+    compile, made = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: made.append(block) or
+                        compile(block, backend="aot_eager", fullgraph=True, **how))
+    more = ["--max_steps=2", f"--data={world}/chats.json", "--template=chat", "--stage=sft", f"--init={pretrained}",
+            "--checkpointing", "--probe_every=0"]
+    for name in ("plain", "compiled"):
+        train_here(settings(tiny, world, tmp_path / name, *more, f"--compile={name == 'compiled'}"))
+    assert len(made) > 1
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    same(weights(tmp_path / "compiled"), weights(tmp_path / "plain"), atol=4e-3, rtol=0)
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(tiny, world, tmp_path, pretrained):
     """SIGKILL between two states, then the same command again."""
     argv = settings(tiny, world, tmp_path / "killed", "--save_every=3")

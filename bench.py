@@ -129,7 +129,7 @@ class Combination:
 
         def random(*shape, scale=1.0):
             return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
-        self.z, self.W = random(P, H).requires_grad_(), random(K, H, scale=H ** -0.5).requires_grad_()      # scores of spread 1
+        self.z, self.W = random(P, H).requires_grad_(), random(K, H, scale=H ** -0.5).requires_grad_()  # scores spread by 1
         self.b, self.E, self.g = random(K).requires_grad_(), random(K, D), random(P, D)
         self.weights = None
         self.combine = model.combine
@@ -296,8 +296,7 @@ def step_parts():
 def adamw(connector):
     """As train.py makes it; the rate is 0, so that every round computes the same"""
     import torch
-    fused = next(connector.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(connector.parameters(), lr=0.0, weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(connector.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
 def update(connector, optimizer, count=1):

@@ -440,7 +440,8 @@ def compare(a, b):
                      f"{only[0]} | {only[1]} | {p:.2g} | {test} |")
     if len(lines) == 2:
         raise ValueError(f"{a} and {b} have no task in common: there is no <task>.scores.json in both")
-    return "\n".join(lines) + f"\n\nA is {a}, B is {b}: mean score of a question in percent (MMBench: a group; SciQA: with image)."
+    lines += ["", f"A is {a}, B is {b}: mean score of a question in percent (MMBench: a group; SciQA: with image)."]
+    return "\n".join(lines)
 
 
 # ---- a checkpoint through the benchmarks
@@ -532,7 +533,7 @@ def parse(argv):
     add("--out", help="folder of the results (default: CHECKPOINT/eval)")
     add("--batch_size", type=int, default=32, help="questions at a time; those of one image share its prefix")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
-    add("--device", help="default: cuda if there is one, else cpu")
+    add("--device", help="default: cuda if there is one, else cpu; cuda:0,cuda:1 cuts the LLM over two")
     add("--template", choices=("chat", *PAPER), default="chat", help="the LLM's own, or the paper's strings")
     add("--limit", type=int, default=0, help="only the first N questions: a trial, labelled partial everywhere")
     add("--overwrite", action="store_true", help="replace answers of another checkpoint or other settings")

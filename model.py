@@ -474,8 +474,9 @@ class VLM(nn.Module):
         shift = torch.tensor([[len(row) - len(ids[longest[begin]])] for row, begin in zip(ids, begins)], device=mask.device)
         column = (torch.arange(shared, device=mask.device) + shift).clamp(min=0)                            # (B, T-S)
         for layer in cache.layers:                                  # keys and values float[B, heads, T-S, d]
-            layer.keys = layer.keys[source, :, column].transpose(1, 2)
-            layer.values = layer.values[source, :, column].transpose(1, 2)
+            b, t = (index.to(layer.keys.device) for index in (source, column))
+            layer.keys = layer.keys[b, :, t].transpose(1, 2)
+            layer.values = layer.values[b, :, t].transpose(1, 2)
         return cache
 
 
@@ -547,9 +548,9 @@ def load_weights(kind, name, **kwargs):
 
 
 def load_llm(name, dtype, device, attention="sdpa", meta=False):
-    """-> (LLM, tokenizer), every model by its config and none by its name. attention: the library's
-    attn_implementation, such as "flash_attention_2" where it is installed, or "eager", which is faster for the pocket's
-    models on a CPU. meta: the weights are shapes alone, for `shard_vlm` to read."""
+    """-> (LLM, tokenizer), every model by its config and none by its name. device: one, or several with commas between
+    (see `spread`). attention: the library's attn_implementation, such as "flash_attention_2" where it is installed, or
+    "eager", which is faster for the pocket's models on a CPU. meta: the weights are shapes alone, for `shard_vlm`."""
     if meta:
         config = fetch(AutoConfig.from_pretrained, name)
         with torch.device("meta"):
@@ -557,7 +558,8 @@ def load_llm(name, dtype, device, attention="sdpa", meta=False):
         if os.path.isfile(f"{weights_folder(name)}/generation_config.json"):
             llm.generation_config = fetch(GenerationConfig.from_pretrained, name)
     else:
-        llm = load_weights(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=attention).to(device)
+        llm = load_weights(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=attention)
+        spread(llm, str(device).split(","))
     tokenizer, rows = load_tokenizer(name), llm.get_input_embeddings().num_embeddings
     last = max(tokenizer.get_vocab().values())
     if last >= rows:                                                # fewer tokens than rows: padding, as Qwen has it
@@ -565,11 +567,40 @@ def load_llm(name, dtype, device, attention="sdpa", meta=False):
     return llm, tokenizer
 
 
+def spread(llm, devices):
+    """Put the LLM's blocks on `devices`, the first ones on the first, and all else on the first as well. In place.
+
+    One process then holds an LLM larger than a device, for eval.py and transfer.py. Devices take turns, which training
+    cannot afford (there, see `shard_vlm`). What a block is given follows it to its device; the last one's output comes
+    back to the first."""
+    stack = blocks(llm)
+    here = list(stack)
+    for i in range(len(here)):
+        stack[i] = nn.Identity()
+    llm.to(devices[0])                                              # all but the blocks
+    for i, block in enumerate(here):
+        stack[i] = block.to(device := devices[i * len(devices) // len(here)])
+        if len(devices) > 1:
+            block.register_forward_pre_hook(lambda _, args, kwargs, device=device: follow((args, kwargs), device),
+                                            with_kwargs=True)
+    if len(devices) > 1:
+        stack[-1].register_forward_hook(lambda _, args, out: follow(out, devices[0]))
+
+
+def follow(x, device):
+    """x with every tensor on the device, also inside of tuples, lists and dicts. A cache stays: it lies where it is made"""
+    if torch.is_tensor(x):
+        return x.to(device)
+    if isinstance(x, (tuple, list)):
+        return type(x)(follow(y, device) for y in x)
+    return {key: follow(y, device) for key, y in x.items()} if isinstance(x, dict) else x
+
+
 def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention="sdpa", frozen=None,
           shard=()):
     """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded.
 
-    dtype: of the LLM. frozen: of the tower, of E, and of a sharded LLM's computation; None means dtype.
+    device: of several, with commas between, each holds a part of the LLM. dtype: of the LLM. frozen: of the tower, of E, and of a sharded LLM's computation; None means dtype.
     shard: the parts of which each rank holds a piece, ("llm",) or ("llm", "vision_tower"); then every rank calls.
     """
     frozen = frozen or dtype
@@ -580,6 +611,7 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
         raise ValueError(f"{config.vision_tower} has {tower.num_hidden_layers} layers, no layer {config.vision_layer}")
     tower = load_weights(AutoModel, config.vision_tower, config=tower, dtype=frozen)
     llm, tokenizer = llm or load_llm(config.llm, dtype, device, attention, meta=bool(shard))
+    device = str(device).split(",")[0]
     image = image_settings(config.vision_tower, config.image_size)
     connector = make_connector(config, tower.config.hidden_size, llm.get_input_embeddings().embedding_dim, gain)
     vlm = VLM(config, tower.to(device), connector.to(device), llm, tokenizer, words, image).requires_grad_(False).eval()
@@ -819,7 +851,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention="sdpa", frozen=Non
             if E.shape != vlm.connector.vocab_embeds.shape or not E.isfinite().all():
                 raise ValueError(f"{path} is not E: {tuple(E.shape)} instead of "
                                  f"{tuple(vlm.connector.vocab_embeds.shape)}, {(~E.isfinite()).sum()} numbers not finite")
-            vlm.connector.vocab_embeds = E.to(device, frozen or dtype)
+            vlm.connector.vocab_embeds = E.to(vlm.connector.vocab_embeds)
     elif vlm.origin != origin:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; transfer.py moves it")
     vlm.origin = origin                                             # E's LLM, also where SFT has changed the LLM since

@@ -1081,7 +1081,7 @@ def main():
     parser = argparse.ArgumentParser(description="Make the pocket world: pictures, questions, tower, LLMs.")
     parser.add_argument("--out", default="data/pocket", help="folder to write (default data/pocket)")
     parser.add_argument("--scenes", type=int, default=3200, help="training pictures (default 3200)")
-    parser.add_argument("--held_out", type=int, default=300, help="pictures to choose by, and as many to report (default 300)")
+    parser.add_argument("--held_out", type=int, default=300, help="pictures to choose by, and as many to report")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies all training steps (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="60 scenes, a few steps: to test code, not models")

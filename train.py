@@ -263,8 +263,7 @@ def make_optimizer(vlm, cfg):
     for part in STAGES[cfg.stage]:
         parameters = [p for p in getattr(vlm, part).parameters() if p.requires_grad]
         groups.append({"params": parameters, "base_lr": getattr(cfg, f"{part}_lr"), "part": part})
-    fused = groups[0]["params"][0].device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     held = [p for g in optimizer.param_groups for p in g["params"]]
     trained = [p for p in vlm.parameters() if p.requires_grad]
     assert {id(p) for p in held} == {id(p) for p in trained} and len(held) == len(trained)   # each one, each once

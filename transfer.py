@@ -26,7 +26,7 @@ def read_arguments():
     parser.add_argument("--images", help="folder of their images (default: images/ beside DATA.json)")
     parser.add_argument("--limit", type=int, default=128, help="records of DATA.json to use")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu; cuda:0,cuda:1 cuts the LLM over two")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
     return parser.parse_args()
@@ -120,7 +120,7 @@ def main(args):
     out = args.out or f"{os.path.normpath(args.source)}-to-{os.path.basename(os.path.normpath(args.target))}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")
     words = vocab.load_words(f"{args.source}/words.json")

@@ -2,24 +2,27 @@
 
     python results/ablations.py out/pocket/ablations results/ablations
 """
+import fnmatch
 import glob
 import json
 import math
 import os
 import sys
 
-TASKS = {"gqa": ("GQA", lambda tasks: tasks["gqa"]["accuracy"]), "pope": ("POPE", lambda tasks: 100 * tasks["pope"]["mean_f1"])}
+TASKS = {"gqa": ("GQA", lambda tasks: tasks["gqa"]["accuracy"]),
+         "pope": ("POPE", lambda tasks: 100 * tasks["pope"]["mean_f1"])}
 GROUPS = {"how many words": ["words-64", "words-128", "words-256", "base", "words-all"],
           "which words": ["words-64", "random-words-64", "words-128", "random-words-128"],
           "whose embeddings": ["base", "random-E"],
-          "what the weights are": ["base", "softmax", "none"],
+          "what the weights are": ["base", "softmax-*", "none-*"],
+          "how sharp the weights are at the start": ["base", "gain-*"],
           "how wide": ["width-64", "base", "width-1024"],
           "an MLP instead": ["base", "mlp-64", "mlp-256", "mlp-1024", "mlp-0"],
           "moved to pocket-llama, from stage": ["moved-pretrain", "moved-sft"]}
-MEANING = {"base": "unit, 512 words, 256 wide", "words-all": "all shared words", "random-E": "random E of the same lengths",
-           "none": "raw scores", "mlp-0": "MLP, as wide as the LLM", "moved-pretrain": "1 (Pretrain-LB)",
-           "moved-sft": "2 (SFT-LB)"}
-PREFIX = {"random-words-": "{} words by lot", "words-": "{} words", "width-": "{} wide", "mlp-": "MLP, {} wide"}
+MEANING = {"base": "unit, 512 words, 256 wide", "words-all": "all shared words", "random-E": "random E, as long",
+           "mlp-0": "MLP, as wide as the LLM", "moved-pretrain": "1 (Pretrain-LB)", "moved-sft": "2 (SFT-LB)"}
+PREFIX = {"random-words-": "{} words by lot", "words-": "{} words", "width-": "{} wide", "mlp-": "MLP, {} wide",
+          "gain-": "gain {}", "softmax-": "softmax, rate {} in stage 1", "none-": "raw scores, rate {} in stage 1"}
 
 
 def meaning(name):
@@ -62,7 +65,7 @@ def table(rows):
 def groups(rows):
     """GROUPS without what has no score, and without a group of one"""
     there = {r["name"] for r in rows}
-    found = {group: [n for n in names if n in there] for group, names in GROUPS.items()}
+    found = {group: [n for name in names for n in sorted(fnmatch.filter(there, name))] for group, names in GROUPS.items()}
     return {group: names for group, names in found.items() if len(names) > 1}
 
 

@@ -57,13 +57,14 @@ PY
 one() {                                             # one SEED NAME
     case $2 in
         base)                both "$1" "$2" ;;
-        softmax|none)        both "$1" "$2" --normalize="$2" ;;
+        softmax-*|none-*)    both "$1" "$2" --normalize="${2%%-*}" --connector_lr="${2#*-}" ;;
         words-all)           both "$1" "$2" --words="$OUT/words-all.json" ;;
         words-*)             both "$1" "$2" --num_words="${2#words-}" ;;
         random-words-*)      both "$1" "$2" --words="$OUT/seed$1/words-random.json" --num_words="${2#random-words-}" ;;
         random-E)            random_E "$1"; OWN_E=$OUT/seed$1/noise both "$1" "$2" --init="$OUT/seed$1/noise" ;;
+        gain-*)              both "$1" "$2" --gain="${2#gain-}" ;;
         width-*)             both "$1" "$2" --hidden="${2#width-}" ;;
-        mlp-*)               both "$1" "$2" --connector=mlp --hidden="${2#mlp-}" ;;
+        mlp-*)               both "$1" "$2" --connector=mlp --connector_lr=2e-3 --hidden="${2#mlp-}" ;;
         moved-pretrain)      moved "$1" "$2" base-pretrain ;;
         moved-sft)           moved "$1" "$2" base ;;
         *)                   echo "there is no configuration $2" >&2; return 2 ;;
@@ -74,7 +75,7 @@ mkdir -p "$OUT"
 [ -f "$OUT/words-all.json" ] || "$PYTHON" vocab.py --tokenizers $W/pocket-qwen $W/pocket-llama --size 1000000 \
     --corpus $W/pretrain.json $W/sft.json --count answers --out "$OUT/words-all.json"
 # The base comes first: what is moved starts from it. mlp-0 is as wide as the LLM (LLaVA's), the others have a given width.
-NAMES="base words-64 words-128 words-256 words-all random-words-64 random-words-128 random-E softmax none width-64 width-1024
+NAMES="base words-64 words-128 words-256 words-all random-words-64 random-words-128 random-E softmax-1e-3 softmax-4e-3 none-1e-3 none-4e-3 gain-3 gain-10 width-64 width-1024
        mlp-64 mlp-256 mlp-1024 mlp-0 moved-pretrain moved-sft"
 for SEED in $SEEDS; do
     mkdir -p "$OUT/seed$SEED"

@@ -110,7 +110,9 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_llava_step_reports_speed_and_memory(dtype):
-    speed, memory = bench.bench_llava_step("step", *configs(), 24, 3, dtype)
-    assert speed["detail"]["images"] == 3 and speed["bar"] == ">= 1.5"
+def test_llava_step_reports_speed_and_memory(dtype, monkeypatch):
+    made = []
+    monkeypatch.setattr("torch.nn.Module.compile", lambda block, **how: made.append(block))   # seconds, and tested with train.py
+    speed, compiled, memory = bench.bench_llava_step("step", *configs(), 24, 3, dtype)
+    assert speed["detail"]["images"] == 3 and compiled["bar"] == ">= 1.5" and len(made) > 1
     assert 0 < memory["value"] < 1                                  # logits of 300 words at 60 positions against 24

@@ -151,6 +151,28 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, temperature):
     assert any(len(a) > 1 for a in together)
 
 
+@pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])
+def test_an_llm_over_several_devices_answers_the_same(tiny, llm, monkeypatch):
+    config = model.Config(tiny.clip, getattr(tiny, llm), "mlp", 24, 0)
+    whole, cut = ((torch.manual_seed(1), model.build(config, None, device))[1] for device in ("cpu", "cpu,cpu"))
+    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(7)) * 5
+    prompts = [data.encode_prompt(turns(q), whole.tokenizer, P) for q in ("<image>\nwhat colour?", "<image>\nIs it red?")]
+    follow, moved = model.follow, []
+    monkeypatch.setattr(model, "follow", lambda x, device: moved.append(device) or follow(x, device))
+    expected = whole.generate(prompts, pixels, 8, which=[0, 0])
+    assert not moved and cut.generate(prompts, pixels, 8, which=[0, 0]) == expected and "cpu" in moved
+
+
+def test_each_device_holds_its_blocks_and_the_first_one_the_rest(tiny):
+    llm, _ = model.load_llm(tiny.llama, torch.float32, "cpu,meta")
+    stack = model.blocks(llm)
+    where = [{p.device.type for p in block.parameters()} for block in stack]
+    assert where == [{"cpu"}] * (len(stack) // 2) + [{"meta"}] * (len(stack) - len(stack) // 2) and llm.device.type == "cpu"
+    assert {p.device.type for name, p in llm.named_parameters() if ".layers." not in name} == {"cpu"}
+    x = model.follow({"a": (torch.ones(2), [torch.ones(1)]), "b": None}, "meta")
+    assert x["a"][0].is_meta and x["a"][1][0].is_meta and x["b"] is None
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])         # gemma's window of 16 is shorter than every prompt
 def test_questions_about_one_image_share_its_prefix(tiny, llm, attention, monkeypatch):

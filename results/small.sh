@@ -21,5 +21,5 @@ HERE="--data=$DATA/captions_train.json --images=$DATA/images"
     --data "$DATA/captions_test.json" --images "$DATA/images" --out results/small/captions
 cp "$OUT/pretrain/loss.png" results/small/loss.png
 cp "$OUT/pretrain/log.jsonl" results/small/log.jsonl
-"$PYTHON" words.py "$OUT/pretrain" "$OUT/gemma" "${IMAGE:-$DATA/images/$("$PYTHON" -c "import json; print(json.load(open('$DATA/captions_test.json'))[0]['image'])")}" \
-    --out results/small --overwrite
+FIRST=$(grep -o '"image": "[^"]*"' "$DATA/captions_test.json" | sed -n '1s/.*: "\(.*\)"/\1/p')
+"$PYTHON" words.py "$OUT/pretrain" "$OUT/gemma" "${IMAGE:-$DATA/images/$FIRST}" --out results/small --overwrite

@@ -417,7 +417,7 @@ def bench_connectors(name, images, H=5120, K=19200, tower=None, llm=None, side=3
     vlm = random_vlm(tower, llm or sizes("Qwen/Qwen2-0.5B-Instruct"), side, torch.bfloat16)
     batch = captions(vlm, images, 64)
     embed = vlm.llm.get_input_embeddings().weight
-    (V, D), Dv, n, device = embed.shape, vlm.vision_tower.config.hidden_size, images * vlm.num_patches, embed.device
+    D, Dv, n, device = embed.shape[1], vlm.vision_tower.config.hidden_size, images * vlm.num_patches, embed.device
     patches = torch.randn(images, vlm.num_patches, Dv).to(device, torch.bfloat16)
     connectors = {"mlp": vlm.connector}
     for kind in ("softmax", "none"):
@@ -511,7 +511,7 @@ def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
     return [row(f"{name}: questions a second by LLaVA's loop's", ratio(t, "loop", "ours") * len(prompts) / alone, ">= 8",
                 **speeds),
             row(f"{name}: answers equal to the loop's", same / len(alone_answers), ">= 1", compared=len(alone_answers),
-                different=len({tuple(a) for a in answers}))]
+                distinct=len({tuple(a) for a in answers}))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -542,8 +542,10 @@ def main(argv=None):
     parser.add_argument("--table", metavar="FILE", help="print the results in FILE as markdown, measure nothing")
     args = parser.parse_args(argv)
     if args.table:
-        with open(args.table, encoding="utf-8") as f:
-            return print(table(json.load(f)))
+        try:
+            return print(table(vocab.read_json(args.table)))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{args.table} was not written by bench.py --json: {error!r}") from None
     if not args.what:
         parser.error(f"say what to measure: {', '.join(PARTS)} or all")
     results = {}

@@ -552,9 +552,10 @@ def main(argv=None):
     image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}           # small: it is the reading that is checked
     dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image, args.template,
                             max_length=args.max_length)
-    first = next((s for s in map(dataset.__getitem__, range(len(dataset))) if not isinstance(s, Bad)), None)
-    if tokenizer and first:
-        print(show(first["input_ids"], first["labels"], tokenizer))
+    if tokenizer:
+        good = (sample for sample in map(dataset.__getitem__, range(len(dataset))) if not isinstance(sample, Bad))
+        if first := next(good, None):
+            print(show(first["input_ids"], first["labels"], tokenizer))
     problems = check(dataset, args.workers)
     for kind, sentences in problems.items():
         print(f"\n{kind}: {len(sentences)}", *sentences[:20], *["..."] * (len(sentences) > 20), sep="\n  ")

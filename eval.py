@@ -421,10 +421,11 @@ def details(title, summary, indent=""):
 
 
 def compare(a, b):
-    """Two result folders -> a markdown table: a paired test for each task that both have"""
+    """Two result folders, or checkpoints that have one -> a markdown table: a paired test for each task that both have"""
+    folders = [f"{folder}/eval" if os.path.isdir(f"{folder}/eval") else folder for folder in (a, b)]
     lines = ["| task | questions | A | B | B - A | only A right | only B right | p | test |", "|---" * 9 + "|"]
     for task, spec in TASKS.items():
-        paths = [os.path.join(folder, f"{task}.scores.json") for folder in (a, b)]
+        paths = [os.path.join(folder, f"{task}.scores.json") for folder in folders]
         if not all(map(os.path.exists, paths)):
             continue
         A, B = map(scores.read_json, paths)
@@ -439,7 +440,7 @@ def compare(a, b):
         lines.append(f"| {spec['column']} | {len(A)} | {means[0]:.2f} | {means[1]:.2f} | {means[1] - means[0]:+.2f} | "
                      f"{only[0]} | {only[1]} | {p:.2g} | {test} |")
     if len(lines) == 2:
-        raise ValueError(f"{a} and {b} have no task in common: there is no <task>.scores.json in both")
+        raise ValueError(f"{folders[0]} and {folders[1]} have no task in common: no <task>.scores.json is in both")
     lines += ["", f"A is {a}, B is {b}: mean score of a question in percent (MMBench: a group; SciQA: with image)."]
     return "\n".join(lines)
 
@@ -467,7 +468,7 @@ def evaluate(args):
 
     import torch
     import model
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = model.devices(args.device, most=1 if world > 1 else None)
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     stems = {task: os.path.join(out, f"{task}.first{args.limit}" if args.limit else task) for task in args.tasks}
     made_by = {"checkpoint": fingerprint(args.checkpoint, out), "template": args.template, "dtype": dtype}
@@ -479,6 +480,7 @@ def evaluate(args):
             settings = {**made_by, "questions": asked, "max_new_tokens": TASKS[task]["tokens"]}
             prepare(stems[task], settings, args.overwrite)
     if world > 1:
+        model.check_restarts()
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # a slow rank is no dead rank
     barrier = torch.distributed.barrier if world > 1 else lambda: None
     device = f"cuda:{local}" if device == "cuda" else device
@@ -547,7 +549,7 @@ def parse(argv):
     add("--predictions", help="answers, JSON lines in LLaVA's format")
     add("--table", nargs="+", metavar="RESULTS", help="results.json files or their folders: one joint table")
     add("--mean", action="store_true", help="with --table: rows of one name are seeds, print mean and standard deviation")
-    add("--compare", nargs=2, metavar=("A", "B"), help="two result folders: paired tests")
+    add("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints or result folders: paired tests")
     args = parser.parse_args(argv)
     if args.offline:
         vocab.offline()
@@ -582,7 +584,10 @@ def main(argv=None):
             print(compare(*args.compare))
         elif args.table:
             wholes = [scores.read_json(os.path.join(p, "results.json") if os.path.isdir(p) else p) for p in args.table]
-            print(table([(whole["name"], whole["tasks"]) for whole in wholes], args.mean))
+            try:
+                print(table([(whole["name"], whole["tasks"]) for whole in wholes], args.mean))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"--table takes results.json files of eval.py: {error!r}") from None
         else:
             evaluate(args)
     except (ValueError, OSError, csv.Error) as error:

@@ -334,7 +334,7 @@ class VLM(nn.Module):
         eos = llm.generation_config.eos_token_id if llm.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
         self.eos_ids = {i for i in [*eos, tokenizer.eos_token_id] if i is not None}
-        # Masks come from lengths, so any id will do to pad with; 0, where there is no pad token, is a "!" in many LLMs.
+        # Masks come from lengths, so any id will do to pad with. Not 0: that is a "!" in many LLMs, and puzzles a reader.
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
         text = llm.config.get_text_config()
         if getattr(text, "logit_scale", None) or getattr(text, "logits_scaling", None):
@@ -567,6 +567,30 @@ def load_llm(name, dtype, device, attention="sdpa", meta=False):
     return llm, tokenizer
 
 
+def devices(text, most=None):
+    """What --device names, checked: one device or several with commas between. "" or None: CUDA where there is one, else
+    the CPU. ValueError where there are more than `most`, or one that this machine lacks."""
+    names = (text or ("cuda" if torch.cuda.is_available() else "cpu")).split(",")
+    if most and len(names) > most:
+        raise ValueError(f"--device={text} names {len(names)} devices, here it can be {most}")
+    for name in names:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"there is no device {name!r}") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"there is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs")
+    return ",".join(names)
+
+
+def check_restarts():
+    """ValueError where torchrun keeps one store over its restarts: a new rank finds a dead one's address in it, and waits
+    for that for hours."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment and "
+                         "--rdzv_backend=c10d, or restarted ranks wait for dead ones (pytorch issue 135712)")
+
+
 def spread(llm, devices):
     """Put the LLM's blocks on `devices`, the first ones on the first, and all else on the first as well. In place.
 
@@ -575,9 +599,9 @@ def spread(llm, devices):
     back to the first."""
     stack = blocks(llm)
     here = list(stack)
-    for i in range(len(here)):
+    for i in range(len(here)):                                      # take the blocks out, move the rest, put them back
         stack[i] = nn.Identity()
-    llm.to(devices[0])                                              # all but the blocks
+    llm.to(devices[0])
     for i, block in enumerate(here):
         stack[i] = block.to(device := devices[i * len(devices) // len(here)])
         if len(devices) > 1:

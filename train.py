@@ -74,7 +74,7 @@ class Settings:
     shard: bool = False                      # each rank holds its piece of the LLM alone (FSDP2): where it does not fit
     shard_tower: bool = False                # and of the vision tower
     checkpointing: bool = False              # recompute the LLM's activations in the backward pass: slower, smaller
-    device: str = ""                         # "" means cuda if there is one
+    device: str = ""                         # "" means cuda if there is one; "cuda" is one for each rank
     seed: int = 42
     # log and checkpoint
     log_every: int = 1                       # steps
@@ -86,7 +86,7 @@ class Settings:
     dry_run: bool = False                    # print sizes and memory, load and write nothing
 
 
-Settings.given = frozenset()                 # the names of those that a config file or the command line set
+Settings.given = {}                          # {name: where it was set}; no field, so in no --help and in no state
 
 
 def read_settings(argv):
@@ -118,7 +118,7 @@ def read_settings(argv):
         if type(value) is not kind:
             sys.exit(f"{where}: {key} is {value!r}, it must be of type {kind.__name__}")
         setattr(settings, key, value)
-    settings.given = {key for key, *_ in given}
+    settings.given = {key: where for key, _, where in given}
     return settings
 
 
@@ -150,7 +150,9 @@ def check(cfg):
     needed = ["out", "data"] + ([] if cfg.init else ["llm", "vision_tower"])
     if not cfg.init and cfg.connector == "langbridge":
         needed.append("words")
-    for key in ("llm", "vision_tower") if cfg.dry_run else needed:
+    if cfg.dry_run:
+        needed = [] if os.path.isfile(f"{cfg.init}/config.json") else ["llm", "vision_tower"]
+    for key in needed:
         if not getattr(cfg, key):
             sys.exit(f"{key} is not set: give it in the config file or as --{key}=...")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
@@ -181,16 +183,13 @@ FILE = 2 << 30                               # bytes of a state's file, from whi
 
 def setup_ranks(cfg):
     """-> (rank, number of ranks, device). One process, or one of torchrun's."""
-    cuda = torch.cuda.is_available() and cfg.device in ("", "cuda")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device(cfg.device or "cpu")
+    name = model.devices(cfg.device, most=1)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torchrun keeps one store over its restarts, in which a new rank may find a dead one's address and wait for it.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
-        sys.exit("train.py: torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or "
-                 "restarted ranks wait for dead ones (github.com/pytorch/pytorch/issues/135712)")
+    model.check_restarts()
     # Ranks wait for each other while rank 0 writes and hashes a state: minutes for a large LLM.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size(), device
@@ -235,11 +234,8 @@ def make_model(cfg, device, world):
         how["shard"] = ("llm", "vision_tower") if cfg.shard_tower else ("llm",)
     torch.manual_seed(cfg.seed)                                             # of the fresh connector
     if cfg.init:
+        check_init(cfg, model.read_config(cfg.init)[0])
         vlm = model.load(cfg.init, device, held, **how)
-        for key in ("connector", "hidden", "normalize", "vision_layer", "llm", "vision_tower"):
-            say(f"  {key} = {getattr(vlm.config, key)} (from {cfg.init})")
-            if key in cfg.given - {"llm", "vision_tower"} and getattr(cfg, key) != getattr(vlm.config, key):
-                sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {getattr(vlm.config, key)!r}")
     else:
         words = vocab.load_words(cfg.words)[:cfg.num_words or None] if cfg.connector == "langbridge" else None
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
@@ -252,9 +248,22 @@ def make_model(cfg, device, world):
         enable = getattr(vlm.llm, "activation_checkpointing_enable", None) or vlm.llm.gradient_checkpointing_enable
         enable({"use_reentrant": False})                                    # the library renamed it
     if cfg.compile:
-        for block in model.blocks(vlm.llm):                                 # alike, so the first one's code serves all
+        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            sys.exit("--compile needs a C++ compiler on a CPU, and there is no g++")
+        for block in model.blocks(vlm.llm):                                 # alike: what is compiled for the first serves all
             block.compile(dynamic=True)
     return vlm
+
+
+def check_init(cfg, config):
+    """SystemExit where a setting asks for another model than `config`, that of the checkpoint cfg.init."""
+    for key, value in asdict(config).items():
+        say(f"  {key} = {value} (from {cfg.init})")
+        if key in cfg.given and key not in ("llm", "vision_tower") and getattr(cfg, key) != value:
+            sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
+    for key in ("llm", "vision_tower", "words", "gain"):            # a config file has the first two for its --dry_run
+        if cfg.given.get(key) == "the command line":
+            sys.exit(f"--{key} does not go with init, which has its own; transfer.py moves a connector to another LLM")
 
 
 def make_optimizer(vlm, cfg):
@@ -355,7 +364,7 @@ def state_tensors(vlm, optimizer, step, rank):
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p not in optimizer.state:
-                optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if group["fused"] else "cpu"),
+                optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for name, p in vlm.named_parameters():
         if p.requires_grad:
@@ -666,8 +675,11 @@ def clip_gradients(trained, largest, world):
 
 def dry_run(cfg):
     """Print what the run would train and hold in memory, from config files and the meta device."""
-    if cfg.init:                                        # what an earlier stage writes has the sizes of its own settings
-        say(f"sizes as if {cfg.init} were made from the settings below")
+    if os.path.isfile(f"{cfg.init}/config.json"):
+        for key, value in asdict(model.read_config(cfg.init)[0]).items():
+            setattr(cfg, key, value)
+    elif cfg.init:
+        say(f"{cfg.init} is not there yet: sizes as the settings have them")
     with torch.device("meta"):
         tower = AutoModel.from_config(find_config(cfg.vision_tower))
         llm = AutoModelForCausalLM.from_config(find_config(cfg.llm))

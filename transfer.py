@@ -24,7 +24,7 @@ def read_arguments():
     parser.add_argument("--out", help="folder to write (default: SRC-to-TGT)")
     parser.add_argument("--eval", metavar="DATA.json", help="LLaVA-format captions to measure source and target on")
     parser.add_argument("--images", help="folder of their images (default: images/ beside DATA.json)")
-    parser.add_argument("--limit", type=int, default=128, help="records of DATA.json to use")
+    parser.add_argument("--limit", type=int, default=128, help="pictures of DATA.json to use, in sixteens (default 128)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", help="default: cuda if there is one, else cpu; cuda:0,cuda:1 cuts the LLM over two")
     parser.add_argument("--overwrite", action="store_true")
@@ -67,7 +67,7 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
             first.setdefault(record["image"], i)
     chosen = list(first.values())[:min(limit, len(first)) // batch_size * batch_size]
     if not chosen:
-        sys.exit(f"{path} has {len(first)} different images; --eval and --limit need at least {batch_size}")
+        sys.exit(f"{path} has {len(first)} different images, --limit is {limit}: neither may be less than {batch_size}")
     batches = [data.collate([dataset.sample(i) for i in chosen[j:j + batch_size]], vlm.pad_id)
                for j in range(0, len(chosen), batch_size)]
     answers = [turn["value"] for i in chosen for turn in dataset.records[i]["conversations"]
@@ -120,7 +120,7 @@ def main(args):
     out = args.out or f"{os.path.normpath(args.source)}-to-{os.path.basename(os.path.normpath(args.target))}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = model.devices(args.device)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")
     words = vocab.load_words(f"{args.source}/words.json")

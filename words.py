@@ -48,7 +48,7 @@ def read_arguments():
     parser.add_argument("--number", type=int, default=100, help="of the study: how many pictures (default: 100)")
     parser.add_argument("--ask", metavar="QUESTION", help="have each checkpoint answer a question about the image")
     parser.add_argument("--top", type=int, default=8, help=f"words shown for a patch, 1 to {KEEP} (default: 8)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
@@ -194,12 +194,12 @@ def square(image, mode, mean, side):
     return canvas
 
 
-def state_of(folder, image, image_mode, ask, top, device="cpu", dtype="float32"):
+def state_of(folder, image, image_mode, ask, top, device=None, dtype="float32"):
     """Load a checkpoint and read the image with it. -> a state, a dict: "label" says which moment of training, "name" which
     LLM; "modes", see read; "side", patches along one side of the image; "answer" to the question `ask`, or None.
     States of one "group" are one connector kind on one LLM."""
     config, whole = model.read_config(folder)
-    vlm = model.load(folder, torch.device(device), getattr(torch, dtype))
+    vlm = model.load(folder, model.devices(device, most=1), getattr(torch, dtype))
     pixels = data.transform(image, mode=image_mode, **vlm.image).to(vlm.llm.device)
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))      # train.py --snapshots: steps/000100
     state = {"label": f"{whole['stage']}, step {step[1]}" if step else whole["stage"],
@@ -521,12 +521,12 @@ def study_records(args):
 
 
 @torch.no_grad()
-def observe(folder, records, device="cpu", dtype="float32"):
+def observe(folder, records, device=None, dtype="float32"):
     """All that is counted of a checkpoint -> {"name", "step", "llm", "connector", "words": K, "patches": P, "values":
     {what: a number for each picture}, "tops": {"weights" (LangBridge only), "cosine": for each picture and patch the
     strongest words}}. Of raw scores the highest count: a word of negative score is taken away from a patch."""
     config, whole = model.read_config(folder)
-    vlm = model.load(folder, torch.device(device), getattr(torch, dtype))
+    vlm = model.load(folder, model.devices(device, most=1), getattr(torch, dtype))
     mode, side = whole.get("image_mode", "pad"), math.isqrt(vlm.num_patches)
     tokens, E = vocabulary(vlm)
     centred = F.normalize(E - E.mean(0), dim=-1)

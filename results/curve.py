@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import sys
 
 import matplotlib
 matplotlib.use("Agg")
@@ -20,6 +21,8 @@ for path in sorted(glob.glob("out/pocket/seed*/curve-*/**/eval/results.json", re
         step = int(parts[5]) if parts[4] == "steps" else json.load(f)["steps"]
     rows.append({"seed": int(parts[2][4:]), "connector": parts[3][len("curve-"):], "step": step,
                  "pope": 100 * tasks["pope"]["mean_f1"], "gqa": tasks["gqa"]["accuracy"]})
+if not rows:
+    sys.exit("out/pocket/seed*/curve-*/ holds no eval/results.json: results/curve.sh makes them")
 with open(f"{HERE}/curve.json", "w") as f:
     json.dump(rows, f, indent=1)
 

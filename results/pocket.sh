@@ -8,6 +8,9 @@ ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
 for SEED in 1 2 3; do
     BASELINES=1 SEED=$SEED bash speedrun.sh
     mkdir -p results/pocket/seed$SEED
+    for name in wide llama; do
+        cp "out/pocket/seed$SEED/$name-from-qwen-LB-untrained/transfer.json" "results/pocket/seed$SEED/transfer-to-$name.json"
+    done
     for name in "${ROWS[@]}"; do cp "out/pocket/seed$SEED/$name/eval/results.json" "results/pocket/seed$SEED/$name.json"; done
 done
 FILES=()

@@ -16,7 +16,7 @@ rows=()
 for SEED in $SEEDS; do
     S=out/pocket/study/seed$SEED R=out/pocket/seed$SEED
     train "$S/qwen-LB-pretrain" --seed="$SEED" & one=$!
-    train "$S/qwen-MLP-pretrain" --seed="$SEED" --connector=mlp
+    train "$S/qwen-MLP-pretrain" --seed="$SEED" --connector=mlp --connector_lr=2e-3
     wait $one
     rows+=("$S"/qwen-LB-pretrain{/steps/*,} "$R"/{qwen-LB,wide-from-qwen-LB-untrained,wide-from-qwen-LB}
            "$R"/{llama-from-qwen-LB-untrained,llama-from-qwen-LB} "$S"/qwen-MLP-pretrain{/steps/*,} "$R/qwen-MLP")

@@ -108,9 +108,10 @@ def world(tiny, tmp_path_factory):
 
 def settings(tiny, world, out, *more):
     """Arguments of train.py for a run of seconds."""
-    return [f"--llm={tiny.qwen}", f"--vision_tower={tiny.clip}", f"--words={world}/words.json", f"--images={world}/images",
-            f"--data={world}/captions.json", f"--out={out}", "--hidden=24", "--dtype=float32", "--workers=0",
-            "--global_batch=8", "--batch_size=8", "--epochs=2", "--connector_lr=0.01", "--device=cpu", *more]
+    parts = [f"--llm={tiny.qwen}", f"--vision_tower={tiny.clip}", f"--words={world}/words.json"]
+    return [*(parts if not any(flag.startswith("--init") for flag in more) else ()),
+            f"--images={world}/images", f"--data={world}/captions.json", f"--out={out}", "--hidden=24", "--dtype=float32",
+            "--workers=0", "--global_batch=8", "--batch_size=8", "--epochs=2", "--connector_lr=0.01", "--device=cpu", *more]
 
 
 def train_here(argv):

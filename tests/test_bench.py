@@ -41,7 +41,7 @@ def test_a_step_is_llavas_step():
 def test_eval_answers_as_the_loop_does(capsys):
     speed, same = bench.bench_eval("eval", *configs(), side=24, images=3, each=4)
     assert same["value"] == 1 and same["reached"] == "reached" and same["detail"]["compared"] == 12
-    assert same["detail"]["different"] > 6 and speed["value"] > 0
+    assert same["detail"]["distinct"] > 6 and speed["value"] > 0
     assert "equal to the loop's" in capsys.readouterr().out
 
 

@@ -41,6 +41,12 @@ def byte_tokenizer(specials=QWEN, adds_bos=False):
                                    bos_token=specials[0] if adds_bos else None)
 
 
+def fake_model(stub):
+    """What eval.py needs of model.py"""
+    return types.SimpleNamespace(load=lambda *a, **k: stub, devices=lambda text, most: text or "cpu",
+                                 check_restarts=lambda: None)
+
+
 class Stub:
     """Answers yes to a bright picture; a mean of the picture and a hash of the prompt tell whether each got its own."""
     def __init__(self, die_after=None, tokenizer=None):
@@ -109,7 +115,7 @@ def world(tmp_path, monkeypatch):
         "\t".join([*map(str, row[:5]), "", "", row[5], picture64]) + "\n" for row in rows))
 
     def run(*flags, stub=None, out="out", tasks="pope"):
-        monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(load=lambda *a, **k: stub or Stub()))
+        monkeypatch.setitem(sys.modules, "model", fake_model(stub or Stub()))
         program.main([str(checkpoint), "--tasks", tasks, "--data", str(data), "--out", str(tmp_path / out), "--device",
                       "cpu", *flags])
         return tmp_path / out
@@ -210,7 +216,7 @@ def test_two_ranks_write_what_one_writes(world):
     runner = world.checkpoint.parent / "runner.py"
     runner.write_text(f"import sys, types\nsys.path[:0] = [{ROOT!r}, {os.path.dirname(os.path.abspath(__file__))!r}]\n"
                       "import test_eval\n"
-                      "sys.modules['model'] = types.SimpleNamespace(load=lambda *a, **k: test_eval.Stub())\n"
+                      "sys.modules['model'] = test_eval.fake_model(test_eval.Stub())\n"
                       "test_eval.program.main()\n")
     out = world.checkpoint.parent / "two"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

@@ -163,6 +163,13 @@ def test_an_llm_over_several_devices_answers_the_same(tiny, llm, monkeypatch):
     assert not moved and cut.generate(prompts, pixels, 8, which=[0, 0]) == expected and "cpu" in moved
 
 
+@pytest.mark.parametrize("text,most,words", [("cpu,cpu", 1, "names 2 devices, here it can be 1"), ("cuda:77", None, "GPUs"),
+                                             ("cpu,", None, "no device ''"), ("tpux", None, "no device 'tpux'")])
+def test_a_device_that_is_not_there_is_one_sentence(text, most, words):
+    with pytest.raises(ValueError, match=words):
+        model.devices(text, most)
+
+
 def test_each_device_holds_its_blocks_and_the_first_one_the_rest(tiny):
     llm, _ = model.load_llm(tiny.llama, torch.float32, "cpu,meta")
     stack = model.blocks(llm)

@@ -230,7 +230,7 @@ def test_torchrun_starts_a_killed_rank_again_and_passes_a_signal_on(tiny, world,
 def test_restarts_with_a_store_that_outlives_them_are_refused(tiny, world, tmp_path, monkeypatch):
     for key, value in {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(SystemExit, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+    with pytest.raises(ValueError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         train.main(train.read_settings(settings(tiny, world, tmp_path)))
 
 

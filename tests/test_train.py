@@ -170,6 +170,15 @@ def test_a_mistake_gets_one_sentence(argv, words):
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr and not done.stdout.strip()
 
 
+@pytest.mark.parametrize("flag,words", [("--llm=other", "--llm does not go with init.*transfer.py"), ("--gain=2", "--gain"),
+                                        ("--num_words=3", "num_words is set to 3"), ("--hidden=7", "hidden is set to 7"),
+                                        ("--connector=mlp", "connector is set to 'mlp'")])
+def test_a_checkpoint_keeps_its_own_parts(tiny, world, tmp_path, pretrained, flag, words):
+    with pytest.raises(SystemExit, match=words):
+        train.main(train.read_settings([a for a in settings(tiny, world, tmp_path / "x", f"--init={pretrained}")
+                                        if not a.startswith("--hidden")] + [flag]))
+
+
 def test_the_schedule_is_the_recipes():
     """2,181 steps rise for 66, 5,198 for 156 (transformers' cosine with warm-up ratio 0.03)"""
     for steps, rise in ((2181, 66), (5198, 156)):

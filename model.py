@@ -612,7 +612,7 @@ def spread(llm, devices):
 
 
 def follow(x, device):
-    """x with every tensor on the device, also inside of tuples, lists and dicts. A cache stays: it lies where it is made"""
+    """x with every tensor in it on the device. A cache of keys and values is none of these: it stays where it was made"""
     if torch.is_tensor(x):
         return x.to(device)
     if isinstance(x, (tuple, list)):
@@ -624,7 +624,8 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
           shard=()):
     """A VLM with a fresh connector from the parts that `config` names. `llm`: (LLM, tokenizer) if they are loaded.
 
-    device: of several, with commas between, each holds a part of the LLM. dtype: of the LLM. frozen: of the tower, of E, and of a sharded LLM's computation; None means dtype.
+    device: one, or several with commas between, each with a part of the LLM. dtype: of the LLM.
+    frozen: of the tower, of E, and of a sharded LLM's computation; None means dtype.
     shard: the parts of which each rank holds a piece, ("llm",) or ("llm", "vision_tower"); then every rank calls.
     """
     frozen = frozen or dtype

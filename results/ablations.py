@@ -14,12 +14,14 @@ TASKS = {"gqa": ("GQA", lambda tasks: tasks["gqa"]["accuracy"]),
 GROUPS = {"how many words": ["words-64", "words-128", "words-256", "base", "words-all"],
           "which words": ["words-64", "random-words-64", "words-128", "random-words-128"],
           "whose embeddings": ["base", "random-E"],
+          "the same after stage 1, the LLM never trained": ["base-pretrain", "random-E-pretrain"],
           "what the weights are": ["base", "softmax-*", "none-*"],
           "how sharp the weights are at the start": ["base", "gain-*"],
           "how wide": ["width-64", "base", "width-1024"],
           "an MLP instead": ["base", "mlp-64", "mlp-256", "mlp-1024", "mlp-0"],
           "moved to pocket-llama, from stage": ["moved-pretrain", "moved-sft"]}
 MEANING = {"base": "unit, 512 words, 256 wide", "words-all": "all shared words", "random-E": "random E, as long",
+           "base-pretrain": "unit, 512 words, 256 wide", "random-E-pretrain": "random E, as long",
            "mlp-0": "MLP, as wide as the LLM", "moved-pretrain": "1 (Pretrain-LB)", "moved-sft": "2 (SFT-LB)"}
 PREFIX = {"random-words-": "{} words by lot", "words-": "{} words", "width-": "{} wide", "mlp-": "MLP, {} wide",
           "gain-": "gain {}", "softmax-": "softmax, rate {} in stage 1", "none-": "raw scores, rate {} in stage 1"}

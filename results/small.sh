@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real models: DINOv2-small and SmolLM2-135M-Instruct, stage 1; moved to Gemma-3-270M; a short stage 2 there; held-out
-# captions of all three -> results/small/. About an hour on two cores; what is there is not made again, a kill goes on.
+# captions and words of all three -> results/small/. About an hour on two cores; what is there is not made again, a kill goes on.
 #     bash results/small.sh           # data/small: captions_train.json, captions_test.json, images/ (config/small says how)
 #     MODELS=/folder DATA=/folder bash results/small.sh               # models in folders instead of from the hub
 set -euo pipefail
@@ -23,3 +23,5 @@ cp "$OUT/pretrain/loss.png" results/small/loss.png
 cp "$OUT/pretrain/log.jsonl" results/small/log.jsonl
 FIRST=$(grep -o '"image": "[^"]*"' "$DATA/captions_test.json" | sed -n '1s/.*: "\(.*\)"/\1/p')
 "$PYTHON" words.py "$OUT/pretrain" "$OUT/gemma" "${IMAGE:-$DATA/images/$FIRST}" --out results/small --overwrite
+"$PYTHON" words.py --study "$OUT"/{pretrain,gemma,gemma-sft} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
+    --out results/small --overwrite

@@ -109,5 +109,5 @@ if [ -n "$VAL" ]; then
         [ -f "$OUT/seed$SEED/$NAME$END/config.json" ] && folders+=("$OUT/seed$SEED/$NAME$END")
     done; done; done
     "$PYTHON" words.py --study "${folders[@]}" --data "$CAPTIONS" --images $W/images --truth $W/truth.json \
-        --out results/ablations --overwrite
+        --number 60 --out results/ablations --overwrite
 fi

@@ -154,13 +154,14 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, temperature):
 @pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])
 def test_an_llm_over_several_devices_answers_the_same(tiny, llm, monkeypatch):
     config = model.Config(tiny.clip, getattr(tiny, llm), "mlp", 24, 0)
-    whole, cut = ((torch.manual_seed(1), model.build(config, None, device))[1] for device in ("cpu", "cpu,cpu"))
+    whole, cut = ((torch.manual_seed(1), model.build(config, None, device))[1] for device in ("cpu", "cpu:0,cpu"))
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(7)) * 5
     prompts = [data.encode_prompt(turns(q), whole.tokenizer, P) for q in ("<image>\nwhat colour?", "<image>\nIs it red?")]
     follow, moved = model.follow, []
     monkeypatch.setattr(model, "follow", lambda x, device: moved.append(device) or follow(x, device))
     expected = whole.generate(prompts, pixels, 8, which=[0, 0])
-    assert not moved and cut.generate(prompts, pixels, 8, which=[0, 0]) == expected and "cpu" in moved
+    assert not moved and cut.generate(prompts, pixels, 8, which=[0, 0]) == expected
+    assert "cpu" in moved and moved[-1] == "cpu:0"                  # the last block's output came back
 
 
 @pytest.mark.parametrize("text,most,words", [("cpu,cpu", 1, "names 2 devices, here it can be 1"), ("cuda:77", None, "GPUs"),

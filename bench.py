@@ -310,28 +310,22 @@ def update(connector, optimizer, count=1):
 
 
 def steps(vlm, batch, dtype):
-    """One training step over the batch: ours, ours with train.py's --compile, and with transformers' LLaVA.
-    -> {name: function that returns its mean loss}"""
+    """One training step over the batch, ours and with transformers' LLaVA. -> {name: function that returns its mean loss}"""
     import torch
 
     import data
-    import model
     llava, optimizer = as_llava(vlm), adamw(vlm.connector)
-    compiled = copy.deepcopy(vlm)                                   # LLaVA's blocks are vlm's, and stay as they are
-    for block in model.blocks(compiled.llm):
-        block.compile(dynamic=True)
-    optimizers = {vlm: optimizer, compiled: adamw(compiled.connector)}
     pixels = batch["pixel_values"].to(vlm.vision_tower.dtype)
     ids = batch["input_ids"].masked_fill(batch["input_ids"] == data.IMAGE_ID, llava.config.image_token_index)
 
     def amp():
         return torch.autocast(vlm.llm.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def ours(vlm):
+    def ours():
         with amp():
             loss, count = vlm(batch)
         loss.backward()
-        update(vlm.connector, optimizers[vlm], count)
+        update(vlm.connector, optimizer, count)
         return loss.item() / count
 
     def theirs():
@@ -341,13 +335,18 @@ def steps(vlm, batch, dtype):
         loss.backward()
         update(vlm.connector, optimizer)
         return loss.item()
-    return {"ours": lambda: ours(vlm), "ours, compiled": lambda: ours(compiled), "LLaVA": theirs}
+    return {"ours": ours, "LLaVA": theirs}
 
 
 def bench_llava_step(name, tower, llm, side, images, dtype="float32"):
     import torch
+
+    import model
     vlm = random_vlm(tower, llm, side, getattr(torch, dtype))
-    calls = steps(vlm, captions(vlm, images, 32), dtype)
+    batch, compiled = captions(vlm, images, 32), copy.deepcopy(vlm)     # LLaVA's blocks are vlm's, and stay as they are
+    for block in model.blocks(compiled.llm):                            # as train.py's --compile does
+        block.compile(dynamic=True)
+    calls = {**steps(vlm, batch, dtype), "ours, compiled": steps(compiled, batch, dtype)["ours"]}
     losses = {which: call() for which, call in calls.items()}
     if max(losses.values()) - min(losses.values()) > 1e-2 * losses["LLaVA"]:
         raise ValueError(f"the two steps do not compute the same: {losses}")

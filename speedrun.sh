@@ -47,7 +47,7 @@ picture() {
 moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT
     until [ -f "$OUT/$2/config.json" ]; do sleep 1; done     # the other lane makes the source
     transfer "$1-untrained" "$2" "$3"
-    train "$1" config/pocket/sft.py --init="$OUT/$1-untrained"
+    train "$1" config/pocket/sft.py --init="$OUT/$1-untrained" --connector_lr=2e-4      # it can see: do not undo that
     evaluate "$1" "$1-untrained"
 }
 

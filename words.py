@@ -725,6 +725,8 @@ def main(args):
     configs = [model.read_config(folder)[1] for folder in args.checkpoints]
     # One picture for all, or patches could not be compared: as the last checkpoint that says so was trained.
     image_mode = next((c["image_mode"] for c in reversed(configs) if "image_mode" in c), "pad")
+    if args.ask and any(c["stage"] == "pretrain" for c in configs):
+        print("note: a checkpoint of stage 1 has learnt to write captions, not to answer", file=sys.stderr)
     states = []
     for folder in args.checkpoints:                                 # one LLM in memory at a time
         states.append(state_of(folder, image, image_mode, args.ask, args.top, args.device, args.dtype))

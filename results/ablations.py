@@ -17,10 +17,11 @@ GROUPS = {"how many words": ["words-64", "words-128", "words-256", "base", "word
           "the same after stage 1, the LLM never trained": ["base-pretrain", "random-E-pretrain"],
           "what the weights are": ["base", "softmax-*", "none-*"],
           "how sharp the weights are at the start": ["base", "gain-*"],
-          "how wide": ["width-64", "base", "width-1024"],
+          "how wide": ["width-64", "base", "width-1024*"],
           "an MLP instead": ["base", "mlp-64", "mlp-256", "mlp-1024", "mlp-0"],
           "moved to pocket-llama, from stage": ["moved-pretrain", "moved-sft"]}
 MEANING = {"base": "unit, 512 words, 256 wide", "words-all": "all shared words", "random-E": "random E, as long",
+           "width-1024-1e-3": "1024 wide, rate 1e-3 in stage 1",
            "base-pretrain": "unit, 512 words, 256 wide", "random-E-pretrain": "random E, as long",
            "mlp-0": "MLP, as wide as the LLM", "moved-pretrain": "1 (Pretrain-LB)", "moved-sft": "2 (SFT-LB)"}
 PREFIX = {"random-words-": "{} words by lot", "words-": "{} words", "width-": "{} wide", "mlp-": "MLP, {} wide",

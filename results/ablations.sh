@@ -14,6 +14,9 @@ OUT=${OUT:-out/pocket/ablations}
 SEEDS=${SEEDS:-1 2 3}
 ONLY=${ONLY:-}
 SHORT=${STEPS:+--max_steps=$STEPS}
+# Batches of 32: half as many steps in stage 1 as config/pocket takes and a quarter in stage 2, at rates that suit them.
+STAGE1="--global_batch=32 --batch_size=32 --connector_lr=4e-3"
+STAGE2="--global_batch=32 --batch_size=32 --connector_lr=2e-3 --llm_lr=1e-3"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 train() {                                           # train FOLDER CONFIG [--key=value ...]
@@ -26,17 +29,17 @@ evaluate() {                                        # evaluate FOLDER
 both() {                                            # both SEED NAME [--key=value ...]: stage 1, stage 2, scores
     local seed=$1 name=$2; shift 2
     local folder=$OUT/seed$seed/$name
-    train "$folder-pretrain" config/pocket/pretrain.py --seed="$seed" "$@"
+    train "$folder-pretrain" config/pocket/pretrain.py $STAGE1 --seed="$seed" "$@"
     # A checkpoint with an E of its own hands it on with llm/; stage 1 does not write that.
     [ -z "${OWN_E:-}" ] || [ -d "$folder-pretrain/llm" ] || cp -r "$OWN_E/llm" "$folder-pretrain/llm"
     case $name in base|random-E) evaluate "$folder-pretrain" ;; esac
-    train "$folder" config/pocket/sft.py --seed="$seed" --init="$folder-pretrain"
+    train "$folder" config/pocket/sft.py $STAGE2 --seed="$seed" --init="$folder-pretrain"
     evaluate "$folder"
 }
 moved() {                                           # moved SEED NAME SOURCE: to pocket-llama, stage 2 there, scores
     local folder=$OUT/seed$1/$2
     [ -f "$folder-untrained/config.json" ] || "$PYTHON" transfer.py "$OUT/seed$1/$3" $W/pocket-llama --out "$folder-untrained"
-    train "$folder" config/pocket/sft.py --seed="$1" --init="$folder-untrained"
+    train "$folder" config/pocket/sft.py $STAGE2 --seed="$1" --init="$folder-untrained"
     evaluate "$folder"
 }
 random_E() {                                        # random_E SEED: a fresh connector whose E is noise as long as the words
@@ -64,6 +67,7 @@ one() {                                             # one SEED NAME
         random-words-*)      both "$1" "$2" --words="$OUT/seed$1/words-random.json" --num_words="${2#random-words-}" ;;
         random-E)            random_E "$1"; OWN_E=$OUT/seed$1/noise both "$1" "$2" --init="$OUT/seed$1/noise" ;;
         gain-*)              both "$1" "$2" --gain="${2#gain-}" ;;
+        width-*-?e-?)        local size=${2#width-}; both "$1" "$2" --hidden="${size%%-*}" --connector_lr="${size#*-}" ;;
         width-*)             both "$1" "$2" --hidden="${2#width-}" ;;
         mlp-*)               both "$1" "$2" --connector=mlp --connector_lr=2e-3 --hidden="${2#mlp-}" ;;
         moved-pretrain)      moved "$1" "$2" base-pretrain ;;
@@ -77,7 +81,7 @@ mkdir -p "$OUT"
     --corpus $W/pretrain.json $W/sft.json --count answers --out "$OUT/words-all.json"
 # The base comes first: what is moved starts from it. mlp-0 is as wide as the LLM (LLaVA's), the others have a given width.
 NAMES="base words-64 words-128 words-256 words-all random-words-64 random-words-128 random-E softmax-3e-4 softmax-1e-3 softmax-4e-3 softmax-1e-2
-       none-1e-3 none-4e-3 gain-0.3 gain-3 gain-10 width-64 width-1024
+       none-1e-3 none-4e-3 gain-0.3 gain-3 gain-10 width-64 width-1024 width-1024-1e-3
        mlp-64 mlp-256 mlp-1024 mlp-0 moved-pretrain moved-sft"
 for SEED in $SEEDS; do
     mkdir -p "$OUT/seed$SEED"

@@ -43,7 +43,8 @@ for pair in args.checkpoints:
     for row, ids in zip(rows, vlm.generate(prompts, pixels, max_new_tokens=24)):
         row[name] = vlm.tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()   # a caption is one line
     bits[name] = transfer.measure(vlm, *transfer.caption_batches(vlm, args.data, args.images, whole, limit=128))
-    print(name, bits[name], flush=True)
+    print(f"{name}: bits per byte", ", ".join(f"{which} {bits[name][f'bits_per_byte_{which}']:.3f}"
+                                             for which in ("right", "wrong", "none")), flush=True)
 with open(f"{args.out}.json", "w", encoding="utf-8") as f:
     json.dump(rows, f, indent=1, ensure_ascii=False)
 with open(f"{args.out}-bits.json", "w", encoding="utf-8") as f:

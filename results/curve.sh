@@ -8,14 +8,14 @@ W=data/pocket
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 run() {                                             # run SEED NAME [--key=value ...]
     local out=out/pocket/seed$1/curve-$2 seed=$1; shift 2
-    [ -f "$out/config.json" ] || "$PYTHON" train.py config/pocket/sft.py --out="$out" --seed="$seed" --snapshots=10,20,40,80 "$@"
+    [ -f "$out/config.json" ] || "$PYTHON" train.py config/pocket/sft.py --out="$out" --seed="$seed" --snapshots=20,40,80,160 "$@"
     for folder in "$out"/steps/* "$out"; do
         [ -f "$folder/eval/results.json" ] || "$PYTHON" eval.py "$folder" --tasks pope,gqa --data $W/eval --batch_size 64
     done
 }
 for SEED in ${SEED:-1 2 3}; do
     S=out/pocket/seed$SEED
-    { run "$SEED" transferred --init="$S/llama-from-qwen-LB-untrained"; } & one=$!
+    { run "$SEED" transferred --init="$S/llama-from-qwen-LB-untrained" --connector_lr=2e-4; } & one=$!
     { run "$SEED" mlp --init="$S/llama-MLP-pretrain"; } & two=$!
     wait $one
     run "$SEED" fresh --init= --llm=$W/pocket-llama --vision_tower=$W/vision-tower --words=$W/words.json --hidden=256

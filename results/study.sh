@@ -10,7 +10,7 @@ IMAGE=${IMAGE:-$W/images/test_000016.png}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 train() {                                           # train FOLDER [--key=value ...]: stage 1 again, kept at these steps
     local folder=$1; shift
-    [ -f "$folder/config.json" ] || "$PYTHON" train.py config/pocket/pretrain.py --snapshots=0,5,10,20,40,80 --out="$folder" "$@"
+    [ -f "$folder/config.json" ] || "$PYTHON" train.py config/pocket/pretrain.py --snapshots=0,10,20,40,80,160 --out="$folder" "$@"
 }
 rows=()
 for SEED in $SEEDS; do

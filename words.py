@@ -739,8 +739,8 @@ def main(args):
     with vocab.replacing(paths[0]) as temporary:
         draw_picture(panels, picture).save(temporary, "PNG")
     vocab.write_text(make_page(panels, picture, os.path.basename(args.image), args.ask, args.top), paths[1])
-    for state in states:
-        print(f"{state['name']}, {state['label']}" + (f": {state['answer']}" if args.ask else ""))
+    for folder, state in zip(args.checkpoints, states):
+        print(f"{folder} ({state['name']}, {state['label']})" + (f": {state['answer']}" if args.ask else ""))
     print(f"wrote {paths[0]} and {paths[1]}")
 
 

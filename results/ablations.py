@@ -10,6 +10,7 @@ import os
 import sys
 
 TASKS = {"gqa": ("GQA", lambda tasks: tasks["gqa"]["accuracy"]),
+         "textvqa": ("TextVQA", lambda tasks: tasks["textvqa"]["accuracy"]),
          "pope": ("POPE", lambda tasks: 100 * tasks["pope"]["mean_f1"])}
 GROUPS = {"how many words": ["words-64", "words-128", "words-256", "base", "words-all"],
           "which words": ["words-64", "random-words-64", "words-128", "random-words-128"],
@@ -77,7 +78,7 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = [(group, name) for group, names in groups(rows).items() for name in names]
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(9, 0.9 + 0.24 * len(lines)), sharey=True)
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(11, 0.9 + 0.24 * len(lines)), sharey=True)
     for axis, (task, (title, _)) in zip(axes, TASKS.items()):
         for y, (_, name) in enumerate(lines):
             values = [r[task] for r in rows if r["name"] == name]
@@ -86,7 +87,7 @@ def draw(rows, path):
         for y in range(1, len(lines)):
             if lines[y][0] != lines[y - 1][0]:
                 axis.axhline(y - 0.5, color="0.7", lw=0.8)
-        axis.set_title(f"{title}, validation set; dots: seeds", fontsize=9)
+        axis.set_title(f"{title}, validation set", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(lines)), [meaning(name) for _, name in lines], fontsize=8)
     axes[0].invert_yaxis()

@@ -24,7 +24,7 @@ train() {                                           # train FOLDER CONFIG [--key
     [ -f "$folder/config.json" ] || "$PYTHON" train.py "$@" --out="$folder" $SHORT | sed -u "s|^|[${folder#"$OUT"/}] |"
 }
 evaluate() {                                        # evaluate FOLDER
-    [ -z "$VAL" ] || [ -f "$1/eval/results.json" ] || "$PYTHON" eval.py "$1" --tasks pope,gqa --data "$VAL" --batch_size 64
+    [ -z "$VAL" ] || [ -f "$1/eval/results.json" ] || "$PYTHON" eval.py "$1" --tasks pope,gqa,textvqa --data "$VAL" --batch_size 64
 }
 both() {                                            # both SEED NAME [--key=value ...]: stage 1, stage 2, scores
     local seed=$1 name=$2; shift 2

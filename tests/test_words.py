@@ -476,13 +476,16 @@ def test_the_table_of_ablations(tmp_path):
                             ("width-64", 1, 60.0)):
         folder = tmp_path / "runs" / f"seed{seed}" / name / "eval"
         folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps({"tasks": {"gqa": {"accuracy": gqa}, "pope": {"mean_f1": 0.5}}}))
+        tasks = {"gqa": {"accuracy": gqa}, "textvqa": {"accuracy": 25.0}, "pope": {"mean_f1": 0.5}}
+        (folder / "results.json").write_text(json.dumps({"tasks": tasks}))
     run("results/ablations.py", tmp_path / "runs", tmp_path / "ablations")
     assert len(json.loads((tmp_path / "ablations.json").read_text())) == 5 and (tmp_path / "ablations.png").exists()
     assert (tmp_path / "ablations.md").read_text().splitlines()[2:] == [
-        "| what the weights are | unit, 512 words, 256 wide | 82.0 ± 2.8 | 50.0 ± 0.0 | 2 |",
-        "|  | raw scores, rate 1e-3 in stage 1 | 70.0 | 50.0 | 1 |",
-        "| how wide | 64 wide | 60.0 | 50.0 | 1 |", "|  | unit, 512 words, 256 wide | 82.0 ± 2.8 | 50.0 ± 0.0 | 2 |",
-        "| an MLP instead | unit, 512 words, 256 wide | 82.0 ± 2.8 | 50.0 ± 0.0 | 2 |", "|  | MLP, 64 wide | 50.0 | 50.0 | 1 |"]
+        "| what the weights are | unit, 512 words, 256 wide | 82.0 ± 2.8 | 25.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
+        "|  | raw scores, rate 1e-3 in stage 1 | 70.0 | 25.0 | 50.0 | 1 |",
+        "| how wide | 64 wide | 60.0 | 25.0 | 50.0 | 1 |",
+        "|  | unit, 512 words, 256 wide | 82.0 ± 2.8 | 25.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
+        "| an MLP instead | unit, 512 words, 256 wide | 82.0 ± 2.8 | 25.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
+        "|  | MLP, 64 wide | 50.0 | 25.0 | 50.0 | 1 |"]
     done = run("results/ablations.py", tmp_path, tmp_path / "nothing", check=False)
     assert done.returncode != 0 and "holds no" in done.stderr and "Traceback" not in done.stderr

@@ -18,8 +18,9 @@ for SEED in $SEEDS; do
     train "$S/qwen-LB-pretrain" --seed="$SEED" & one=$!
     train "$S/qwen-MLP-pretrain" --seed="$SEED" --connector=mlp --connector_lr=2e-3
     wait $one
-    rows+=("$S"/qwen-LB-pretrain{/steps/*,} "$R"/{qwen-LB,wide-from-qwen-LB-untrained,wide-from-qwen-LB}
-           "$R"/{llama-from-qwen-LB-untrained,llama-from-qwen-LB} "$S"/qwen-MLP-pretrain{/steps/*,} "$R/qwen-MLP")
+    # The first is what the others' words are compared with: the connector that moves.
+    rows+=("$R/qwen-LB" "$S"/qwen-LB-pretrain{/steps/*,} "$R"/{wide,llama}-from-qwen-LB{-untrained,}
+           "$S"/qwen-MLP-pretrain{/steps/*,} "$R/qwen-MLP")
 done
 "$PYTHON" words.py --study "${rows[@]}" --data $W/captions_test.json --images $W/images --truth $W/truth.json \
     --out results/study --overwrite

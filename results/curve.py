@@ -34,6 +34,8 @@ for axis, task, title in zip(axes, ("gqa", "pope"), ("GQA, accuracy in %", "POPE
         line, = axis.plot(steps, [sum(v) / len(v) for v in runs], "o-", ms=3, label=label)
         axis.fill_between(steps, [min(v) for v in runs], [max(v) for v in runs], color=line.get_color(), alpha=0.15)
     axis.set(title=title, xlabel="SFT steps on pocket-llama", xscale="log")
+    axis.set_xticks(steps, steps)
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
 figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8, bbox_to_anchor=(0.5, -0.1))
 figure.savefig(f"{HERE}/curve.png", dpi=130, bbox_inches="tight")

@@ -12,12 +12,14 @@ TOWER=${TOWER:-facebook/dinov2-small} SMOL=${SMOL:-HuggingFaceTB/SmolLM2-135M-In
 mkdir -p "$OUT" results/small/words
 [ -f "$OUT/words.json" ] || "$PYTHON" vocab.py --tokenizers "$SMOL" "$GEMMA" --size 1000000 --count answers \
     --corpus "$DATA/captions_train.json" --out "$OUT/words.json"
+folders=()
 for N in ${SIZES:-2307 8192 46136}; do              # a smaller list is a prefix of a larger one
+    folders+=("$OUT/$N" "$OUT/$N-gemma")
     [ -f "$OUT/$N/config.json" ] || "$PYTHON" train.py config/small/pretrain.py --data="$DATA/captions_train.json" \
         --images="$DATA/images" --vision_tower="$TOWER" --llm="$SMOL" --words="$OUT/words.json" --num_words="$N" --out="$OUT/$N"
     [ -f "$OUT/$N-gemma/transfer.json" ] || "$PYTHON" transfer.py "$OUT/$N" "$GEMMA" --out "$OUT/$N-gemma" \
         --eval "$DATA/captions_test.json" --images "$DATA/images"
     cp "$OUT/$N-gemma/transfer.json" "results/small/words/transfer-$N.json"
 done
-"$PYTHON" words.py --study "$OUT"/{2307,8192,46136} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
+"$PYTHON" words.py --study "${folders[@]}" --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
     --out results/small/words --overwrite

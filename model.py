@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import zlib
 from contextlib import contextmanager
@@ -148,8 +149,8 @@ def combine(z, W, b, E, normalize):
 
 
 def word_weights(z, W, b, normalize):
-    """The share of each word in each patch, z [..., H] -> float32 [..., K]: p, or raw scores where nothing is normalised.
-    For looking at, not for training."""
+    """The share of each word in each patch, z [..., H] -> float32 [..., K]: p, of "unit", too, or the raw scores of
+    "none". For looking at, not for training."""
     scores = F.linear(z, W, b).float()                              # (..., H) x (H, K) -> (..., K)
     return scores if normalize == "none" else scores.softmax(-1)
 
@@ -331,6 +332,8 @@ class VLM(nn.Module):
         self.vision_tower, self.connector, self.llm = vision_tower, connector, llm
         self.sharded = False                                        # see shard_vlm
         self.num_patches = (image["size"] // vision_tower.config.patch_size) ** 2
+        if not self.num_patches:
+            raise ValueError(f"image_size {image['size']} is less than a patch, {vision_tower.config.patch_size} pixels")
         eos = llm.generation_config.eos_token_id if llm.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
         self.eos_ids = {i for i in [*eos, tokenizer.eos_token_id] if i is not None}
@@ -755,6 +758,8 @@ def save(vlm, folder, stage, with_llm, dtype=None, **extra):
     if not writes:
         return
     os.makedirs(folder, exist_ok=True)
+    if not with_llm and os.path.isdir(f"{folder}/llm"):             # of a checkpoint that this one takes the place of:
+        shutil.rmtree(f"{folder}/llm")                              # load would take it for ours
     write_safetensors({k: v.float() for k, v in vlm.connector.state_dict().items()}, f"{folder}/connector.safetensors")
     if vlm.words:
         save_words(vlm.words, f"{folder}/words.json")

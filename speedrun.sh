@@ -62,11 +62,13 @@ else
     left() { source_LB; moved wide-from-qwen-LB qwen-LB pocket-qwen-wide; }
     right() { mlp qwen-MLP pocket-qwen; evaluate qwen-LB-pretrain; moved llama-from-qwen-LB qwen-LB pocket-llama; picture; }
 fi
+set -m                                              # each lane is a process group, to be stopped with what it runs
 left & left=$!
 right & right=$!
-trap 'kill $left $right 2>/dev/null || true' EXIT   # if one side fails, the other stops, too
-wait $left
-wait $right
+set +m
+trap 'kill -- -$left -$right 2>/dev/null || true' EXIT
+wait -n                                             # if one lane fails, the other stops, too
+wait -n
 
 ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
       qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)

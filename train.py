@@ -145,6 +145,12 @@ def check(cfg):
                 "hidden", "image_size", "warmup", "bad_limit"):
         if getattr(cfg, key) < 0:
             sys.exit(f"{key} is {getattr(cfg, key)}, it must not be negative")
+    if cfg.warmup > 1 or cfg.gain <= 0:
+        sys.exit(f"warmup is {cfg.warmup}, gain {cfg.gain}: warmup is a part of all steps, 0 to 1, gain is above 0")
+    if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
+        sys.exit("hidden is 0: as wide as the LLM is for an MLP, a LangBridge knows no LLM")
+    if cfg.init and os.path.abspath(cfg.init) == os.path.abspath(cfg.out):
+        sys.exit(f"init and out are both {cfg.out}: a run does not write over what it starts from")
     if cfg.shard_tower and not cfg.shard:
         sys.exit("shard_tower is set without shard: the tower is sharded along with the LLM")
     needed = ["out", "data"] + ([] if cfg.init else ["llm", "vision_tower"])
@@ -237,7 +243,10 @@ def make_model(cfg, device, world):
         check_init(cfg, model.read_config(cfg.init)[0])
         vlm = model.load(cfg.init, device, held, **how)
     else:
-        words = vocab.load_words(cfg.words)[:cfg.num_words or None] if cfg.connector == "langbridge" else None
+        words = vocab.load_words(cfg.words) if cfg.connector == "langbridge" else None
+        if words and len(words) < cfg.num_words:
+            sys.exit(f"num_words is {cfg.num_words}, but {cfg.words} has {len(words)}")
+        words = words and words[:cfg.num_words or None]
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = len(words or ())
         vlm = model.build(config, words, device, held, gain=cfg.gain, **how)
@@ -292,7 +301,8 @@ def parts_table(vlm, cfg):
 
 
 def lr_factor(step, steps, warmup):
-    """Linear warm-up over ceil(warmup x steps) steps, then a cosine to 0 (transformers' cosine schedule)."""
+    """Linear warm-up over ceil(warmup x steps) steps, then a cosine to 0 (transformers' cosine schedule): the
+    first step's rate is 0, so that a run of one step learns nothing."""
     rise = math.ceil(warmup * steps)
     if step < rise:
         return step / max(1, rise)

@@ -66,7 +66,7 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
         if isinstance(record.get("image"), str):
             first.setdefault(record["image"], i)
     chosen = list(first.values())[:min(limit, len(first)) // batch_size * batch_size]
-    if not chosen:
+    if not chosen or limit < batch_size:
         sys.exit(f"{path} has {len(first)} different images, --limit is {limit}: neither may be less than {batch_size}")
     batches = [data.collate([dataset.sample(i) for i in chosen[j:j + batch_size]], vlm.pad_id)
                for j in range(0, len(chosen), batch_size)]
@@ -120,6 +120,8 @@ def main(args):
     out = args.out or f"{os.path.normpath(args.source)}-to-{os.path.basename(os.path.normpath(args.target))}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
+    if os.path.realpath(out) == os.path.realpath(args.source):
+        sys.exit(f"SRC and --out are both {out}: what moves stays where it was, too")
     device = model.devices(args.device)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")

@@ -512,7 +512,7 @@ def study_records(args):
             said = content_words(" ".join(m["content"] for m in messages if m["role"] == "assistant"))
             captions[images[0]] = captions.get(images[0], set()) | said
     if len(captions) < 2:
-        raise ValueError(f"{args.data} has {len(captions)} records with one image; a study needs two or more")
+        raise ValueError(f"a study needs two pictures or more: {len(captions)} of {args.data}, --number is {args.number}")
     missing = [name for name in captions if truth is not None and name not in truth]
     if missing:
         raise ValueError(f"{args.truth} does not know {missing[0]}")

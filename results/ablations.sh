@@ -99,11 +99,13 @@ PY
         [ "$NAME" = base ] && { one "$SEED" base; continue; }
         if [ ${#left} -le ${#right} ]; then left="$left $NAME"; else right="$right $NAME"; fi
     done
-    { for NAME in $left; do one "$SEED" "$NAME"; done; } & pid=$!
-    trap 'kill $pid 2>/dev/null || true' EXIT       # if one side fails, the other stops, too
-    for NAME in $right; do one "$SEED" "$NAME"; done
-    wait $pid
-    trap - EXIT
+    set -m                                          # each lane is a process group, to be stopped with what it runs
+    { for NAME in $left; do one "$SEED" "$NAME"; done; } & one=$!
+    { for NAME in $right; do one "$SEED" "$NAME"; done; } & two=$!
+    set +m
+    trap 'kill -- -$one -$two 2>/dev/null || true' EXIT
+    wait -n                                         # if one lane fails, the other stops, too
+    wait -n
 done
 [ -z "$VAL" ] || "$PYTHON" results/ablations.py "$OUT" results/ablations
 # How readable the words of each are after stage 1 and after stage 2: results/ablations/study.*

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Accuracy over SFT steps on pocket-llama: a transferred connector, a fresh one, and an MLP pretrained on that very LLM.
-# After results/pocket.sh, or BASELINES=1 SEED=1 bash speedrun.sh and then SEED=1 here  -> results/curve.json, curve.png
+# After results/pocket.sh, or BASELINES=1 SEED=1 bash speedrun.sh and then SEEDS=1 here  -> results/curve.json, curve.png
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -13,7 +13,7 @@ run() {                                             # run SEED NAME [--key=value
         [ -f "$folder/eval/results.json" ] || "$PYTHON" eval.py "$folder" --tasks pope,gqa --data $W/eval --batch_size 64
     done
 }
-for SEED in ${SEED:-1 2 3}; do
+for SEED in ${SEEDS:-1 2 3}; do
     S=out/pocket/seed$SEED
     { run "$SEED" transferred --init="$S/llama-from-qwen-LB-untrained" --connector_lr=2e-4; } & one=$!
     { run "$SEED" mlp --init="$S/llama-MLP-pretrain"; } & two=$!

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # How words come about: a LangBridge and an MLP during stage 1, after stage 2, and moved. After speedrun.sh for each seed.
-#     SEEDS="1 2 3" bash results/study.sh    -> results/study/study.{json,md,png}, results/study/words.{png,html}
+#     bash results/study.sh    (SEEDS=1: one alone)    -> results/study/study.{json,md,png}, results/study/words.{png,html}
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-SEEDS=${SEEDS:-1}
+SEEDS=${SEEDS:-1 2 3}
 W=data/pocket
 IMAGE=${IMAGE:-$W/images/test_000016.png}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -330,6 +330,11 @@ TRAIN = {  # name: (arguments, exit status, words)
     "negative size": (["--hidden=-3"], 1, ["hidden is -3, it must not be negative"]),
     "a value that is no value": (["--words={[]: 1}"], 1, ["No such file", "{[]: 1}"]),
     "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
+    "no width": (["--hidden=0"], 1, ["hidden is 0"]),
+    "more words than there are": (["--num_words=999"], 1, ["num_words is 999, but "]),
+    "no patch": (["--image_size=4"], 1, ["image_size 4 is less than a patch"]),
+    "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),
+    "out is init": (["--init=same", "--out=same/"], 1, ["init and out are both same/"]),
     "no such data": (["--data=none.json"], 1, ["none.json cannot be read: No such file"]),
 }
 
@@ -395,6 +400,8 @@ def test_a_full_disk(tiny, world, tmp_path):
     ("data.py --check none.json --images .", 1, "data.py: none.json cannot be read: No such file"),
     ("vocab.py --tokenizers nobody/nothing {c}/qwen --corpus {w}/captions.json --out {o}/w.json --offline", 1,
      "vocab.py: nobody/nothing cannot be loaded: it is no folder and not in the Hugging Face cache"),
+    ("transfer.py {c}/ck {c}/qwen --out {c}/ck --overwrite", 1, "SRC and --out are both"),
+    ("transfer.py {c}/ck {c}/qwen --out {o}/x --eval {w}/captions.json --limit -1", 1, "--limit is -1"),
     ("transfer.py {c}/ck", 2, "the following arguments are required: target"),
     ("eval.py --score gqa --questions {w}/images/3.png --predictions {w}/chats.json", 1,
      "eval.py: {w}/images/3.png, line ?: not complete"),

@@ -283,6 +283,14 @@ def test_checkpoint_round_trip(tiny, tmp_path, connector, with_llm):
     assert str(tmp_path) not in (tmp_path / "ck" / "config.json").read_text()
 
 
+def test_a_checkpoint_over_another_leaves_none_of_its_llm(tiny, tmp_path):
+    model.save(make(tiny, llm="qwen"), str(tmp_path / "ck"), "sft", with_llm=True)
+    moved = make(tiny, llm="llama")
+    model.save(moved, str(tmp_path / "ck"), "transfer", with_llm=False)
+    again = model.load(str(tmp_path / "ck"))
+    assert type(again.llm) is type(moved.llm) and torch.equal(again.connector.vocab_embeds, moved.connector.vocab_embeds)
+
+
 def test_loading_refuses_another_llm_and_another_word_list(tiny, tmp_path):
     vlm = make(tiny)
     folder = tmp_path / "ck"

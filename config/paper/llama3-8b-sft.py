@@ -20,6 +20,6 @@ clip = 1.0                                              # LangBridge's DeepSpeed
 shard = True                                            # FSDP2: the LLM in float32 with AdamW fits no GPU whole
 checkpointing = True                                    # LLaVA-1.5
 seed = 42                                               # LLaVA-1.5
-# for --dry_run, which does not read init
+# for --dry_run before init is there
 llm = "meta-llama/Meta-Llama-3-8B-Instruct"
 vision_tower = "openai/clip-vit-large-patch14-336"

@@ -19,6 +19,6 @@ warmup = 0.03                                           # LLaVA-1.5: cosine to 0
 clip = 1.0                                              # LangBridge's DeepSpeed files
 checkpointing = True                                    # LLaVA-1.5
 seed = 42                                               # LLaVA-1.5
-# for --dry_run, which does not read init
+# for --dry_run before init is there
 llm = "Qwen/Qwen2-0.5B-Instruct"
 vision_tower = "openai/clip-vit-large-patch14-336"

@@ -12,7 +12,7 @@ import sys
 TASKS = {"gqa": ("GQA", lambda tasks: tasks["gqa"]["accuracy"]),
          "textvqa": ("TextVQA", lambda tasks: tasks["textvqa"]["accuracy"]),
          "pope": ("POPE", lambda tasks: 100 * tasks["pope"]["mean_f1"])}
-GROUPS = {"how many words": ["words-64", "words-128", "words-256", "base", "words-all"],
+GROUPS = {"how many words": ["words-32", "words-64", "words-128", "words-256", "base", "words-all"],
           "which words": ["words-64", "random-words-64", "words-128", "random-words-128"],
           "whose embeddings": ["base", "random-E"],
           "the same after stage 1, the LLM never trained": ["base-pretrain", "random-E-pretrain"],

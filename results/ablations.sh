@@ -80,8 +80,8 @@ mkdir -p "$OUT"
 [ -f "$OUT/words-all.json" ] || "$PYTHON" vocab.py --tokenizers $W/pocket-qwen $W/pocket-llama --size 1000000 \
     --corpus $W/pretrain.json $W/sft.json --count answers --out "$OUT/words-all.json"
 # The base comes first: what is moved starts from it. mlp-0 is as wide as the LLM (LLaVA's), the others have a given width.
-NAMES="base words-64 words-128 words-256 words-all random-words-64 random-words-128 random-E softmax-3e-4 softmax-1e-3 softmax-4e-3 softmax-1e-2
-       none-1e-3 none-4e-3 gain-0.3 gain-3 gain-10 width-64 width-1024 width-1024-1e-3
+NAMES="base words-32 words-64 words-128 words-256 words-all random-words-64 random-words-128 random-E
+       softmax-3e-4 softmax-1e-3 softmax-4e-3 softmax-1e-2 none-1e-3 none-4e-3 gain-0.3 gain-3 gain-10 width-64 width-1024 width-1024-1e-3
        mlp-64 mlp-256 mlp-1024 mlp-0 moved-pretrain moved-sft"
 for SEED in $SEEDS; do
     mkdir -p "$OUT/seed$SEED"

@@ -14,15 +14,16 @@ mkdir -p "$OUT" results/small/words
 [ -f "$OUT/words.json" ] || "$PYTHON" vocab.py --tokenizers "$SMOL" "$GEMMA" --size 1000000 --count answers \
     --corpus "$DATA/captions_train.json" --out "$OUT/words.json"
 one() {                                             # one N: the first N words; a smaller list is a prefix of a larger one
-    [ -f "$OUT/$1/config.json" ] || "$PYTHON" train.py config/small/pretrain.py --data="$DATA/captions_train.json" --epochs=1 \
-        --images="$DATA/images" --vision_tower="$TOWER" --llm="$SMOL" --words="$OUT/words.json" --num_words="$1" --out="$OUT/$1"
-    [ -f "$OUT/$1-gemma/transfer.json" ] || "$PYTHON" transfer.py "$OUT/$1" "$GEMMA" --out "$OUT/$1-gemma" \
+    [ -f "$OUT/words-$1/config.json" ] || "$PYTHON" train.py config/small/pretrain.py --epochs=1 \
+        --data="$DATA/captions_train.json" --images="$DATA/images" --vision_tower="$TOWER" --llm="$SMOL" \
+        --words="$OUT/words.json" --num_words="$1" --out="$OUT/words-$1"
+    [ -f "$OUT/words-$1-gemma/transfer.json" ] || "$PYTHON" transfer.py "$OUT/words-$1" "$GEMMA" --out "$OUT/words-$1-gemma" \
         --eval "$DATA/captions_test.json" --images "$DATA/images" --limit 112
-    cp "$OUT/$1-gemma/transfer.json" "results/small/words/transfer-$1.json"
+    cp "$OUT/words-$1-gemma/transfer.json" "results/small/words/transfer-$1.json"
 }
 one 46136 & pid=$!                                  # takes as long as the other two
 one 2307
 one 8192
 wait $pid
-"$PYTHON" words.py --study "$OUT"/{2307,8192,46136} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
+"$PYTHON" words.py --study "$OUT"/words-{2307,8192,46136} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
     --out results/small/words --overwrite

@@ -758,8 +758,9 @@ def save(vlm, folder, stage, with_llm, dtype=None, **extra):
     if not writes:
         return
     os.makedirs(folder, exist_ok=True)
-    if not with_llm and os.path.isdir(f"{folder}/llm"):             # of a checkpoint that this one takes the place of:
-        shutil.rmtree(f"{folder}/llm")                              # load would take it for ours
+    if not with_llm and os.path.isfile(f"{folder}/config.json") and os.path.isdir(f"{folder}/llm"):
+        shutil.rmtree(f"{folder}/llm")                              # of the checkpoint whose place this takes: load would
+                                                                    # take it for ours
     write_safetensors({k: v.float() for k, v in vlm.connector.state_dict().items()}, f"{folder}/connector.safetensors")
     if vlm.words:
         save_words(vlm.words, f"{folder}/words.json")

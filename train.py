@@ -609,7 +609,7 @@ def prepare_out(cfg):
     """Make the folder of the run; --overwrite takes the old run out of it, config.json last: it says that it is one."""
     os.makedirs(cfg.out, exist_ok=True)
     if os.path.isfile(f"{cfg.out}/config.json"):                    # check() has seen to --overwrite
-        for old in ("state", "steps"):
+        for old in ("state", "steps", "llm"):
             shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
         os.remove(f"{cfg.out}/config.json")
 

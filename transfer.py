@@ -65,9 +65,10 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     for i, record in enumerate(dataset.records):
         if isinstance(record.get("image"), str):
             first.setdefault(record["image"], i)
-    chosen = list(first.values())[:min(limit, len(first)) // batch_size * batch_size]
-    if not chosen or limit < batch_size:
+    number = min(limit, len(first)) // batch_size * batch_size
+    if number < batch_size:
         sys.exit(f"{path} has {len(first)} different images, --limit is {limit}: neither may be less than {batch_size}")
+    chosen = list(first.values())[:number]
     batches = [data.collate([dataset.sample(i) for i in chosen[j:j + batch_size]], vlm.pad_id)
                for j in range(0, len(chosen), batch_size)]
     answers = [turn["value"] for i in chosen for turn in dataset.records[i]["conversations"]

@@ -156,7 +156,9 @@ def test_overwrite_trains_again(tiny, world, tmp_path):
     out = tmp_path / "x"
     train_here(settings(tiny, world, out, "--max_steps=2"))
     first = weights(out)
+    (out / "llm").mkdir()                                           # as if it had been SFT: load would take it for ours
     assert train_here(settings(tiny, world, out, "--max_steps=2", "--connector_lr=0.02", "--overwrite")) == 0
+    assert not (out / "llm").exists()
     assert len(losses(out)) == 2 and any(not torch.equal(first[n], t) for n, t in weights(out).items())
 
 

@@ -16,6 +16,7 @@ Letters used everywhere in this project:
 """
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -351,7 +352,8 @@ class VLM(nn.Module):
         if self.image["size"] != tower.config.image_size and tower.config.model_type != "dinov2":
             kwargs["interpolate_pos_encoding"] = True               # DINOv2 always does
         with torch.set_grad_enabled(torch.is_grad_enabled() and next(tower.parameters()).requires_grad):
-            out = tower(pixel_values.to(tower.dtype), output_hidden_states=True, **kwargs)
+            # The one place where pictures move to the device: whoever calls need not know where the tower is.
+            out = tower(pixel_values.to(tower.device, tower.dtype), output_hidden_states=True, **kwargs)
         return out.hidden_states[self.config.vision_layer][:, -self.num_patches:]   # CLS and registers come first
 
     def encode(self, pixel_values):
@@ -365,6 +367,7 @@ class VLM(nn.Module):
         Images fill the runs of IMAGE_ID in reading order: row after row, left to right. which: the number of the image
         for each run, where they are not 0, 1, 2, ...: an image that comes twice is encoded once.
         """
+        input_ids = input_ids.to(self.llm.device)
         is_image = input_ids == IMAGE_ID                            # (B, T)
         # The module, not its weight: Gemma's multiplies by sqrt(D).
         embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))   # (B, T, D)
@@ -434,8 +437,9 @@ class VLM(nn.Module):
         cache = self.prefill(ids, embeds, mask, position, which)    # of the first columns
         start = cache.get_seq_length() if cache else 0
         decode = self.llm.get_decoder()
+        name = cache_name(decode)
         out = decode(inputs_embeds=embeds[:, start:], attention_mask=mask, position_ids=position[:, start:],
-                     past_key_values=cache, use_cache=True)
+                     use_cache=True, **{name: cache})
         answers, done = [[] for _ in ids], [False] * len(ids)
         for _ in range(max_new_tokens):
             tokens = pick(self.logits(out.last_hidden_state[:, -1]), temperature, dice)           # B ints
@@ -448,7 +452,7 @@ class VLM(nn.Module):
             position = position[:, -1:] + 1
             mask = F.pad(mask, (0, 1), value=1)
             out = decode(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask,
-                         position_ids=position, past_key_values=out.past_key_values, use_cache=True)
+                         position_ids=position, use_cache=True, **{name: getattr(out, name)})
         return answers
 
     def prefill(self, ids, embeds, mask, position, which):
@@ -469,8 +473,9 @@ class VLM(nn.Module):
         if shared == 0 or len(longest) == len(ids) or not {*kinds} <= {"full_attention", "sliding_attention"}:
             return None
         rows, cache = list(longest.values()), DynamicCache()        # given a config it forgets what leaves a window
-        self.llm.get_decoder()(inputs_embeds=embeds[rows, :shared], attention_mask=mask[rows, :shared],
-                               position_ids=position[rows, :shared], past_key_values=cache, use_cache=True)
+        decode = self.llm.get_decoder()
+        decode(inputs_embeds=embeds[rows, :shared], attention_mask=mask[rows, :shared],
+               position_ids=position[rows, :shared], use_cache=True, **{cache_name(decode): cache})
         # A shorter prompt begins further right, and the last S columns hold some of its patches, which are made again.
         # The price of a few patches buys that no row has a gap between its tokens, which windows count by columns.
         source = torch.tensor([rows.index(longest[begin]) for begin in begins], device=mask.device)[:, None]  # (B, 1)
@@ -481,6 +486,11 @@ class VLM(nn.Module):
             layer.keys = layer.keys[b, :, t].transpose(1, 2)
             layer.values = layer.values[b, :, t].transpose(1, 2)
         return cache
+
+
+def cache_name(decoder):
+    """The name that a decoder gives its cache of keys and values: transformers renames it, and drops the old name in 5.40."""
+    return "cache" if "cache" in inspect.signature(type(decoder).forward).parameters else "past_key_values"
 
 
 def pick(logits, temperature, dice):

@@ -164,20 +164,21 @@ def make_mode(kind, words, scores, top, null=0.0):
 def read(vlm, pixels, top=8):
     """One image, float32[3, S, S], as words -> {"weights": mode (LangBridge only), "cosine": mode}, see make_mode.
 
-    Each mode also has "share" float[P], see contribution and span_share, and "weights" has "entropy" float[P], "rank"."""
+    Each mode also has "share" float[P], see contribution and span_share, and "weights" has "entropy" float[P], "rank".
+    The tensors are for people and files: they are on the CPU, whatever the model is on."""
     patches = vlm.patch_features(pixels[None]).float()              # (1, P, Dv)
     embeds = vlm.connector(patches)[0].float()                      # (P, D)
     modes = {}
     if vlm.words:
-        w, E = vlm.connector.weights(patches)[0], vlm.connector.vocab_embeds.float()
+        w, E = vlm.connector.weights(patches)[0].cpu(), vlm.connector.vocab_embeds.float().cpu()
         modes["weights"] = mode = make_mode("none" if vlm.connector.normalize == "none" else "softmax", vlm.words, w, top)
         mode.update(entropy=entropy(w), rank=effective_rank(w))
         if vlm.connector.normalize == "unit":                       # what is added up there: see model.combine
             w, E = F.normalize(w, dim=-1), E - E.mean(0)
-        mode["share"] = contribution(w, E, embeds, mode["chosen"])
+        mode["share"] = contribution(w, E, embeds.cpu(), mode["chosen"])
     tokens, E = vocabulary(vlm)
-    modes["cosine"] = mode = make_mode("cosine", tokens, cosine(embeds, E), top, cosine_null(E))
-    mode["share"] = span_share(E, embeds, mode["chosen"])
+    modes["cosine"] = mode = make_mode("cosine", tokens, cosine(embeds, E).cpu(), top, cosine_null(E))
+    mode["share"] = span_share(E, embeds, mode["chosen"].to(E.device)).cpu()
     return modes
 
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv if there is none, installs requirements.txt, runs the tests: bash tests/run.sh [pytest's arguments]
+# Makes .venv if there is none, installs requirements.txt, runs the tests on the CPU, whatever the machine has:
+#     bash tests/run.sh [pytest's arguments]          DEVICE=cuda bash tests/run.sh uses the GPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install -q --no-compile -r requirements.txt
 unset PYTHONDONTWRITEBYTECODE                   # else each process that a test starts compiles torch's Python anew
 export OMP_WAIT_POLICY=PASSIVE                  # two ranks on two cores must not spin
+[ "${DEVICE:-cpu}" != cpu ] || export CUDA_VISIBLE_DEVICES=
 exec .venv/bin/python -m pytest -q tests "$@"

@@ -322,3 +322,14 @@ def test_raw_scores_are_linear_in_z_and_softmax_weights_sum_to_one(tiny):
     z, W, b = torch.randn(3, 8), torch.randn(11, 8), torch.zeros(11)
     torch.testing.assert_close(model.word_weights(2 * z, W, b, "none"), 2 * model.word_weights(z, W, b, "none"))
     torch.testing.assert_close(model.word_weights(z, W, b, "softmax").sum(-1), torch.ones(3))
+
+
+def test_pictures_move_to_the_tower_whoever_hands_them_in(tiny):
+    """A tower on another device (meta stands for a GPU) takes pictures of the CPU, as evaluation has them."""
+    vlm = make(tiny, connector="mlp")                                # autocast knows no meta device
+    vlm.vision_tower.to("meta")
+    vlm.connector.to("meta")
+    pixels = torch.zeros(2, 3, 24, 24)
+    assert vlm.patch_features(pixels).device.type == "meta" and vlm.encode(pixels).device.type == "meta"
+    vlm.llm.to("meta")
+    assert vlm.splice(torch.zeros(1, 4, dtype=torch.int64), None).device.type == "meta"

@@ -489,3 +489,26 @@ def test_the_table_of_ablations(tmp_path):
         "|  | MLP, 64 wide | 50.0 | 25.0 | 50.0 | 1 |"]
     done = run("results/ablations.py", tmp_path, tmp_path / "nothing", check=False)
     assert done.returncode != 0 and "holds no" in done.stderr and "Traceback" not in done.stderr
+
+
+class Far(torch.Tensor):
+    """A tensor that behaves in numpy() as one on a GPU does, and so does all that is computed from it, up to cpu()."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self):
+        raise TypeError("can't convert a device tensor to numpy")
+
+
+@pytest.mark.parametrize("kind", ["unit", "none"])
+def test_what_is_read_for_people_is_on_the_cpu(tiny, world, kind):
+    vlm = model.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, 100, kind), vocab.load_words(f"{world}/words.json")[:100])
+    embed, features = vlm.llm.get_input_embeddings(), vlm.patch_features
+    vlm.patch_features = lambda pixels: features(pixels).as_subclass(Far)
+    embed.register_forward_hook(lambda _, args, out: out.as_subclass(Far))
+    vlm.connector.vocab_embeds = vlm.connector.vocab_embeds.as_subclass(Far)
+    modes = words.read(vlm, torch.rand(3, 24, 24))
+    found = {key: type(x) for mode in modes.values() for key, x in mode.items() if torch.is_tensor(x)}
+    assert set(found.values()) == {torch.Tensor}, found
+    words.page_mode(modes["weights"], {}, 10)

@@ -20,7 +20,10 @@ import tempfile
 import time
 import types
 
-import vocab
+import checkpoint
+import model
+import common
+from generate import generate
 
 P, K, D = 1152, 19200, 896                          # two images of 576 patches, the paper's vocabulary, Qwen2-0.5B
 SECONDS = 20                                        # for the timed rounds of one comparison
@@ -229,7 +232,7 @@ def random_vlm(tower, llm, side, dtype):
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    import model
+
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm.bos_token_id = llm.eos_token_id = llm.pad_token_id = None      # no answer ends before its last token
@@ -272,7 +275,7 @@ def captions(vlm, images, tokens):
         image = torch.full((vlm.num_patches,), data.IMAGE_ID)
         samples.append({"id": str(i), "input_ids": torch.cat([image, text]),
                         "labels": torch.cat([torch.full_like(image, data.IGNORE), text]),
-                        "images": torch.randn(1, 3, vlm.image["size"], vlm.image["size"], generator=generator)})
+                        "images": torch.randn(1, 3, vlm.image_settings["size"], vlm.image_settings["size"], generator=generator)})
     batch = data.collate(samples, pad_id=0)
     return {k: v.to(vlm.llm.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
@@ -341,10 +344,10 @@ def steps(vlm, batch, dtype):
 def bench_llava_step(name, tower, llm, side, images, dtype="float32"):
     import torch
 
-    import model
+
     vlm = random_vlm(tower, llm, side, getattr(torch, dtype))
     batch, compiled = captions(vlm, images, 32), copy.deepcopy(vlm)     # LLaVA's blocks are vlm's, and stay as they are
-    for block in model.blocks(compiled.llm):                            # as train.py's --compile does
+    for block in checkpoint.transformer_blocks(compiled.llm):                            # as train.py's --compile does
         block.compile(dynamic=True)
     calls = {**steps(vlm, batch, dtype), "ours, compiled": steps(compiled, batch, dtype)["ours"]}
     losses = {which: call() for which, call in calls.items()}
@@ -411,7 +414,7 @@ def bench_connectors(name, images, H=5120, K=19200, tower=None, llm=None, side=3
     noise, so each connector's share (forward, backward, update) is timed alone, beside whole steps with the MLP."""
     import torch
 
-    import model
+
     tower = tower or sizes("openai/clip-vit-large-patch14-336")
     vlm = random_vlm(tower, llm or sizes("Qwen/Qwen2-0.5B-Instruct"), side, torch.bfloat16)
     batch = captions(vlm, images, 64)
@@ -471,7 +474,7 @@ def pope(vlm, images, each, shortest=24, longest=32):
 
     def some(n):
         return torch.randint(1, vlm.llm.config.vocab_size - 1, (n,), generator=generator).tolist()
-    opening, side = some(12), vlm.image["size"]
+    opening, side = some(12), vlm.image_settings["size"]
     lengths = torch.randint(shortest, longest + 1, (images * each,), generator=generator).tolist()
     prompts = [opening + [IMAGE_ID] * vlm.num_patches + some(length) for length in lengths]
     pixels = torch.randn(images, 3, side, side, generator=generator).to(vlm.llm.device)
@@ -489,8 +492,8 @@ def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
     answers, alone_answers, number = [], {}, 0
 
     def ours():
-        answers[:] = [a for i in range(images) for a in vlm.generate(
-            prompts[i * each:(i + 1) * each], pixels[i:i + 1], 2, which=[0] * each)]
+        answers[:] = [a for i in range(images) for a in generate(vlm,
+            prompts[i * each:(i + 1) * each], pixels[i:i + 1], 2, image_index=[0] * each)]
 
     def loop():                                                     # as LLaVA's scripts do: one question at a time
         nonlocal number
@@ -542,14 +545,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.table:
         try:
-            return print(table(vocab.read_json(args.table)))
+            return print(table(common.read_json(args.table)))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{args.table} was not written by bench.py --json: {error!r}") from None
     if not args.what:
         parser.error(f"say what to measure: {', '.join(PARTS)} or all")
     results = {}
     if args.json and os.path.exists(args.json):
-        results = vocab.read_json(args.json)                        # before the minutes of measuring, not after
+        results = common.read_json(args.json)                        # before the minutes of measuring, not after
     import torch
     machine = {"processor": processor(), "torch": torch.__version__}
     if any(results.get(k, v) != v for k, v in machine.items()):
@@ -563,7 +566,7 @@ def main(argv=None):
                 continue
             results["parts"][name] = measure(name)
             if args.json:
-                vocab.write_json(results, args.json)
+                common.write_json(results, args.json)
 
 
 if __name__ == "__main__":

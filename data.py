@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageOps
 
+import common
 import vocab
 # torch is imported where it is used, so that --help does not wait for it
 
@@ -30,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")     # not EPS: fo
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-class Bad(ValueError):
+class BadSample(ValueError):
     """A record that cannot be used. kind, what --check counts: malformed, missing image, broken image, untrainable."""
 
     def __init__(self, kind, sentence):
@@ -273,27 +274,27 @@ def show(ids, labels, tokenizer):
 # pictures
 
 def inside(folder, name):
-    """The real path of a file name in the folder: no absolute path, no "..", no link that leads out. Raises Bad."""
+    """The real path of a file name in the folder: no absolute path, no "..", no link that leads out. Raises BadSample."""
     try:
         path, root = os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder)
     except (ValueError, OSError) as error:              # a null byte; a loop of links
-        raise Bad("malformed", f"image {name!r} is not a file name: {error}") from None
+        raise BadSample("malformed", f"image {name!r} is not a file name: {error}") from None
     if os.path.isabs(name) or os.path.commonpath([path, root]) != root:
-        raise Bad("malformed", f"image {name!r} is not inside the image folder {folder}")
+        raise BadSample("malformed", f"image {name!r} is not inside the image folder {folder}")
     return path
 
 
 def image_path(folder, name):
-    """The file of an image name, inside the folder and there. Raises Bad."""
+    """The file of an image name, inside the folder and there. Raises BadSample."""
     path = inside(folder, name)
     if not os.path.isfile(path):
-        raise Bad("missing image", f"image {os.path.join(folder, name)!r} does not exist")
+        raise BadSample("missing image", f"image {os.path.join(folder, name)!r} does not exist")
     return path
 
 
 def open_image(path):
     """
-    A picture file -> PIL image, RGB, upright by its EXIF. Raises Bad, naming the file, if it is not a whole picture.
+    A picture file -> PIL image, RGB, upright by its EXIF. Raises BadSample, naming the file, if it is not a whole picture.
 
     Of an animation the first frame. Transparency is dropped as in LLaVA (PIL's convert), not blended.
     """
@@ -304,7 +305,7 @@ def open_image(path):
                 image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:                          # on broken bytes PIL's readers raise nearly anything
-        raise Bad("broken image", f"image {str(path)!r} cannot be read: {error}") from None
+        raise BadSample("broken image", f"image {str(path)!r} cannot be read: {error}") from None
 
 
 def transform(image, size, mean, std, mode="pad"):
@@ -322,7 +323,7 @@ def transform(image, size, mean, std, mode="pad"):
     if mode not in needed:
         raise ValueError(f"image mode is one of {', '.join(needed)}, not {mode!r}")
     if needed[mode] > MAX_PIXELS:
-        raise Bad("broken image", f"{w} x {h} is too thin for mode {mode!r}: it would need {needed[mode]:,} pixels")
+        raise BadSample("broken image", f"{w} x {h} is too thin for mode {mode!r}: it would need {needed[mode]:,} pixels")
     if mode == "pad":
         canvas = Image.new("RGB", (long, long), tuple(int(m * 255) for m in mean))
         canvas.paste(image, ((long - w) // 2, (long - h) // 2))
@@ -343,7 +344,7 @@ def transform(image, size, mean, std, mode="pad"):
 
 def messages_of(record, image_first=True):
     """
-    A LLaVA record -> (messages for encode, list of its image names). Raises Bad.
+    A LLaVA record -> (messages for encode, list of its image names). Raises BadSample.
 
     "image" is a name or a list of names, in the order of the "<image>" in the human turns. As many of these as images;
     where there is none they go before the first human turn. One image, and image_first: "<image>" moves to the front of
@@ -352,30 +353,30 @@ def messages_of(record, image_first=True):
     turns, names = record.get("conversations"), record.get("image")
     names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise Bad("malformed", "'image' is neither a file name nor a list of file names")
+        raise BadSample("malformed", "'image' is neither a file name nor a list of file names")
     if not isinstance(turns, list) or not turns:
-        raise Bad("malformed", "'conversations' is missing or empty")
+        raise BadSample("malformed", "'conversations' is missing or empty")
     messages, expected = [], ("user", "system")
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
-            raise Bad("malformed", f"turn {i} lacks a text under 'from' or 'value'")
+            raise BadSample("malformed", f"turn {i} lacks a text under 'from' or 'value'")
         role, content = ROLES.get(turn["from"]), turn["value"]
         if role not in expected:
-            raise Bad("malformed", f"turn {i} is from {turn['from'][:40]!r}; human and gpt must alternate, human first")
+            raise BadSample("malformed", f"turn {i} is from {turn['from'][:40]!r}; human and gpt must alternate, human first")
         expected = ("assistant",) if role == "user" else ("user",)
         if not content.strip():
-            raise Bad("malformed", f"turn {i} is empty")
+            raise BadSample("malformed", f"turn {i} is empty")
         if vocab.HALF_CHARACTER.search(content):
-            raise Bad("malformed", f"turn {i} holds half a character (a lone surrogate)")
+            raise BadSample("malformed", f"turn {i} holds half a character (a lone surrogate)")
         if role != "user" and IMAGE in content:
-            raise Bad("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; only a human turn can")
+            raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; only a human turn can")
         messages.append({"role": role, "content": content})
     count = sum(m["content"].count(IMAGE) for m in messages)
     users = [m for m in messages if m["role"] == "user"]
     if names and users and count == 0:
         users[0]["content"] = (IMAGE + "\n") * len(names) + users[0]["content"]
     elif count != len(names):
-        raise Bad("malformed", f"{len(names)} image(s) but {count} '{IMAGE}' in the human turns")
+        raise BadSample("malformed", f"{len(names)} image(s) but {count} '{IMAGE}' in the human turns")
     elif count == 1 and image_first:
         user = next(m for m in users if IMAGE in m["content"])
         user["content"] = (IMAGE + "\n" + user["content"].replace(IMAGE, "").strip()).strip()
@@ -387,7 +388,7 @@ class Conversations:
     Map-style dataset over LLaVA-format JSON files, several read as one.
 
     image: {"size", "mean", "std"[, "mode"]} for transform. max_length: T is cut to it, from the right; None keeps all.
-    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "images": float32[n, 3, S, S]}, or the Bad that names
+    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "images": float32[n, 3, S, S]}, or the BadSample that names
     file, record and id: what to do about it is train.py's to say. Never another record in its place.
     """
 
@@ -411,11 +412,11 @@ class Conversations:
     def __getitem__(self, i):
         try:
             return self.sample(i)
-        except Bad as error:        # returned: a loader's process would raise it with a traceback in its text
+        except BadSample as error:        # returned: a loader's process would raise it with a traceback in its text
             return error
 
     def sample(self, i):
-        """Sample i. Raises Bad. Without a tokenizer its ids and labels are empty."""
+        """Sample i. Raises BadSample. Without a tokenizer its ids and labels are empty."""
         import torch
 
         try:
@@ -423,7 +424,7 @@ class Conversations:
             ids, labels = self.encode(messages) if self.tokenizer else ([], [])
             images = [transform(open_image(image_path(self.image_folder, name)), **self.image) for name in names]
         except ValueError as error:
-            raise Bad(getattr(error, "kind", "untrainable"), f"{self.names[i]}: {error}") from None
+            raise BadSample(getattr(error, "kind", "untrainable"), f"{self.names[i]}: {error}") from None
         size = self.image["size"]
         return {"id": str(self.records[i].get("id", i)), "input_ids": torch.tensor(ids, dtype=torch.int64),
                 "labels": torch.tensor(labels, dtype=torch.int64),
@@ -454,11 +455,11 @@ def collate(samples, pad_id):
 
     {"ids": [str], "input_ids", "labels", "attention_mask", "position_ids": int64[B, T],
      "pixel_values": float32[N, 3, S, S], "bad": [str]}
-    Images are in the order of their places in input_ids. A Bad among the samples is left out, its sentence is in "bad".
+    Images are in the order of their places in input_ids. A BadSample among the samples is left out, its sentence is in "bad".
     """
     import torch
 
-    kept = [s for s in samples if not isinstance(s, Bad)]
+    kept = [s for s in samples if not isinstance(s, BadSample)]
     B, T = len(kept), max([len(s["input_ids"]) for s in kept], default=0)
     ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORE)                    # (B, T)
     attention = torch.zeros(B, T, dtype=torch.int64)                                        # (B, T)
@@ -468,7 +469,7 @@ def collate(samples, pad_id):
     images = torch.cat([s["images"] for s in kept]) if kept else torch.zeros(0, 3, 0, 0)    # (N, 3, S, S)
     return {"ids": [s["id"] for s in kept], "input_ids": ids, "labels": labels, "attention_mask": attention,
             "position_ids": torch.arange(T).repeat(B, 1), "pixel_values": images,
-            "bad": [str(s) for s in samples if isinstance(s, Bad)]}
+            "bad": [str(s) for s in samples if isinstance(s, BadSample)]}
 
 
 def without_images(batch):
@@ -520,7 +521,7 @@ def check(dataset, workers):
     def problem(i):
         try:
             dataset.sample(i)
-        except Bad as error:
+        except BadSample as error:
             return error
 
     problems = {}
@@ -543,17 +544,17 @@ def main(argv=None):
     parser.add_argument("--max_length", type=int, default=2048, help="tokens, image patches included")
     parser.add_argument("--template", default="chat", choices=OPEN_CLOSE)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
-    parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
+    parser.add_argument("--offline", action="store_true", help=common.OFFLINE)
     args = parser.parse_args(argv)
     if args.offline:
-        vocab.offline()
+        common.go_offline()
 
-    tokenizer = vocab.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = common.load_tokenizer(args.tokenizer) if args.tokenizer else None
     image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}           # small: it is the reading that is checked
     dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image, args.template,
                             max_length=args.max_length)
     if tokenizer:
-        good = (sample for sample in map(dataset.__getitem__, range(len(dataset))) if not isinstance(sample, Bad))
+        good = (sample for sample in map(dataset.__getitem__, range(len(dataset))) if not isinstance(sample, BadSample))
         if first := next(good, None):
             print(show(first["input_ids"], first["labels"], tokenizer))
     problems = check(dataset, args.workers)

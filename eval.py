@@ -28,8 +28,8 @@ import urllib.request
 from datetime import timedelta
 from glob import escape, glob
 
+import common
 import scores
-import vocab
 
 # What differs between the benchmarks, in the order of the paper's columns. ask: the questions that the model gets, in
 # LLaVA's converted files (its eval.zip); questions, truth, labels: the official files that the score reads; tokens:
@@ -124,7 +124,7 @@ def check(task, data):
     if not lacks:
         with tempfile.TemporaryDirectory() as folder:
             empty, truth = os.path.join(folder, os.path.basename(spec["ask"])), os.path.join(data, spec["truth"])
-            vocab.write_text("".join(json.dumps({**q, "text": "", "image": None}) + "\n" for q in questions), empty)
+            common.write_text("".join(json.dumps({**q, "text": "", "image": None}) + "\n" for q in questions), empty)
             if task == "mmvet":
                 scores.mmvet_answers(os.path.join(data, spec["questions"]), empty)
             else:
@@ -201,20 +201,21 @@ def by_image(questions, numbers):
     return list(groups.values())
 
 
-def generate(vlm, task, questions, done, stem, args, rank, world):
+def answer_questions(vlm, task, questions, done, stem, args, rank, world):
     """Answer this rank's share of the questions, those not in `done`, into <stem>.rank<rank>.jsonl.
 
     Questions about one image stay together. After each batch its answers are written; what a kill leaves of a line is
     cut off by `prepare` on the next start."""
     import torch
     from tqdm import tqdm
+    from generate import generate
     from data import open_image, transform
     order = [i for group in by_image(questions, range(len(questions))) for i in group]
     mine = order[rank * len(order) // world:(rank + 1) * len(order) // world]
     todo = [i for i in mine if key(questions[i]) not in done]
     ids = {i: prompt_ids(vlm, questions[i]["text"], questions[i]["image"], args.template) for i in todo}
     model_id = os.path.basename(os.path.abspath(args.checkpoint))
-    size, mean, std = (vlm.image[k] for k in ("size", "mean", "std"))
+    size, mean, std = (vlm.image_settings[k] for k in ("size", "mean", "std"))
     with open(f"{stem}.rank{rank}.jsonl", "a", encoding="utf-8") as f, \
             tqdm(total=len(mine), initial=len(mine) - len(todo), desc=task, disable=rank > 0) as bar:
         for batch in batches(by_image(questions, todo), {i: len(ids[i]) for i in todo}, args.batch_size):
@@ -225,7 +226,7 @@ def generate(vlm, task, questions, done, stem, args, rank, world):
                 images = [io.BytesIO(base64.b64decode(image)) for image in images]
             pixels = [transform(open_image(image), size, mean, std, mode="pad") for image in images]
             pixels = torch.stack(pixels) if pixels else None  # (N, 3, S, S)
-            answers = vlm.generate([ids[i] for i in batch], pixels, TASKS[task]["tokens"], which=which)
+            answers = generate(vlm, [ids[i] for i in batch], pixels, TASKS[task]["tokens"], image_index=which)
             for i, answer in zip(batch, answers):
                 q = questions[i]
                 text = vlm.tokenizer.decode(answer, skip_special_tokens=True).strip()
@@ -241,7 +242,7 @@ def generate(vlm, task, questions, done, stem, args, rank, world):
 def join(questions, stem):
     """All pieces -> <stem>.jsonl in question order, then the pieces go. -> its path"""
     done = read_done(stem)
-    vocab.write_text("".join(json.dumps(done[key(q)], ensure_ascii=False) + "\n" for q in questions), f"{stem}.jsonl")
+    common.write_text("".join(json.dumps(done[key(q)], ensure_ascii=False) + "\n" for q in questions), f"{stem}.jsonl")
     for piece in glob(f"{escape(stem)}.rank*.jsonl"):
         os.remove(piece)
     return f"{stem}.jsonl"
@@ -260,7 +261,7 @@ def prepare(stem, settings, overwrite):
     for f in files * (old == settings):
         with open(f, "r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    vocab.write_json(settings, f"{stem}.settings.json")
+    common.write_json(settings, f"{stem}.settings.json")
 
 
 def fingerprint(folder, out):
@@ -356,11 +357,11 @@ def run_judge(questions, predictions, judge, runs, timeout, partial=False):
             if len(grades[k]["score"]) <= run:
                 for field, value in zip(("model", "content", "score"), grade(asked[k], text, judge, timeout)):
                     grades[k][field].append(value)
-                vocab.write_json(grades, path)
+                common.write_json(grades, path)
                 print(f"judge: run {run + 1}/{runs}, {number + 1}/{len(answers)}", file=sys.stderr)
     for entry in grades.values():  # a file of more runs than asked for now
         entry.update({field: entry[field][:runs] for field in ("model", "content", "score")})
-    vocab.write_json(grades, path)
+    common.write_json(grades, path)
     return path
 
 
@@ -373,7 +374,7 @@ def score(task, questions, truth, predictions, args, partial=False):
         path = f"{os.path.splitext(predictions)[0]}.mm-vet.json"
         if os.path.exists(path) and scores.read_json(path) != answers and not args.overwrite:
             raise ValueError(f"{path} exists and differs; --overwrite replaces it")
-        vocab.write_json(answers, path)
+        common.write_json(answers, path)
         return {"judge_file": path}, {}
     if task == "mmvet" and not truth:
         truth = run_judge(questions, predictions, args.judge, args.runs, args.timeout, partial)
@@ -467,8 +468,8 @@ def evaluate(args):
         raise ValueError(f"files are missing under {args.data} for {', '.join(incomplete)}; nothing was run")
 
     import torch
-    import model
-    device = model.devices(args.device, most=1 if world > 1 else None)
+    import checkpoint
+    device = common.choose_device(args.device, most=1 if world > 1 else None)
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     stems = {task: os.path.join(out, f"{task}.first{args.limit}" if args.limit else task) for task in args.tasks}
     made_by = {"checkpoint": fingerprint(args.checkpoint, out), "template": args.template, "dtype": dtype}
@@ -480,11 +481,11 @@ def evaluate(args):
             settings = {**made_by, "questions": asked, "max_new_tokens": TASKS[task]["tokens"]}
             prepare(stems[task], settings, args.overwrite)
     if world > 1:
-        model.check_restarts()
+        common.check_restarts()
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # a slow rank is no dead rank
     barrier = torch.distributed.barrier if world > 1 else lambda: None
     device = f"cuda:{local}" if device == "cuda" else device
-    vlm = model.load(args.checkpoint, device=device, dtype=getattr(torch, dtype))
+    vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype))
     trained = scores.read_json(os.path.join(args.checkpoint, "config.json")).get("template")
     if rank == 0 and trained not in (None, "chat"):
         print(f"note: {args.checkpoint} was trained with template {trained}, the questions are asked with "
@@ -495,7 +496,7 @@ def evaluate(args):
     results = {}
     for task in args.tasks:
         subset = questions[task][:args.limit or None]
-        generate(vlm, task, subset, done[task], stems[task], args, rank, world)
+        answer_questions(vlm, task, subset, done[task], stems[task], args, rank, world)
         barrier()  # all pieces are there
         if rank == 0:
             file, truth = (TASKS[task][k] and os.path.join(args.data, TASKS[task][k]) for k in ("questions", "truth"))
@@ -503,7 +504,7 @@ def evaluate(args):
             if args.limit:
                 summary["partial"] = f"first {len(subset)} of {len(questions[task])} questions, no benchmark score"
             results[task] = summary
-            vocab.write_json(items, f"{stems[task]}.scores.json")
+            common.write_json(items, f"{stems[task]}.scores.json")
             print(details(task, summary), flush=True)
     if rank == 0:
         report(args, out, made_by, results)
@@ -519,7 +520,7 @@ def report(args, out, made_by, results):
         old = scores.read_json(path)
         whole["tasks"] = old["tasks"] if old.get("made_by") == made_by else {}
     whole["tasks"].update(results)
-    vocab.write_json(whole, path)
+    common.write_json(whole, path)
     print(f"\n{table([(whole['name'], whole['tasks'])])}\n\n{path}")
 
 
@@ -537,9 +538,9 @@ def parse(argv):
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--device", help="default: cuda if there is one, else cpu; cuda:0,cuda:1 cuts the LLM over two")
     add("--template", choices=("chat", *PAPER), default="chat", help="the LLM's own, or the paper's strings")
-    add("--limit", type=int, default=0, help="only the first N questions: a trial, labelled partial everywhere")
+    add("--limit", type=int, default=0, help="only the first N questions: a trial, labelled partial on_all_ranks")
     add("--overwrite", action="store_true", help="replace answers of another checkpoint or other settings")
-    add("--offline", action="store_true", help=vocab.OFFLINE)
+    add("--offline", action="store_true", help=common.OFFLINE)
     add("--judge", help="MM-Vet: model to ask at OPENAI_BASE_URL")
     add("--runs", type=int, default=1, help="MM-Vet: how often the judge grades everything")
     add("--timeout", type=float, default=60, help="MM-Vet: seconds to wait for a reply")
@@ -552,7 +553,7 @@ def parse(argv):
     add("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints or result folders: paired tests")
     args = parser.parse_args(argv)
     if args.offline:
-        vocab.offline()
+        common.go_offline()
     args.tasks = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
     for task in args.tasks:
         if task not in TASKS:

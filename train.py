@@ -23,7 +23,9 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
+import common
 import vocab
+from common import go_offline
 
 STAGES = {"pretrain": ("connector",), "sft": ("connector", "llm")}      # what each stage trains; all else is frozen
 STOPPED = 75                                 # exit status of a run that saved itself on SIGTERM or SIGINT (EX_TEMPFAIL)
@@ -169,7 +171,7 @@ if __name__ == "__main__":                   # before the slow imports: --help a
     CFG = read_settings(sys.argv[1:])
     check(CFG)
     if CFG.offline:
-        vocab.offline()
+        go_offline()
 
 import torch
 import torch.distributed as dist
@@ -178,8 +180,11 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import checkpoint
 import data
+import fused
 import model
+from common import check_restarts, choose_device, print_rank0, write_json
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")          # dcp says so of every run of one process
 FILE = 2 << 30                               # bytes of a state's file, from which on a new one is begun
@@ -189,13 +194,13 @@ FILE = 2 << 30                               # bytes of a state's file, from whi
 
 def setup_ranks(cfg):
     """-> (rank, number of ranks, device). One process, or one of torchrun's."""
-    name = model.devices(cfg.device, most=1)
+    name = choose_device(cfg.device, most=1)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model.check_restarts()
+    check_restarts()
     # Ranks wait for each other while rank 0 writes and hashes a state: minutes for a large LLM.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size(), device
@@ -208,7 +213,7 @@ def reduce_sum(tensor, world):
     return tensor
 
 
-def everywhere(work, world):
+def on_all_ranks(work, world):
     """Every rank's work(), as a list. An OSError of one is raised on all: none waits for a rank that has gone."""
     try:
         answer = (work(), None)
@@ -235,13 +240,13 @@ def make_model(cfg, device, world):
     """The VLM of this run, its trained parts in float32 and with gradients, the rest frozen in cfg.dtype."""
     dtype = getattr(torch, cfg.dtype)
     held = torch.float32 if "llm" in STAGES[cfg.stage] else dtype           # master weights of an LLM that trains
-    how = {"attention": cfg.attention, "frozen": dtype}
+    how = {"attention": cfg.attention, "frozen_dtype": dtype}
     if cfg.shard and world > 1:
-        how["shard"] = ("llm", "vision_tower") if cfg.shard_tower else ("llm",)
+        how["sharded_parts"] = ("llm", "vision_tower") if cfg.shard_tower else ("llm",)
     torch.manual_seed(cfg.seed)                                             # of the fresh connector
     if cfg.init:
-        check_init(cfg, model.read_config(cfg.init)[0])
-        vlm = model.load(cfg.init, device, held, **how)
+        check_init(cfg, checkpoint.read_config(cfg.init)[0])
+        vlm = checkpoint.load(cfg.init, device, held, **how)
     else:
         words = vocab.load_words(cfg.words) if cfg.connector == "langbridge" else None
         if words and len(words) < cfg.num_words:
@@ -249,7 +254,7 @@ def make_model(cfg, device, world):
         words = words and words[:cfg.num_words or None]
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = len(words or ())
-        vlm = model.build(config, words, device, held, gain=cfg.gain, **how)
+        vlm = checkpoint.build(config, words, device, held, gain=cfg.gain, **how)
     for part in STAGES[cfg.stage]:
         getattr(vlm, part).requires_grad_(True).train()
     if cfg.checkpointing:
@@ -259,7 +264,7 @@ def make_model(cfg, device, world):
     if cfg.compile:
         if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             sys.exit("--compile needs a C++ compiler on a CPU, and there is no g++")
-        for block in model.blocks(vlm.llm):                                 # alike: what is compiled for the first serves all
+        for block in checkpoint.transformer_blocks(vlm.llm):                                 # alike: what is compiled for the first serves all
             block.compile(dynamic=True)
     return vlm
 
@@ -267,7 +272,7 @@ def make_model(cfg, device, world):
 def check_init(cfg, config):
     """SystemExit where a setting asks for another model than `config`, that of the checkpoint cfg.init."""
     for key, value in asdict(config).items():
-        say(f"  {key} = {value} (from {cfg.init})")
+        print_rank0(f"  {key} = {value} (from {cfg.init})")
         if key in cfg.given and key not in ("llm", "vision_tower") and getattr(cfg, key) != value:
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
     for key in ("llm", "vision_tower", "words", "gain"):            # a config file has the first two for its --dry_run
@@ -397,13 +402,13 @@ def save_state(vlm, optimizer, facts, cfg, rank, world):
     def end():
         if rank == 0:
             sums = {name: digest for part in hashes for name, digest in part.items()}
-            model.write_json({**facts, "world": world, "settings": asdict(cfg), "sha256": sums}, f"{tmp}/state.json")
+            write_json({**facts, "world": world, "settings": asdict(cfg), "sha256": sums}, f"{tmp}/state.json")
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(tmp, folder)
             for old in sorted(os.listdir(f"{cfg.out}/state"))[:-2]:
                 shutil.rmtree(f"{cfg.out}/state/{old}")
 
-    everywhere(begin, world)
+    on_all_ranks(begin, world)
     tensors, files, size = state_tensors(vlm, optimizer, facts["step"], rank), {}, 0
     for name in [*tensors, *(f"rng.{r}{kind}" for r in range(world) for kind in ("", ".cuda"))]:
         files[name] = 1 + size // FILE                              # the library holds one file in memory at a time
@@ -413,8 +418,8 @@ def save_state(vlm, optimizer, facts, cfg, rank, world):
     except CheckpointException as error:
         raise OSError(f"{tmp} cannot be written: {next(iter(error.failures.values()))[0]}") from None
     mine = f"shard-{rank + 1:05d}-"
-    hashes = everywhere(lambda: {n: sha256(f"{tmp}/{n}") for n in os.listdir(tmp) if n.startswith(mine)}, world)
-    everywhere(end, world)
+    hashes = on_all_ranks(lambda: {n: sha256(f"{tmp}/{n}") for n in os.listdir(tmp) if n.startswith(mine)}, world)
+    on_all_ranks(end, world)
 
 
 def newest_state(cfg, rank, world):
@@ -431,12 +436,12 @@ def newest_state(cfg, rank, world):
         except (OSError, ValueError, KeyError):
             return None                                             # said in the next lines
 
-    names = everywhere(lambda: os.listdir(root) if os.path.isdir(root) else [], world)[0]
+    names = on_all_ranks(lambda: os.listdir(root) if os.path.isdir(root) else [], world)[0]
     for name in sorted((n for n in names if n.startswith("step-")), reverse=True):
-        states = everywhere(lambda: read(name), world)
+        states = on_all_ranks(lambda: read(name), world)
         if all(states):
             return f"{root}/{name}", states[0]
-        say(f"{root}/{name} is not whole; trying the one before")
+        print_rank0(f"{root}/{name} is not whole; trying the one before")
     return None, None
 
 
@@ -457,7 +462,7 @@ def resume(vlm, optimizer, inputs, cfg, rank, world):
     if changed:
         sys.exit(f"{' and '.join(changed)} changed since {folder} was written: a run goes on with what it began with")
     if state["world"] != world:
-        say(f"{folder} was written by {state['world']} ranks, now there are {world}: sums are rounded in another order")
+        print_rank0(f"{folder} was written by {state['world']} ranks, now there are {world}: sums are rounded in another order")
     tensors, reader = state_tensors(vlm, optimizer, state["step"], rank), HuggingFaceStorageReader(folder)
     there = reader.read_metadata().state_dict_metadata              # a new rank has no random state in it
     tensors = {name: t for name, t in tensors.items() if name in there or not name.startswith("rng.")}
@@ -472,22 +477,17 @@ def resume(vlm, optimizer, inputs, cfg, rank, world):
 # ----------------------------------------------------------------------------------------------------------------------
 # the log
 
-def say(text):
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
-
-
 def open_log(path, step):
     """log.jsonl without what a killed run wrote after its last state, open for more."""
     lines = open(path).read().splitlines() if os.path.isfile(path) and step else []
     keep = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-    vocab.write_text("".join(line + "\n" for line in keep), path)
+    common.write_text("".join(line + "\n" for line in keep), path)
     return open(path, "a", buffering=1)
 
 
 def say_step(row, steps, seconds):
     """One line of a step; seconds: what a step of this run takes."""
-    say(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}"
+    print_rank0(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}"
         + (f" (blind {row['blind']:.4f})" if "blind" in row else "")
         + f"  trained {row['trained']:6d} tok  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
         + f"  {row['tok_s']:7.0f} tok/s" + (f"  skipped {row['skipped']}" if row["skipped"] else "")
@@ -519,7 +519,7 @@ def main(cfg):
     torch.backends.cuda.matmul.allow_tf32 = True
     if cfg.global_batch % world:
         sys.exit(f"global_batch {cfg.global_batch} does not divide by {world} ranks")
-    everywhere(lambda: prepare_out(cfg) if rank == 0 else None, world)
+    on_all_ranks(lambda: prepare_out(cfg) if rank == 0 else None, world)
     told, stop = [], False                      # a signal reaches one rank; all stop when the sum over ranks says so
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: told.append(True))
@@ -528,21 +528,21 @@ def main(cfg):
     optimizer = make_optimizer(vlm, cfg)
     trained = [(n, p) for n, p in vlm.named_parameters() if p.requires_grad]
     dataset = data.Conversations(cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
-                                 {**vlm.image, "mode": cfg.image_mode}, template=cfg.template, mask=cfg.mask,
+                                 {**vlm.image_settings, "mode": cfg.image_mode}, template=cfg.template, mask=cfg.mask,
                                  max_length=cfg.max_length)
-    inputs = {"data": inputs_hash(dataset, cfg), **vlm.origin}
+    inputs = {"data": inputs_hash(dataset, cfg), **vlm.llm_fingerprint}
     start, skipped = resume(vlm, optimizer, inputs, cfg, rank, world)
-    say(parts_table(vlm, cfg))
+    print_rank0(parts_table(vlm, cfg))
     steps = plan(dataset, cfg)
     mine = [micro_batches(indices, rank, world, cfg.batch_size) for indices in steps]
     loader = make_loader(dataset, [m for step in mine[start:] for m in step], vlm, cfg, device)
-    say(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, {world} rank(s) on {device.type}, "
+    print_rank0(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, {world} rank(s) on {device.type}, "
         f"{cfg.dtype}" + (", sharded" if vlm.sharded else "") + (f", going on at step {start}" if start else ""))
     if rank == 0:
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
-        if not isinstance(first, data.Bad):
-            say(data.show(first["input_ids"].tolist(), first["labels"].tolist(), vlm.tokenizer))
+        if not isinstance(first, data.BadSample):
+            print_rank0(data.show(first["input_ids"].tolist(), first["labels"].tolist(), vlm.tokenizer))
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     how = {"with_llm": "llm" in STAGES[cfg.stage], "dtype": getattr(torch, cfg.dtype), "template": cfg.template,
@@ -551,7 +551,7 @@ def main(cfg):
     for step in range(start, len(steps) + 1):                       # one pass more than steps: the last one only saves
         last = step == len(steps)
         if step in cfg.snapshots:
-            model.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **how)
+            checkpoint.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **how)
         # The first state comes after one step: a disk that is too small or not ours is found now, not at night.
         if step > start and (last or stop or step == start + 1 or step % cfg.save_every == 0):
             save_state(vlm, optimizer, {"step": step, "skipped": skipped, "inputs": inputs}, cfg, rank, world)
@@ -594,11 +594,11 @@ def main(cfg):
             say_step(row, len(steps), (time.time() - began) / (step + 1 - start))
 
     if last:
-        model.save(vlm, cfg.out, cfg.stage, **how, seed=cfg.seed, steps=len(steps))
+        checkpoint.save(vlm, cfg.out, cfg.stage, **how, seed=cfg.seed, steps=len(steps))
     if rank == 0:
         log.close()
         plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
-        say(f"wrote {cfg.out}" if last else f"stopped after {step} steps; the same command goes on from there")
+        print_rank0(f"wrote {cfg.out}" if last else f"stopped after {step} steps; the same command goes on from there")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -631,7 +631,7 @@ def accumulate(vlm, loader, count, amp, device, probe):
         if not len(batch["ids"]):
             if not vlm.sharded:
                 continue
-            batch = nothing(batch, device)                          # the other ranks wait for this one's pieces
+            batch = dummy_batch(batch, device)                          # the other ranks wait for this one's pieces
         with amp:
             loss, trained = vlm(batch)
         if loss.requires_grad:                                      # not for text alone while only the connector trains
@@ -648,7 +648,7 @@ def accumulate(vlm, loader, count, amp, device, probe):
     return sums, bad
 
 
-def nothing(batch, device):
+def dummy_batch(batch, device):
     """A batch of two tokens, none of them trained, in place of an empty one."""
     two = torch.zeros(1, 2, dtype=torch.int64, device=device)
     return batch | {"input_ids": two, "labels": two + data.IGNORE, "attention_mask": two + 1, "position_ids": two}
@@ -686,10 +686,10 @@ def clip_gradients(trained, largest, world):
 def dry_run(cfg):
     """Print what the run would train and hold in memory, from config files and the meta device."""
     if os.path.isfile(f"{cfg.init}/config.json"):
-        for key, value in asdict(model.read_config(cfg.init)[0]).items():
+        for key, value in asdict(checkpoint.read_config(cfg.init)[0]).items():
             setattr(cfg, key, value)
     elif cfg.init:
-        say(f"{cfg.init} is not there yet: sizes as the settings have them")
+        print_rank0(f"{cfg.init} is not there yet: sizes as the settings have them")
     with torch.device("meta"):
         tower = AutoModel.from_config(find_config(cfg.vision_tower))
         llm = AutoModelForCausalLM.from_config(find_config(cfg.llm))
@@ -697,21 +697,21 @@ def dry_run(cfg):
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = cfg.num_words or (len(vocab.load_words(cfg.words)) if os.path.isfile(cfg.words) else 19200)
         vlm = torch.nn.Module()
-        vlm.vision_tower, vlm.connector, vlm.llm = tower, model.make_connector(config, tower.config.hidden_size, D), llm
+        vlm.vision_tower, vlm.connector, vlm.llm = tower, checkpoint.make_connector(config, tower.config.hidden_size, D), llm
     dtype = getattr(torch, cfg.dtype)
     vlm.to(dtype).requires_grad_(False)
     for part in STAGES[cfg.stage]:
         getattr(vlm, part).float().requires_grad_(True)
-    say(parts_table(vlm, cfg))
+    print_rank0(parts_table(vlm, cfg))
     side = cfg.image_size or tower.config.image_size
     P = (side // tower.config.patch_size) ** 2
     T = P + 64 if cfg.stage == "pretrain" else min(cfg.max_length, P + 448)
     ranks = (1, 8, 64)
     tables = [memory(vlm, cfg, config, P, T, n) for n in ranks]
-    say(f"{'GiB on each GPU':44}" + "".join(f"{n:5} GPU{'s' * (n > 1)}".rjust(10) for n in ranks))
+    print_rank0(f"{'GiB on each GPU':44}" + "".join(f"{n:5} GPU{'s' * (n > 1)}".rjust(10) for n in ranks))
     for what in tables[0]:
-        say(f"{what:44}" + "".join(f"{table[what] / 2**30:10.2f}" for table in tables))
-    say(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most {cfg.batch_size} at a "
+        print_rank0(f"{what:44}" + "".join(f"{table[what] / 2**30:10.2f}" for table in tables))
+    print_rank0(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most {cfg.batch_size} at a "
         f"time; from 2 GPUs on the LLM is {'cut into pieces' if cfg.shard else 'whole on each (--shard cuts it)'}")
 
 
@@ -721,7 +721,7 @@ def find_config(name):
         sizes = json.load(f)
     if name in sizes:
         return AutoConfig.for_model(**sizes[name])
-    return model.vision_config(name)
+    return checkpoint.vision_config(name)
 
 
 def memory(vlm, cfg, config, P, T, ranks):
@@ -739,14 +739,14 @@ def memory(vlm, cfg, config, P, T, ranks):
             grown += 12 * p.numel() * p.requires_grad / pieces
     # Gathered at one time: what is outside of the blocks, and two blocks, one of them fetched ahead. Where it trains,
     # its gradients come once in this dtype and once in the float32 that they are summed in.
-    one = sum(p.numel() for p in model.blocks(vlm.llm)[0].parameters())
+    one = sum(p.numel() for p in checkpoint.transformer_blocks(vlm.llm)[0].parameters())
     rest = sum(p.numel() for p in vlm.llm.parameters()) - layers * one
     trains = next(vlm.llm.parameters()).requires_grad
     gathered = ((rest + 2 * one) * half + (rest + one) * (half + 4) * trains) if shards > 1 else 0
     # What one block keeps for its backward pass: norms in float32, q, k, v and the attention's output, three inner tensors.
     block = tokens * (2 * 4 * D + half * 6 * D + half * 3 * inner)
     kept = layers * tokens * D * (half if shards > 1 else 4) + block if cfg.checkpointing else layers * block
-    words = patches * min(config.num_words, model.BLOCK) * 8 if config.connector == "langbridge" else 0
+    words = patches * min(config.num_words, fused.BLOCK) * 8 if config.connector == "langbridge" else 0
     rows = min(model.LOSS_ROWS, tokens - patches) * llm.vocab_size * 12
     E = config.num_words * D * half if config.connector == "langbridge" else 0
     parts = {"weights": weights + E, "gradients and AdamW's moments (float32)": grown,

@@ -14,6 +14,8 @@ import os
 import sys
 from dataclasses import replace
 
+import checkpoint
+import common
 import vocab
 
 
@@ -28,19 +30,18 @@ def read_arguments():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", help="default: cuda if there is one, else cpu; cuda:0,cuda:1 cuts the LLM over two")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
+    parser.add_argument("--offline", action="store_true", help=common.OFFLINE)
     return parser.parse_args()
 
 
 if __name__ == "__main__":                   # before the slow imports: --help answers at once
     ARGS = read_arguments()
     if ARGS.offline:
-        vocab.offline()
+        common.go_offline()
 
 import torch
 
 import data
-import model
 
 
 def rms(x):
@@ -59,7 +60,7 @@ def caption_batches(vlm, path, images, whole, limit, batch_size=16):
     -> (batches on the CPU, number of UTF-8 bytes in their answers)
     """
     dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches,
-                                 {**vlm.image, "mode": whole.get("image_mode", "crop")},
+                                 {**vlm.image_settings, "mode": whole.get("image_mode", "crop")},
                                  template=whole.get("template", "chat"))
     first = {}                                                      # one record of each image: a neighbour's is another one
     for i, record in enumerate(dataset.records):
@@ -114,7 +115,7 @@ def print_report(report):
 
 
 def main(args):
-    config, whole = model.read_config(args.source)
+    config, whole = checkpoint.read_config(args.source)
     if config.connector != "langbridge":
         sys.exit(f"{args.source} has an MLP connector: its output lives in the embedding space of {config.llm} and means "
                  "nothing to another LLM. Only a LangBridge, whose output is in words, can move.")
@@ -123,26 +124,26 @@ def main(args):
         sys.exit(f"{out} exists; name another --out or say --overwrite")
     if os.path.realpath(out) == os.path.realpath(args.source):
         sys.exit(f"SRC and --out are both {out}: what moves stays where it was, too")
-    device = model.devices(args.device)
+    device = common.choose_device(args.device)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")
     words = vocab.load_words(f"{args.source}/words.json")
 
     report = {"words": len(words), "connector_from": whole["stage"]}
     if args.eval:
-        vlm = model.load(args.source, device, dtype)
+        vlm = checkpoint.load(args.source, device, dtype)
         report["source"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit))
         del vlm                                                     # two LLMs need not fit at the same time
 
-    vlm = model.build(replace(config, llm=args.target), words, device, dtype)      # E of the target is made here
-    model.load_connector(vlm.connector, args.source)
+    vlm = checkpoint.build(replace(config, llm=args.target), words, device, dtype)      # E of the target is made here
+    checkpoint.load_connector(vlm.connector, args.source)
     report["single_tokens"] = int(single_tokens(vlm).sum())
     if args.eval:
         report["target"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit))
     kept = {key: whole[key] for key in ("template", "image_mode") if key in whole}
-    model.save(vlm, out, "transfer", with_llm=False, **kept, source={"stage": whole["stage"], "llm": whole["llm"],
+    checkpoint.save(vlm, out, "transfer", with_llm=False, **kept, source={"stage": whole["stage"], "llm": whole["llm"],
                "embeddings_hash": whole["embeddings_hash"]})
-    model.write_json(report, f"{out}/transfer.json")
+    common.write_json(report, f"{out}/transfer.json")
     print_report(report)
     print(f"wrote {out}")
 

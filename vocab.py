@@ -16,7 +16,8 @@ import re
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+
+from common import OFFLINE, go_offline, load_tokenizer, read_json, write_json
 
 # The GPT-2 byte alphabet: printable latin-1 bytes stand for themselves, the other 68 for the code points from 256 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -340,36 +341,12 @@ def words_hash(words: list[str]) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
-@contextmanager
-def replacing(path):
-    """A temporary name to write to; it becomes `path` where the block ends well: a file is whole or it is not there."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):                   # on a full disk, half a file takes what room is left
-            os.remove(temporary)
 
 
-def write_text(text: str, path) -> None:
-    """A UTF-8 file of exactly this text; its folder is made if need be."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
 
 
-def write_json(value, path, indent: int = 1) -> None:
-    write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", path)
 
 
-def read_json(path):
-    """ValueError names the file where it is not whole."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except (ValueError, RecursionError) as error:   # cut off, not UTF-8, nested too deeply
-            raise ValueError(f"{path} is not a whole JSON file: {error}") from None
 
 
 def save_words(words: list[str], path) -> None:
@@ -425,37 +402,11 @@ def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
     return words, dict(pairs) if counts else None
 
 
-# --- models and tokenizers by name
-
-OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
 
 
-def offline() -> None:
-    """What --offline does in every script. Before transformers is imported, which looks only once."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def fetch(load, name: str, **kwargs):
-    """load(name, ...), where `load` is a from_pretrained of transformers and `name` a folder or a hub name.
 
-    Never runs code that comes with a model. ValueError of one sentence for whatever goes wrong in there.
-    """
-    local = os.path.isdir(name.split("/")[0]) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)     # not a hub name
-    if local and not os.path.isdir(name):
-        raise ValueError(f"there is no folder {name}")
-    try:
-        return load(name, trust_remote_code=False, **kwargs)
-    except Exception as error:                          # a dozen kinds, most of them many lines long
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name):
-            why = "it is no folder and not in the Hugging Face cache, and nothing is downloaded (--offline)"
-        raise ValueError(f"{name} cannot be loaded: {why}") from error
-
-
-def load_tokenizer(name: str):
-    """A tokenizer by hub name or folder."""
-    from transformers import AutoTokenizer
-    return fetch(AutoTokenizer.from_pretrained, name)
 
 
 # --- the command
@@ -486,7 +437,7 @@ def parse_args():
     parser.add_argument("--offline", action="store_true", help=OFFLINE)
     args = parser.parse_args()
     if args.offline:
-        offline()
+        go_offline()
     if args.import_official and (not args.tokenizer or args.tokenizers or args.corpus):
         parser.error("--import-official goes with --tokenizer, without --tokenizers and --corpus")
     if not args.import_official and (len(args.tokenizers or ()) < 2 or not args.corpus or args.tokenizer):

@@ -25,6 +25,9 @@ import re
 import sys
 from collections import Counter
 
+import checkpoint
+import common
+from generate import generate
 import vocab
 
 KEEP = 16                       # words that a patch keeps, in each mode and at each end
@@ -51,7 +54,7 @@ def read_arguments():
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--offline", action="store_true", help=vocab.OFFLINE)
+    parser.add_argument("--offline", action="store_true", help=common.OFFLINE)
     args = parser.parse_args()
     if args.study and not (args.data and args.images and args.number > 0):
         parser.error("--study needs --data, --images and a --number above 0")
@@ -64,7 +67,7 @@ def read_arguments():
 if __name__ == "__main__":                   # before the slow imports: --help answers at once
     ARGS = read_arguments()
     if ARGS.offline:
-        vocab.offline()
+        common.go_offline()
 
 import numpy as np
 import torch
@@ -72,7 +75,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import data
-import model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,18 +201,18 @@ def state_of(folder, image, image_mode, ask, top, device=None, dtype="float32"):
     """Load a checkpoint and read the image with it. -> a state, a dict: "label" says which moment of training, "name" which
     LLM; "modes", see read; "side", patches along one side of the image; "answer" to the question `ask`, or None.
     States of one "group" are one connector kind on one LLM."""
-    config, whole = model.read_config(folder)
-    vlm = model.load(folder, model.devices(device, most=1), getattr(torch, dtype))
-    pixels = data.transform(image, mode=image_mode, **vlm.image).to(vlm.llm.device)
+    config, whole = checkpoint.read_config(folder)
+    vlm = checkpoint.load(folder, common.choose_device(device, most=1), getattr(torch, dtype))
+    pixels = data.transform(image, mode=image_mode, **vlm.image_settings).to(vlm.llm.device)
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))      # train.py --snapshots: steps/000100
     state = {"label": f"{whole['stage']}, step {step[1]}" if step else whole["stage"],
              "name": os.path.basename(os.path.normpath(config.llm)), "connector": config.connector,
              "group": (config.connector, config.normalize, whole["embeddings_hash"], whole["words_hash"]),
-             "modes": read(vlm, pixels, top), "side": math.isqrt(vlm.num_patches), "mean": vlm.image["mean"], "answer": None}
+             "modes": read(vlm, pixels, top), "side": math.isqrt(vlm.num_patches), "mean": vlm.image_settings["mean"], "answer": None}
     if ask:
         messages = [{"role": "user", "content": f"<image>\n{ask}"}]
         ids = data.encode_prompt(messages, vlm.tokenizer, vlm.num_patches, whole.get("template", "chat"))
-        answer = vlm.generate([ids], pixels[None], max_new_tokens=64)[0]
+        answer = generate(vlm, [ids], pixels[None], max_new_tokens=64)[0]
         state["answer"] = vlm.tokenizer.decode(answer, skip_special_tokens=True).strip()
     return state
 
@@ -505,7 +507,7 @@ def of_run(folder, whole):
 
 def study_records(args):
     """[(picture, words of its captions, its objects or None)]: the first args.number different images of args.data"""
-    truth = vocab.read_json(args.truth) if args.truth else None
+    truth = common.read_json(args.truth) if args.truth else None
     captions = {}
     for record in vocab.read_records(args.data):
         messages, images = data.messages_of(record)
@@ -526,8 +528,8 @@ def observe(folder, records, device=None, dtype="float32"):
     """All that is counted of a checkpoint -> {"name", "step", "llm", "connector", "words": K, "patches": P, "values":
     {what: a number for each picture}, "tops": {"weights" (LangBridge only), "cosine": for each picture and patch the
     strongest words}}. Of raw scores the highest count: a word of negative score is taken away from a patch."""
-    config, whole = model.read_config(folder)
-    vlm = model.load(folder, model.devices(device, most=1), getattr(torch, dtype))
+    config, whole = checkpoint.read_config(folder)
+    vlm = checkpoint.load(folder, common.choose_device(device, most=1), getattr(torch, dtype))
     mode, side = whole.get("image_mode", "pad"), math.isqrt(vlm.num_patches)
     tokens, E = vocabulary(vlm)
     centred = F.normalize(E - E.mean(0), dim=-1)
@@ -541,7 +543,7 @@ def observe(folder, records, device=None, dtype="float32"):
     values, tops, embeds = {}, {"cosine": []}, []
     note = lambda what, value: values.setdefault(what, []).append(value)
     for n, (picture, _, _) in enumerate(records):
-        pixels = data.transform(picture, mode=mode, **vlm.image)    # (3, S, S)
+        pixels = data.transform(picture, mode=mode, **vlm.image_settings)    # (3, S, S)
         mixed = torch.randperm(pixels[0].numel(), generator=torch.Generator().manual_seed(n))
         mixed = pixels.flatten(1)[:, mixed].view_as(pixels)         # the same pixels, no picture
         patches = vlm.patch_features(torch.stack([pixels, mixed]).to(vlm.llm.device)).float()        # (2, P, Dv)
@@ -703,8 +705,8 @@ def study_main(args):
     refuse_to_overwrite(paths, args)
     result = study(args)
     tables = study_tables(result)
-    vocab.write_json(result, paths[0])
-    vocab.write_text(tables, paths[1])
+    common.write_json(result, paths[0])
+    common.write_text(tables, paths[1])
     draw_study(result, paths[2])
     print(tables)
     print(f"wrote {', '.join(paths)}")
@@ -723,7 +725,7 @@ def main(args):
     paths = [os.path.join(out, name) for name in ("words.png", "words.html")]
     refuse_to_overwrite(paths, args)
     image = data.open_image(args.image)
-    configs = [model.read_config(folder)[1] for folder in args.checkpoints]
+    configs = [checkpoint.read_config(folder)[1] for folder in args.checkpoints]
     # One picture for all, or patches could not be compared: as the last checkpoint that says so was trained.
     image_mode = next((c["image_mode"] for c in reversed(configs) if "image_mode" in c), "pad")
     if args.ask and any(c["stage"] == "pretrain" for c in configs):
@@ -737,9 +739,9 @@ def main(args):
     panels = panels_of(states)
     picture = square(image, image_mode, states[0]["mean"], min(1024, max(448, *image.size)))
     os.makedirs(out, exist_ok=True)
-    with vocab.replacing(paths[0]) as temporary:
+    with common.replacing(paths[0]) as temporary:
         draw_picture(panels, picture).save(temporary, "PNG")
-    vocab.write_text(make_page(panels, picture, os.path.basename(args.image), args.ask, args.top), paths[1])
+    common.write_text(make_page(panels, picture, os.path.basename(args.image), args.ask, args.top), paths[1])
     for folder, state in zip(args.checkpoints, states):
         print(f"{folder} ({state['name']}, {state['label']})" + (f": {state['answer']}" if args.ask else ""))
     print(f"wrote {paths[0]} and {paths[1]}")

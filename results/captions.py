@@ -24,6 +24,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+import checkpoint
+from generate import generate
 import data
 import model
 import transfer
@@ -34,13 +36,13 @@ bits = {}
 rows = [{"image": r["image"], "true": r["conversations"][1]["value"]} for r in records]
 for pair in args.checkpoints:
     name, _, folder = pair.partition("=")
-    vlm = model.load(folder)
-    _, whole = model.read_config(folder)
+    vlm = checkpoint.load(folder)
+    _, whole = checkpoint.read_config(folder)
     prompts = [data.encode_prompt([{"role": "user", "content": r["conversations"][0]["value"]}], vlm.tokenizer,
                                   vlm.num_patches, whole["template"]) for r in records]
-    pixels = torch.stack([data.transform(data.open_image(data.image_path(args.images, r["image"])), **vlm.image,
+    pixels = torch.stack([data.transform(data.open_image(data.image_path(args.images, r["image"])), **vlm.image_settings,
                                          mode=whole["image_mode"]) for r in records])
-    for row, ids in zip(rows, vlm.generate(prompts, pixels, max_new_tokens=24)):
+    for row, ids in zip(rows, generate(vlm, prompts, pixels, max_new_tokens=24)):
         row[name] = vlm.tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()   # a caption is one line
     bits[name] = transfer.measure(vlm, *transfer.caption_batches(vlm, args.data, args.images, whole, limit=128))
     print(f"{name}: bits per byte", ", ".join(f"{which} {bits[name][f'bits_per_byte_{which}']:.3f}"

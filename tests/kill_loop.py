@@ -94,7 +94,7 @@ def kill_loop(argv, out, count, kills, seed=0):
     assert end(start(count, train_quietly, [*argv, f"--out={out}/whole"], f"{out}/text")) == [0] * count
     expected = result(f"{out}/whole")
     moments = {"train.make_model": (1, 0.3), "train.accumulate": (len(expected[1]), 0.05), "train.save_state": (4, 0.05),
-               "model.save": (1, 0.05)}                             # calls in a run, and seconds of one
+               "checkpoint.save": (1, 0.05)}                             # calls in a run, and seconds of one
     report = {"ranks": count, "kills": 0, **dict.fromkeys(moments, 0), "starts": 0, "resumed from a state": 0,
               "runs ended": 0, "differences": 0}
     while report["kills"] < kills or os.path.isdir(run):
@@ -130,7 +130,7 @@ def main():
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    import train                                                    # once, before the forks
+    import checkpoint, train                                                    # once, before the forks
     argv = ["config/pocket/pretrain.py", "--max_steps=6", "--save_every=2", "--global_batch=4", "--batch_size=1",
             "--workers=1", "--device=cpu", "--probe_every=4", "--warmup=0.1"]
     sft = [*argv, "--stage=sft", "--data=data/pocket/sft.json", "--template=chat", "--group=True", "--llm_lr=1e-3"]

@@ -53,7 +53,7 @@ def test_flops_are_those_that_torch_counts():
         connector = model.MLPConnector(Dv, D) if kind == "mlp" else model.LangBridge(Dv, H, K, kind)
         with FlopCounterMode(display=False) as counter:
             if kind == "softmax":                                   # torch does not count what our backward pass does
-                scores = connector.words(connector.mlp(z))
+                scores = connector.to_scores(connector.mlp(z))
                 out = scores.softmax(-1) @ torch.randn(K, D)
             else:
                 connector.vocab_embeds = torch.randn(K, D)

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fused
 import model
 from model import combine
 
@@ -165,11 +166,11 @@ def test_permuting_the_words_changes_nothing():
 
 def test_torch_compile_gives_the_same(monkeypatch):
     monkeypatch.setattr(model, "COMPILE", 0)
-    model.compiled.cache_clear()
+    fused.compiled.cache_clear()
     *inputs, g = tensors(300, dtype=torch.bfloat16)
     result = with_gradients(combine, *inputs, g, "softmax")
     assert max(off(result, exact(*inputs, g, "softmax"))) < 2e-2
-    model.compiled.cache_clear()
+    fused.compiled.cache_clear()
 
 
 def test_no_compiler_is_said_once(monkeypatch, capsys):
@@ -179,14 +180,14 @@ def test_no_compiler_is_said_once(monkeypatch, capsys):
         return fails
     monkeypatch.setattr(model, "COMPILE", 0)
     monkeypatch.setattr(torch, "compile", broken)
-    model.compiled.cache_clear()
-    model.say_once.cache_clear()
+    fused.compiled.cache_clear()
+    fused.say_once.cache_clear()
     *inputs, g = tensors(40)
     for _ in range(2):
         result = with_gradients(combine, *inputs, g, "softmax")
     assert max(off(result, exact(*inputs, g, "softmax"))) < 3e-6
     assert capsys.readouterr().out.count("plain torch") == 1
-    model.compiled.cache_clear()
+    fused.compiled.cache_clear()
 
 
 def test_fold_is_the_same_function():

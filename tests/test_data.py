@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import IGNORE, IMAGE_ID, Bad, Conversations, collate, encode, encode_prompt, global_batches, messages_of
+from data import IGNORE, IMAGE_ID, BadSample, Conversations, collate, encode, encode_prompt, global_batches, messages_of
 
 P = 3
 TEXT = ["Is the bicycle leaning on a fence?", "Yes, it leans on a wooden fence.", "What colour is it? Red!",
@@ -270,7 +270,7 @@ def test_placeholders_of_a_record(value, image, first, expected):
     (record("a", "b", image=""), "neither"),
 ])
 def test_malformed_records_are_named_in_a_sentence(bad, words):
-    with pytest.raises(Bad, match=words) as caught:
+    with pytest.raises(BadSample, match=words) as caught:
         messages_of(bad)
     assert caught.value.kind == "malformed"
 
@@ -332,7 +332,7 @@ def test_unknown_mode_and_thin_pictures_are_refused():
     with pytest.raises(ValueError, match="crop, pad, squash"):
         data.transform(noise(4, 4), 32, MEAN, STD, "stretch")
     for mode in ("crop", "pad"):
-        with pytest.raises(Bad, match="too thin"):
+        with pytest.raises(BadSample, match="too thin"):
             data.transform(Image.new("RGB", (200_000, 1)), 336, MEAN, STD, mode)
     assert data.transform(Image.new("RGB", (200_000, 1)), 32, MEAN, STD, "squash").shape == (3, 32, 32)
 
@@ -358,7 +358,7 @@ def bad_pictures(folder):
 def test_broken_pictures_are_named(tmp_path, kind):
     path = tmp_path / "a.jpg"
     path.write_bytes(bad_pictures(tmp_path)[kind])
-    with pytest.raises(Bad, match="a.jpg' cannot be read") as caught:
+    with pytest.raises(BadSample, match="a.jpg' cannot be read") as caught:
         data.open_image(path)
     assert caught.value.kind == "broken image"
 
@@ -403,7 +403,7 @@ def test_image_names_stay_in_the_folder(tmp_path, name, words):
     (tmp_path / "secret.png").write_bytes(b"")
     os.symlink(tmp_path / "secret.png", tmp_path / "images" / "link.png")
     os.symlink(tmp_path, tmp_path / "images" / "linked")
-    with pytest.raises(Bad, match=words):
+    with pytest.raises(BadSample, match=words):
         data.image_path(tmp_path / "images", name)
 
 
@@ -412,7 +412,7 @@ def test_links_inside_the_folder_and_a_linked_folder_are_fine(tmp_path):
     (tmp_path / "images" / "a.png").write_bytes(b"")
     os.symlink(tmp_path / "images" / "a.png", tmp_path / "images" / "b.png")
     os.symlink(tmp_path / "images", tmp_path / "elsewhere")
-    with pytest.raises(Bad, match="not inside"):                    # absolute: would not be found on another machine
+    with pytest.raises(BadSample, match="not inside"):                    # absolute: would not be found on another machine
         data.image_path(tmp_path / "images", str(tmp_path / "images" / "a.png"))
     assert data.image_path(tmp_path / "elsewhere", "b.png") == os.path.realpath(tmp_path / "images" / "a.png")
 
@@ -477,11 +477,11 @@ def test_truncation_cuts_text_from_the_right_and_never_an_image(tmp_path):
     first = (long[0]["labels"] != IGNORE).nonzero()[0].item()
     cut = Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=first + 2)[0]
     assert torch.equal(cut["input_ids"], whole[:first + 2]) and (cut["labels"] != IGNORE).sum() == 2
-    with pytest.raises(Bad, match=r"d.json: record 0 \(id 'r'\): no trained token among the first") as caught:
+    with pytest.raises(BadSample, match=r"d.json: record 0 \(id 'r'\): no trained token among the first") as caught:
         Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=first).sample(0)
     assert caught.value.kind == "untrainable"
     for length in (image.index(IMAGE_ID), image.index(IMAGE_ID) + P - 1):
-        with pytest.raises(Bad, match="record 1 .*an image does not fit"):
+        with pytest.raises(BadSample, match="record 1 .*an image does not fit"):
             Conversations(path, tmp_path, tokenizer, P, IMAGE, max_length=length).sample(1)
 
 
@@ -489,10 +489,10 @@ def test_bad_samples_are_named_and_left_out_of_the_batch(tmp_path):
     tokenizer = make_tokenizer(CHATML)
     path = write(tmp_path, record("What?", "Red!"), record("<image>", "Red!", image="broken.png"), {"id": "x"})
     dataset = Conversations(path, tmp_path, tokenizer, P, IMAGE)
-    with pytest.raises(Bad, match=r"d.json: record 1 \(id 'r'\): image .*broken.png' cannot be read"):
+    with pytest.raises(BadSample, match=r"d.json: record 1 \(id 'r'\): image .*broken.png' cannot be read"):
         dataset.sample(1)
     samples = [dataset[i] for i in range(3)]
-    assert [type(s) for s in samples] == [dict, Bad, Bad]
+    assert [type(s) for s in samples] == [dict, BadSample, BadSample]
     batch, nothing = collate(samples, 0), collate(samples[1:], 0)
     assert batch["ids"] == ["r"] and "record 1 (id 'r')" in batch["bad"][0] and "record 2 (id 'x')" in batch["bad"][1]
     assert nothing["ids"] == [] and len(nothing["bad"]) == 2 and nothing["input_ids"].shape == (0, 0)

@@ -42,25 +42,24 @@ def byte_tokenizer(specials=QWEN, adds_bos=False):
 
 
 def fake_model(stub):
-    """What eval.py needs of model.py"""
-    return types.SimpleNamespace(load=lambda *a, **k: stub, devices=lambda text, most: text or "cpu",
-                                 check_restarts=lambda: None)
+    """What eval.py needs of checkpoint.py"""
+    return types.SimpleNamespace(load=lambda *a, **k: stub)
 
 
 class Stub:
     """Answers yes to a bright picture; a mean of the picture and a hash of the prompt tell whether each got its own."""
     def __init__(self, die_after=None, tokenizer=None):
         self.tokenizer = tokenizer or byte_tokenizer()
-        self.num_patches, self.image = 4, {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+        self.num_patches, self.image_settings = 4, {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
         self.eos_ids = {self.tokenizer.eos_token_id}
         self.calls, self.die_after = [], die_after
 
-    def generate(self, ids, pixel_values, max_new_tokens, temperature=0.0, seed=0, which=None):
+    def generate(self, ids, pixel_values, max_new_tokens, temperature=0.0, seed=0, image_index=None):
         if self.die_after == len(self.calls):
             raise KeyboardInterrupt
         self.calls.append([len(row) for row in ids])
-        assert len(set(which)) == (len(pixel_values) if pixel_values is not None else 0)  # no image comes twice
-        means, answers = [pixel_values[image].mean().item() for image in which], []
+        assert len(set(image_index)) == (len(pixel_values) if pixel_values is not None else 0)  # no image comes twice
+        means, answers = [pixel_values[image].mean().item() for image in image_index], []
         for row in ids:
             assert row.count(-200) in (0, 4)
             said = "Yes" if -200 not in row or means.pop(0) > 0 else "No"
@@ -115,7 +114,8 @@ def world(tmp_path, monkeypatch):
         "\t".join([*map(str, row[:5]), "", "", row[5], picture64]) + "\n" for row in rows))
 
     def run(*flags, stub=None, out="out", tasks="pope"):
-        monkeypatch.setitem(sys.modules, "model", fake_model(stub or Stub()))
+        monkeypatch.setitem(sys.modules, "checkpoint", fake_model(stub or Stub()))
+        monkeypatch.setitem(sys.modules, "generate", types.SimpleNamespace(generate=lambda vlm, *a, **k: vlm.generate(*a, **k)))
         program.main([str(checkpoint), "--tasks", tasks, "--data", str(data), "--out", str(tmp_path / out), "--device",
                       "cpu", *flags])
         return tmp_path / out

@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import checkpoint
+import common
 import data
 import eval as evaluation
-import model
 import scores
 import test_data
 import test_scores
@@ -141,7 +142,7 @@ def test_labels_all_masked(tiny, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints and models, by model.load
+# checkpoints and models, by checkpoint.load
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny, tmp_path_factory):
@@ -151,8 +152,8 @@ def checkpoints(tiny, tmp_path_factory):
         shutil.copytree(getattr(tiny, name), root / name)
     vlm = make(tiny)
     vlm.config.vision_tower, vlm.config.llm = str(root / "clip"), str(root / "qwen")
-    model.save(vlm, str(root / "ck"), "pretrain", with_llm=False, template="plain")
-    model.save(vlm, str(root / "sft"), "sft", with_llm=True, template="chat")
+    checkpoint.save(vlm, str(root / "ck"), "pretrain", with_llm=False, template="plain")
+    checkpoint.save(vlm, str(root / "sft"), "sft", with_llm=True, template="chat")
     vlm.llm.save_pretrained(root / "sharded", max_shard_size="60KB")
     return root
 
@@ -238,12 +239,12 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "absolute path": ("ck", config(llm="/etc"), ["config.json names the absolute path /etc"]),
     "another K in the config": ("ck", config(num_words=5), WORDS),
     "another K in the connector": ("ck", weights("ck/connector.safetensors", lambda t: {
-        **t, "words.weight": t["words.weight"][:5].clone()}), FIT),
+        **t, "to_scores.weight": t["to_scores.weight"][:5].clone()}), FIT),
     "another H": ("ck", config(hidden=20), FIT),
     "another connector": ("ck", config(connector="mlp"), FIT),
     "unknown connector": ("ck", config(connector="qformer"), ['"langbridge" or "mlp"']),
-    "connector with NaN": ("ck", weights("ck/connector.safetensors", nan("words.bias")),
-                           ["words.bias has numbers that are not finite"]),
+    "connector with NaN": ("ck", weights("ck/connector.safetensors", nan("to_scores.bias")),
+                           ["to_scores.bias has numbers that are not finite"]),
     "connector cut off": ("ck", lambda d: cut(d / "ck/connector.safetensors"), ["connector.safetensors: "]),
     "connector's header lies": ("ck", lambda d: lie(d / "ck/connector.safetensors"), ["connector.safetensors: "]),
     "another word list": ("ck", lambda d: (d / "ck/words.json").write_text(
@@ -286,16 +287,16 @@ def test_model_load(name, checkpoints, tmp_path, capsys, monkeypatch):
     for part in (which, "clip", "qwen") + (("sharded",) if "shard" in name else ()):
         shutil.copytree(checkpoints / part, tmp_path / part)
     spoil(tmp_path)
-    expect(outcome(lambda: model.load(str(tmp_path / which)) and 0, capsys), int(bool(words)), words)
+    expect(outcome(lambda: checkpoint.load(str(tmp_path / which)) and 0, capsys), int(bool(words)), words)
     assert not (tmp_path / "pwned").exists()
 
 
 def test_a_vocabulary_of_another_tokenizer(tiny, tmp_path):
-    llama = vocab.tokenizer_words(vocab.load_tokenizer(tiny.llama))
+    llama = vocab.tokenizer_words(common.load_tokenizer(tiny.llama))
     for content in (llama, {"Ġthe": -3, "a": 10 ** 30}):
         (tmp_path / "v.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="v.json does not belong to this tokenizer"):
-            vocab.import_official(tmp_path / "v.json", vocab.load_tokenizer(tiny.qwen))
+            vocab.import_official(tmp_path / "v.json", common.load_tokenizer(tiny.qwen))
     with pytest.raises(ValueError, match="v.json is not a word list"):
         vocab.load_words(tmp_path / "v.json")
 
@@ -526,7 +527,7 @@ def test_any_value_in_a_checkpoints_config(checkpoints, tmp_path_factory, draw):
     whole = json.loads((checkpoints / "ck/config.json").read_text())
     (folder / "config.json").write_text(json.dumps(spoil(draw, whole)))
     try:
-        config, _ = model.read_config(str(folder))
+        config, _ = checkpoint.read_config(str(folder))
     except ValueError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
     else:
@@ -587,7 +588,7 @@ def test_any_value_in_a_file_of_a_benchmark(task, tmp_path_factory):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_strangers_code_and_no_pickle(name):
-    """Models come through vocab.fetch, which refuses their code; transformers reads a .bin with weights_only=True"""
+    """Models come through common.from_hub, which refuses their code; transformers reads a .bin with weights_only=True"""
     source = SOURCES[name]
     assert set(re.findall(r"trust_remote_code\s*=\s*(\w+)", source)) <= {"False"}
     assert "from_pretrained(" not in source

@@ -1,11 +1,13 @@
 """model.py against transformers' own LLaVA and against slow loops. Alone: python -m pytest tests/test_model.py"""
 import dataclasses
-import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
+import checkpoint
+import common
+from generate import generate
 import data
 import model
 import vocab
@@ -25,7 +27,7 @@ def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="unit
     config = model.Config(vision_tower=getattr(tiny, tower), llm=getattr(tiny, llm), connector=connector, hidden=hidden,
                           num_words=len(words or ()), normalize=normalize, vision_layer=layer, image_size=image_size)
     torch.manual_seed(1)
-    return model.build(config, words, gain=3.0)
+    return checkpoint.build(config, words, gain=3.0)
 
 
 def sample(tokenizer, messages, images, seed=0):
@@ -86,7 +88,7 @@ def test_logits_loss_gradients_and_answers_equal_transformers_llava(tiny, connec
 
     prompt = data.encode_prompt(turns("<image>\nwhat colour is the star?"), vlm.tokenizer, P)
     pixels = batch["pixel_values"][:1]
-    mine = vlm.generate([prompt], pixels, max_new_tokens=12)[0]
+    mine = generate(vlm, [prompt], pixels, max_new_tokens=12)[0]
     ids = torch.tensor([prompt])
     reference = theirs.generate(input_ids=ids.masked_fill(ids == IMAGE_ID, 499), pixel_values=pixels, do_sample=False,
                                 max_new_tokens=12, attention_mask=torch.ones_like(ids))[0, len(prompt):].tolist()
@@ -143,10 +145,10 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, temperature):
     questions = ["<image>\nwhat colour is the big circle?", "Is there a star?", "<image> <image>\ntwo?", "<image>"]
     prompts = [data.encode_prompt(turns(q), vlm.tokenizer, P) for q in questions]
     pixels = [torch.randn(q.count("<image>"), 3, 24, 24, generator=torch.Generator().manual_seed(7)) for q in questions]
-    together = vlm.generate(prompts, torch.cat(pixels), 10, temperature, seed=3)
-    alone = [vlm.generate([p], x, 10, temperature, seed=3)[0] for p, x in zip(prompts, pixels)]
+    together = generate(vlm, prompts, torch.cat(pixels), 10, temperature, seed=3)
+    alone = [generate(vlm, [p], x, 10, temperature, seed=3)[0] for p, x in zip(prompts, pixels)]
     assert together == alone
-    back = vlm.generate(prompts[::-1], torch.cat(pixels[::-1]), 10, temperature, seed=3)
+    back = generate(vlm, prompts[::-1], torch.cat(pixels[::-1]), 10, temperature, seed=3)
     assert back[::-1] == together
     assert any(len(a) > 1 for a in together)
 
@@ -154,13 +156,13 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, temperature):
 @pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])
 def test_an_llm_over_several_devices_answers_the_same(tiny, llm, monkeypatch):
     config = model.Config(tiny.clip, getattr(tiny, llm), "mlp", 24, 0)
-    whole, cut = ((torch.manual_seed(1), model.build(config, None, device))[1] for device in ("cpu", "cpu:0,cpu"))
+    whole, cut = ((torch.manual_seed(1), checkpoint.build(config, None, device))[1] for device in ("cpu", "cpu:0,cpu"))
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(7)) * 5
     prompts = [data.encode_prompt(turns(q), whole.tokenizer, P) for q in ("<image>\nwhat colour?", "<image>\nIs it red?")]
-    follow, moved = model.follow, []
+    follow, moved = checkpoint.follow, []
     monkeypatch.setattr(model, "follow", lambda x, device: moved.append(device) or follow(x, device))
-    expected = whole.generate(prompts, pixels, 8, which=[0, 0])
-    assert not moved and cut.generate(prompts, pixels, 8, which=[0, 0]) == expected
+    expected = generate(whole, prompts, pixels, 8, image_index=[0, 0])
+    assert not moved and generate(cut, prompts, pixels, 8, image_index=[0, 0]) == expected
     assert "cpu" in moved and moved[-1] == "cpu:0"                  # the last block's output came back
 
 
@@ -168,16 +170,16 @@ def test_an_llm_over_several_devices_answers_the_same(tiny, llm, monkeypatch):
                                              ("cpu,", None, "no device ''"), ("tpux", None, "no device 'tpux'")])
 def test_a_device_that_is_not_there_is_one_sentence(text, most, words):
     with pytest.raises(ValueError, match=words):
-        model.devices(text, most)
+        common.choose_device(text, most)
 
 
 def test_each_device_holds_its_blocks_and_the_first_one_the_rest(tiny):
-    llm, _ = model.load_llm(tiny.llama, torch.float32, "cpu,meta")
-    stack = model.blocks(llm)
+    llm, _ = checkpoint.load_llm(tiny.llama, torch.float32, "cpu,meta")
+    stack = checkpoint.transformer_blocks(llm)
     where = [{p.device.type for p in block.parameters()} for block in stack]
     assert where == [{"cpu"}] * (len(stack) // 2) + [{"meta"}] * (len(stack) - len(stack) // 2) and llm.device.type == "cpu"
     assert {p.device.type for name, p in llm.named_parameters() if ".layers." not in name} == {"cpu"}
-    x = model.follow({"a": (torch.ones(2), [torch.ones(1)]), "b": None}, "meta")
+    x = checkpoint.follow({"a": (torch.ones(2), [torch.ones(1)]), "b": None}, "meta")
     assert x["a"][0].is_meta and x["a"][1][0].is_meta and x["b"] is None
 
 
@@ -200,10 +202,10 @@ def test_questions_about_one_image_share_its_prefix(tiny, llm, attention, monkey
         or decode(vlm.llm.get_decoder(), **kwargs))
     for questions in (asked, asked[::-1], [*asked[:2], text, *asked[2:]]):
         prompts = [data.encode_prompt(turns(q), vlm.tokenizer, P) for q, _ in questions]
-        alone = [vlm.generate([p], pixels[which] if which else None, 20)[0]
+        alone = [generate(vlm, [p], pixels[which] if which else None, 20)[0]
                  for p, (_, which) in zip(prompts, questions)]
         lengths.clear()
-        assert vlm.generate(prompts, pixels, 20, which=[i for _, which in questions for i in which]) == alone
+        assert generate(vlm, prompts, pixels, 20, image_index=[i for _, which in questions for i in which]) == alone
         shared = max(map(len, prompts)) - lengths[1][1]
         assert lengths[:2] == [(5 + (text in questions), shared), (len(prompts), lengths[1][1])] and shared > P
     assert len({tuple(a) for a in alone}) > 4 and max(map(len, alone)) > 16
@@ -214,11 +216,11 @@ def test_logits_in_pieces_equal_logits_at_once(tiny, monkeypatch):
     vlm.connector.requires_grad_(True)
     batch = data.collate(samples(vlm.tokenizer), pad_id=0)
     whole, _ = vlm(batch)
-    expected = torch.autograd.grad(whole, vlm.connector.words.weight)[0]
+    expected = torch.autograd.grad(whole, vlm.connector.to_scores.weight)[0]
     monkeypatch.setattr(model, "LOSS_ROWS", 5)
     pieces, _ = vlm(batch)
     torch.testing.assert_close(pieces, whole)
-    torch.testing.assert_close(torch.autograd.grad(pieces, vlm.connector.words.weight)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(pieces, vlm.connector.to_scores.weight)[0], expected)
 
 
 @pytest.mark.parametrize("tower,size", [("clip", 0), ("dino", 0), ("siglip", 0), ("clip", 16), ("dino", 32)])
@@ -249,7 +251,7 @@ def test_nothing_of_a_connector_has_a_dimension_of_the_llm(tiny):
     vlm = make(tiny, llm="llama")
     D = vlm.llm.config.hidden_size
     assert vlm.connector.state_dict().keys() == {"mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias",
-                                                 "words.weight", "words.bias"}
+                                                 "to_scores.weight", "to_scores.bias"}
     assert all(D not in t.shape for t in vlm.connector.state_dict().values())
 
 
@@ -276,29 +278,29 @@ def test_checkpoint_round_trip(tiny, tmp_path, connector, with_llm):
     batch = data.collate(samples(vlm.tokenizer), pad_id=0)
     if with_llm:                                                    # after SFT the LLM's embeddings have moved, E has not
         torch.nn.init.normal_(vlm.llm.get_input_embeddings().weight)
-    model.save(vlm, str(tmp_path / "ck"), "sft" if with_llm else "pretrain", with_llm)
-    again = model.load(str(tmp_path / "ck"))
+    checkpoint.save(vlm, str(tmp_path / "ck"), "sft" if with_llm else "pretrain", with_llm)
+    again = checkpoint.load(str(tmp_path / "ck"))
     assert torch.equal(again(batch)[0], vlm(batch)[0])
     assert again.config == dataclasses.replace(vlm.config, vision_tower=again.config.vision_tower, llm=again.config.llm)
     assert str(tmp_path) not in (tmp_path / "ck" / "config.json").read_text()
 
 
 def test_a_checkpoint_over_another_leaves_none_of_its_llm(tiny, tmp_path):
-    model.save(make(tiny, llm="qwen"), str(tmp_path / "ck"), "sft", with_llm=True)
+    checkpoint.save(make(tiny, llm="qwen"), str(tmp_path / "ck"), "sft", with_llm=True)
     moved = make(tiny, llm="llama")
-    model.save(moved, str(tmp_path / "ck"), "transfer", with_llm=False)
-    again = model.load(str(tmp_path / "ck"))
+    checkpoint.save(moved, str(tmp_path / "ck"), "transfer", with_llm=False)
+    again = checkpoint.load(str(tmp_path / "ck"))
     assert type(again.llm) is type(moved.llm) and torch.equal(again.connector.vocab_embeds, moved.connector.vocab_embeds)
 
 
 def test_loading_refuses_another_llm_and_another_word_list(tiny, tmp_path):
     vlm = make(tiny)
     folder = tmp_path / "ck"
-    model.save(vlm, str(folder), "pretrain", with_llm=False)
+    checkpoint.save(vlm, str(folder), "pretrain", with_llm=False)
     words = (folder / "words.json").read_text()
     (folder / "words.json").write_text(words.replace('"a"', '"zzz"', 1))
     with pytest.raises(ValueError, match="words.json"):
-        model.load(str(folder))
+        checkpoint.load(str(folder))
     (folder / "words.json").write_text(words)
     torch.nn.init.normal_(vlm.llm.get_input_embeddings().weight)
     vlm.llm.save_pretrained(tmp_path / "other")
@@ -307,7 +309,7 @@ def test_loading_refuses_another_llm_and_another_word_list(tiny, tmp_path):
     import os
     (folder / "config.json").write_text(config.replace(os.path.relpath(tiny.qwen, folder), "../other"))
     with pytest.raises(ValueError, match="another LLM"):
-        model.load(str(folder))
+        checkpoint.load(str(folder))
 
 
 def test_frozen_parts_get_no_gradient(tiny):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import checkpoint
 import model
 import train
 from conftest import ROOT, settings, train_here
@@ -120,7 +121,7 @@ def compare_loaded(name, tower, words):
         here += p.to_local().numel()
     for (key, b), (_, c) in zip(vlm.llm.named_buffers(), whole.llm.named_buffers(), strict=True):
         assert torch.equal(b, c), key
-    assert torch.equal(vlm.connector.vocab_embeds, whole.connector.vocab_embeds) and vlm.origin == whole.origin
+    assert torch.equal(vlm.connector.vocab_embeds, whole.connector.vocab_embeds) and vlm.llm_fingerprint == whole.origin
     assert vlm.eos_ids == whole.eos_ids and here < 0.6 * sum(p.numel() for p in whole.llm.parameters())
 
 
@@ -130,8 +131,8 @@ def test_each_rank_reads_its_pieces(tiny, world, name):
 
 
 def test_an_llm_is_written_in_files_of_bounded_size(tiny, tmp_path):
-    llm, _ = model.load_llm(tiny.llama, torch.float32, "cpu")
-    model.save_llm(llm, str(tmp_path / "ours"), torch.bfloat16, writes=True, limit=40_000)
+    llm, _ = checkpoint.load_llm(tiny.llama, torch.float32, "cpu")
+    checkpoint.save_llm(llm, str(tmp_path / "ours"), torch.bfloat16, writes=True, limit=40_000)
     llm.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("ours", "theirs"))
@@ -271,7 +272,7 @@ def test_no_rank_ever_holds_the_whole_llm(tiny, world, tmp_path):
     llm = AutoModelForCausalLM.from_config(config)
     size = sum(p.numel() * 4 for p in llm.parameters())
     shutil.copytree(tiny.qwen, tmp_path / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
-    model.save_llm(llm, str(tmp_path / "llm"), torch.float32, writes=True, limit=size // 8)
+    checkpoint.save_llm(llm, str(tmp_path / "llm"), torch.float32, writes=True, limit=size // 8)
     del llm
     peaks = {}
     for count in (1, 2):

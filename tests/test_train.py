@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+import checkpoint
 import train
 from conftest import ROOT, run, settings, train_here
 
@@ -67,8 +68,8 @@ def test_sft_trains_connector_and_llm_and_keeps_the_frozen_e(tiny, world, tmp_pa
     if connector == "langbridge":                                   # E is a snapshot: it did not follow the LLM
         import model
         E = load_file(f"{after}/llm/vocab_embeds.safetensors")["vocab_embeds"]
-        assert torch.equal(E, model.load(str(before)).connector.vocab_embeds)
-        assert torch.equal(E, model.load(str(after)).connector.vocab_embeds)
+        assert torch.equal(E, checkpoint.load(str(before)).connector.vocab_embeds)
+        assert torch.equal(E, checkpoint.load(str(after)).connector.vocab_embeds)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import model
 import vocab
 import words
@@ -323,8 +324,8 @@ def checkpoints(tiny, world, tmp_path_factory):
     for name, llm, kind, normalize in (("soft", tiny.qwen, "langbridge", "softmax"), ("raw", tiny.gemma, "langbridge", "none"), ("mlp", tiny.qwen, "mlp", "softmax")):
         own = shared if kind == "langbridge" else None
         torch.manual_seed(0)
-        vlm = model.build(model.Config(tiny.clip, llm, kind, 24, len(own or []), normalize), own)
-        model.save(vlm, str(root / name), "pretrain", with_llm=False, template="plain", image_mode="pad")
+        vlm = checkpoint.build(model.Config(tiny.clip, llm, kind, 24, len(own or []), normalize), own)
+        checkpoint.save(vlm, str(root / name), "pretrain", with_llm=False, template="plain", image_mode="pad")
     return root
 
 
@@ -347,7 +348,7 @@ def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
 
 
 def test_read_agrees_with_the_connector(checkpoints):
-    vlm = model.load(str(checkpoints / "raw"))
+    vlm = checkpoint.load(str(checkpoints / "raw"))
     pixels = torch.randn(3, 24, 24)
     mode = words.read(vlm, pixels)["weights"]
     w = vlm.connector.weights(vlm.patch_features(pixels[None]))[0]
@@ -426,12 +427,12 @@ def test_a_connector_that_always_says_red(tiny, world, tmp_path, capsys):
     shared = vocab.load_words(f"{world}/words.json")
     for folder, llm, stage in (("seed1/red", tiny.qwen, "pretrain"), ("seed2/red", tiny.qwen, "pretrain"), ("moved", tiny.llama, "transfer")):
         torch.manual_seed(0)
-        vlm = model.build(model.Config(tiny.clip, llm, "langbridge", 24, len(shared), "softmax"), shared)
+        vlm = checkpoint.build(model.Config(tiny.clip, llm, "langbridge", 24, len(shared), "softmax"), shared)
         with torch.no_grad():
-            vlm.connector.words.bias[shared.index("Ġred")] = 1e3
-        model.save(vlm, str(tmp_path / folder), stage, with_llm=False, image_mode="pad")
+            vlm.connector.to_scores.bias[shared.index("Ġred")] = 1e3
+        checkpoint.save(vlm, str(tmp_path / folder), stage, with_llm=False, image_mode="pad")
     torch.manual_seed(0)
-    model.save(model.build(model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0), None), str(tmp_path / "mlp"), "pretrain", with_llm=False, image_mode="pad")
+    checkpoint.save(checkpoint.build(model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0), None), str(tmp_path / "mlp"), "pretrain", with_llm=False, image_mode="pad")
     truth = {f"{i}.png": {"objects": [{"shape": "square", "color": c, "box": [0, 0, 8, 8]}]} for i, c in enumerate(["red", "green", "blue", "white"] * 10)}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     args = types.SimpleNamespace(checkpoints=[str(tmp_path / f) for f in ("seed1/red", "seed2/red", "moved", "mlp")], data=f"{world}/captions.json",
@@ -503,7 +504,7 @@ class Far(torch.Tensor):
 
 @pytest.mark.parametrize("kind", ["unit", "none"])
 def test_what_is_read_for_people_is_on_the_cpu(tiny, world, kind):
-    vlm = model.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, 100, kind), vocab.load_words(f"{world}/words.json")[:100])
+    vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, 100, kind), vocab.load_words(f"{world}/words.json")[:100])
     embed, features = vlm.llm.get_input_embeddings(), vlm.patch_features
     vlm.patch_features = lambda pixels: features(pixels).as_subclass(Far)
     embed.register_forward_hook(lambda _, args, out: out.as_subclass(Far))

@@ -20,9 +20,30 @@ import tempfile
 import time
 import types
 
-import checkpoint
-import model
 import common
+
+
+def read_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"bench.py: {message}")
+    parser.add_argument("what", nargs="?", choices=("combine", "step", "eval", "all"))
+    parser.add_argument("--json", metavar="FILE", help="put the results into FILE, too, and skip those that it has")
+    parser.add_argument("--overwrite", action="store_true", help="with --json: measure again what FILE has")
+    parser.add_argument("--table", metavar="FILE", help="print the results in FILE as markdown, measure nothing")
+    args = parser.parse_args(argv)
+    if not args.what and not args.table:
+        parser.error("say what to measure: combine, step, eval or all")
+    return args
+
+
+if __name__ == "__main__":                          # before the slow imports, so that --help is quick
+    ARGS = read_arguments()
+
+import torch
+
+import checkpoint
+import data
+import model
 from generate import generate
 
 P, K, D = 1152, 19200, 896                          # two images of 576 patches, the paper's vocabulary, Qwen2-0.5B
@@ -38,8 +59,6 @@ def take_turns(calls, most=7, warm_up=True):
 
     A first round, not counted, warms up (and compiles); from the second follows how many SECONDS allow, 2 to `most`.
     """
-    import torch
-
     def timed(call):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -82,7 +101,6 @@ def extra_memory(call):
     Replays every allocation and release that torch's profiler has seen, so it is exact and the same in each run; the
     scratch memory of the BLAS is not in it. What is only made once does not count: `call` must have run before.
     """
-    import torch
     with torch.profiler.profile(profile_memory=True) as profile:
         results = call()
     returned = {t.untyped_storage().data_ptr() for t in results or ()}
@@ -103,7 +121,6 @@ def extra_memory(call):
 
 def processor():
     """The processor's name, and how many threads torch uses of it"""
-    import torch
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
@@ -124,8 +141,6 @@ class Combination:
     """
 
     def __init__(self, P, H, K, dtype):
-        import torch
-
         import model
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator().manual_seed(0)
@@ -145,7 +160,6 @@ class Combination:
         return (scores.softmax(-1) if normalize == "softmax" else scores) @ E
 
     def run(self, function, normalize):
-        import torch
         out = function(self.z, self.W, self.b, self.E, normalize)
         return out.detach(), *torch.autograd.grad(out, (self.z, self.W, self.b), self.g)
 
@@ -161,7 +175,6 @@ class Combination:
     def floor(self):
         """The matrix products that every exact method needs, and nothing else. Where weights or their gradient are a
         factor, scores from the warm-up stand in: what is in a matrix does not matter to the speed of its product."""
-        import torch
         with torch.no_grad():
             if self.weights is None:
                 self.weights = self.z @ self.W.T
@@ -174,7 +187,6 @@ class Combination:
 
 def combine_parts():
     """-> {name: function that measures it and returns rows}"""
-    import torch
     parts = {}
     for H in (1024, 5120):
         for dtype in (torch.float32, torch.bfloat16):
@@ -203,7 +215,6 @@ def bench_combine(name, H, dtype):
 
 
 def bench_many_patches(name):
-    import torch
     at = Combination(16 * P, 1024, K, torch.bfloat16)
     t = take_turns({"ours": lambda: at.ours("none"), "plain": lambda: at.plain("none")}, warm_up=False)
     return [row(f"{name}: raw, time by the plain chain's", ratio(t, "ours", "plain"), "<= 0.2", **medians(t))]
@@ -229,7 +240,6 @@ def sizes(name):
 
 def random_vlm(tower, llm, side, dtype):
     """A VLM of these configs with LLaVA's MLP as connector; frozen parts in dtype, the connector float32 and trained"""
-    import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
 
@@ -250,7 +260,6 @@ def random_vlm(tower, llm, side, dtype):
 
 def as_llava(vlm):
     """transformers' LLaVA around the very same modules"""
-    import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(LlavaConfig(
@@ -265,9 +274,6 @@ def as_llava(vlm):
 def captions(vlm, images, tokens):
     """A batch of stage 1 as data.collate makes it: one image each and a caption of up to `tokens` random tokens, all of
     them trained. The captions' lengths are spread evenly from a quarter of it."""
-    import torch
-
-    import data
     generator, samples = torch.Generator().manual_seed(0), []
     for i in range(images):
         length = tokens if images == 1 else tokens // 4 + (tokens - tokens // 4) * i // (images - 1)
@@ -298,13 +304,11 @@ def step_parts():
 
 def adamw(connector):
     """As train.py makes it; the rate is 0, so that every round computes the same"""
-    import torch
     return torch.optim.AdamW(connector.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
 def update(connector, optimizer, count=1):
     """The end of train.py's step"""
-    import torch
     for p in connector.parameters():
         p.grad.div_(count)
     torch.nn.utils.clip_grad_norm_(connector.parameters(), 1.0, foreach=True)
@@ -314,9 +318,6 @@ def update(connector, optimizer, count=1):
 
 def steps(vlm, batch, dtype):
     """One training step over the batch, ours and with transformers' LLaVA. -> {name: function that returns its mean loss}"""
-    import torch
-
-    import data
     llava, optimizer = as_llava(vlm), adamw(vlm.connector)
     pixels = batch["pixel_values"].to(vlm.vision_tower.dtype)
     ids = batch["input_ids"].masked_fill(batch["input_ids"] == data.IMAGE_ID, llava.config.image_token_index)
@@ -342,8 +343,6 @@ def steps(vlm, batch, dtype):
 
 
 def bench_llava_step(name, tower, llm, side, images, dtype="float32"):
-    import torch
-
 
     vlm = random_vlm(tower, llm, side, getattr(torch, dtype))
     batch, compiled = captions(vlm, images, 32), copy.deepcopy(vlm)     # LLaVA's blocks are vlm's, and stay as they are
@@ -412,8 +411,6 @@ def peak_memory(vlm, batch, connector):
 def bench_connectors(name, images, H=5120, K=19200, tower=None, llm=None, side=336):
     """What a LangBridge adds to a step with LLaVA's MLP. The difference of two steps of nearly a minute would drown in
     noise, so each connector's share (forward, backward, update) is timed alone, beside whole steps with the MLP."""
-    import torch
-
 
     tower = tower or sizes("openai/clip-vit-large-patch14-336")
     vlm = random_vlm(tower, llm or sizes("Qwen/Qwen2-0.5B-Instruct"), side, torch.bfloat16)
@@ -467,8 +464,6 @@ def eval_parts():
 
 def pope(vlm, images, each, shortest=24, longest=32):
     """Prompts shaped like POPE's: a template's opening, an image, a question. -> prompts, pixels, each prompt's image"""
-    import torch
-
     from data import IMAGE_ID
     generator = torch.Generator().manual_seed(0)
 
@@ -483,8 +478,6 @@ def pope(vlm, images, each, shortest=24, longest=32):
 
 def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
     """Questions a second: ours with `each` questions about each image, LLaVA's loop with `alone` of them a round"""
-    import torch
-
     from data import IMAGE_ID
     vlm = random_vlm(tower, llm, side, torch.float32)
     llava = as_llava(vlm)
@@ -535,25 +528,15 @@ def table(results):
     return "\n".join(lines)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"bench.py: {message}")
-    parser.add_argument("what", nargs="?", choices=(*PARTS, "all"))
-    parser.add_argument("--json", metavar="FILE", help="put the results into FILE, too, and skip those that it has")
-    parser.add_argument("--overwrite", action="store_true", help="with --json: measure again what FILE has")
-    parser.add_argument("--table", metavar="FILE", help="print the results in FILE as markdown, measure nothing")
-    args = parser.parse_args(argv)
+def main(args):
     if args.table:
         try:
             return print(table(common.read_json(args.table)))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{args.table} was not written by bench.py --json: {error!r}") from None
-    if not args.what:
-        parser.error(f"say what to measure: {', '.join(PARTS)} or all")
     results = {}
     if args.json and os.path.exists(args.json):
         results = common.read_json(args.json)                        # before the minutes of measuring, not after
-    import torch
     machine = {"processor": processor(), "torch": torch.__version__}
     if any(results.get(k, v) != v for k, v in machine.items()):
         raise ValueError(f"{args.json} was measured on another machine or torch; give another file")
@@ -570,7 +553,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"bench.py: {error}")
+    common.run_script(main, ARGS)

@@ -1,232 +1,267 @@
 """
-Conversations and pictures: one record of a LLaVA-format JSON file to ids, labels and image tensors.
+Conversations and pictures: a record of a LLaVA-format JSON file becomes ids, labels and pixels.
 
-    record --messages_of--> messages, image names --encode--> ids, labels (born together) --collate--> batch
+    record --messages_of--> messages, image names --encode--> ids, labels --collate--> batch
 
-Letters: T tokens, P patches of an image, B samples of a batch, N images of a batch, S side of a square image in pixels.
-An image is P times IMAGE_ID, an id that no text can produce. Labels are IGNORE wherever nothing is learned.
+Letters: T tokens, P patches of an image, B samples of a batch, N images of a batch,
+S side of a square image in pixels. An image takes P places in the ids, each with IMAGE_ID, an id
+that no text can produce. A label is IGNORE wherever the model does not learn.
 
-    python data.py --check DATA.json --images DIR [--tokenizer NAME --num_patches P]     # missing, broken, untrainable
+    python data.py --check DATA.json --images DIR [--tokenizer NAME --num_patches P]
 """
 import argparse
 import functools
 import json
 import os
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps
 
 import common
-import vocab
-# torch is imported where it is used, so that --help does not wait for it
+# torch is imported where it is used, so that --help does not wait for it.
 
-IMAGE = "<image>"
-IMAGE_ID = -200                              # LLaVA's image slot, here once for each patch
-IGNORE = -100                                # what cross_entropy ignores
-MAX_PIXELS = 2 * 89_478_485                  # where Pillow calls a picture a bomb, and the most that transform makes
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")     # not EPS: for that Pillow starts Ghostscript
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE = "<image>"                       # the placeholder of an image in a text
+IMAGE_ID = -200                         # LLaVA's id of an image, here once for each patch
+IGNORE = -100                           # the label that cross_entropy ignores
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+
+# Above this many pixels Pillow refuses a picture as a decompression bomb. transform does so, too.
+MAX_PIXELS = 2 * 89_478_485
+# EPS is not among the formats, because Pillow would start Ghostscript to read it.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
 class BadSample(ValueError):
-    """A record that cannot be used. kind, what --check counts: malformed, missing image, broken image, untrainable."""
+    """A record that cannot be used.
+
+    kind: "malformed", "missing image", "broken image" or "untrainable". --check counts by kind.
+    """
 
     def __init__(self, kind, sentence):
         super().__init__(sentence)
         self.kind = kind
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# text
+# --------------------------------------------------------------------------------------------------
+# a conversation to ids and labels
 
-# What stands before and after the content of a turn where no chat template is used. "chat" is for a tokenizer without a
-# chat template, EOS follows each answer; "plain" is LLaVA's stage 1, which throws the words of the human turn away.
-OPEN_CLOSE = {
+# The text before and after a turn where no chat template is used. "chat" is for a tokenizer without
+# a chat template. "plain" is LLaVA's stage 1, which drops the text of the human turn.
+TEMPLATES = {
     "chat": {"system": ("", "\n"), "user": ("USER:\n", "\n"), "assistant": ("ASSISTANT:\n", "")},
     "prompted": {"system": ("", "\n"), "user": ("", "\n"), "assistant": ("", "\n")},
     "plain": {"system": ("", ""), "user": ("", ""), "assistant": ("", "\n")},
 }
 
+# Llama-3.2's template writes today's date unless it is given one. With a fixed date the same data
+# has the same ids tomorrow. Other templates ignore it.
+DATE = "26 Jul 2024"
 
-def encode(messages, tokenizer, num_patches, template="chat", mask="answers"):
-    """
-    One conversation -> (ids, labels), two lists of T ints, made together.
 
-    messages: [{"role": "system"|"user"|"assistant", "content": str}, ...]. Each "<image>" in a user's content becomes
-        P = num_patches times IMAGE_ID. Control tokens come from the template alone: "<|im_end|>" in a content is text.
-    template: "chat" is the tokenizer's own, or USER:/ASSISTANT: lines where it has none; "plain" is image, caption,
-        newline; "prompted" is the prompt in words with its image, newline, caption, newline.
-    mask: "answers" trains each answer up to the token that ends its turn. "official" is what LangBridge's released code
-        trains for Qwen: also the header of the assistant, and each <|im_start|>, <|im_end|> and lone newline anywhere.
-    Raises ValueError for turns that the template refuses, and for an image in an answer.
+def image_token_ids(num_patches):
+    """Return the ids of one image. This is the one place that knows how an image is laid out."""
+    return [IMAGE_ID] * num_patches
+
+
+def encode(messages, tokenizer, num_patches, template="chat"):
+    """Return (ids, labels) of one conversation: two lists of T ints, made together.
+
+    messages: [{"role": "system"|"user"|"assistant", "content": str}, ...]. Each "<image>" in a
+        user's content becomes the ids of an image. Control tokens come from the template only:
+        "<|im_end|>" in a content stays text.
+    template: "chat" is the tokenizer's own chat template, or USER:/ASSISTANT: lines if it has none;
+        "plain" is image, caption, newline; "prompted" is prompt, image, newline, caption, newline.
+    Each answer is trained, up to and including the token that ends its turn.
+    Raises ValueError if the template cannot write these turns, or if an answer holds an image.
     """
-    ids, trained, starts = _build(messages, tokenizer, num_patches, template)
-    if mask == "official":
-        trained = _official(ids, trained, starts, tokenizer)
-    elif mask != "answers":
-        raise ValueError(f"mask is 'answers' or 'official', not {mask!r}")
-    return ids, [i if t else IGNORE for i, t in zip(ids, trained)]
+    ids, labels = [], []
+    for new, is_trained, _ in _pieces(messages, tokenizer, num_patches, template):
+        ids += new
+        labels += new if is_trained else [IGNORE] * len(new)
+    return ids, labels
 
 
 def encode_prompt(messages, tokenizer, num_patches, template="chat"):
-    """Messages up to a user's turn -> ids up to where the model begins to speak: what encode has before that answer."""
-    messages = messages + [{"role": "assistant", "content": ""}]
-    return _build(messages, tokenizer, num_patches, template, prompt=True)[0]
+    """Return the ids of messages that end with a user's turn, up to where the answer begins.
 
-
-def _build(messages, tokenizer, num_patches, template, prompt=False):
-    """-> ids; trained, a bool for each id; starts, where in ids each answer begins. prompt: stop at the last answer."""
-    gaps, trims = _skeleton(tokenizer, str(tokenizer.chat_template), template, tuple(m["role"] for m in messages))
-    encoders, (_, eats_left, eats_right) = _encoders(tokenizer), _control(tokenizer)
-    ids, trained, starts = [], [], []
-    text, learn, before = "", False, "start"            # what is not yet tokenised; is it trained; what it follows
-
-    def flush():
-        nonlocal text, before
-        text = text.lstrip() if before == "special" and ids[-1] in eats_right else text
-        if text:
-            where = "start" if learn and before == "image" else before  # plain: the caption is a text of its own
-            new = encoders[where].encode(text, add_special_tokens=False).ids
-            ids.extend(new)
-            trained.extend([learn] * len(new))
-            text, before = "", "text"
-
-    for i, gap in enumerate(gaps):
-        for part in gap:
-            if isinstance(part, str):
-                text += part
-                continue
-            text = text.rstrip() if part in eats_left else text
-            flush()
-            ids.append(part)
-            trained.append(learn)
-            learn, before = False, "special"            # the first control token after an answer ends the turn
-        if i == len(messages):
+    They are the ids that encode puts before that answer.
+    """
+    messages = messages + [{"role": "assistant", "content": "a"}]
+    ids = []
+    for new, _, turn in _pieces(messages, tokenizer, num_patches, template):
+        if turn == len(messages) - 1:
             break
-        role, content, (left, right) = messages[i]["role"], messages[i]["content"], trims[i]
-        content = content if left == "" else content.lstrip(left)
-        content = content if right == "" else content.rstrip(right)
-        if role == "assistant" or learn:
-            flush()                                     # as in generation, where the prompt is tokenised alone
-        learn = role == "assistant"
-        if learn:
-            starts.append(len(ids))
-            if prompt and i == len(messages) - 1:
-                break
-        if IMAGE in content and role != "user":
+        ids += new
+    return ids
+
+
+def _pieces(messages, tokenizer, num_patches, template):
+    """Return the conversation in pieces: a list of (ids, is_trained, index of the turn).
+
+    The template's text before a turn belongs to the turn before it (-1 at the very start), because
+    the first control token after an answer is the one that ends it and is trained.
+    """
+    gaps, contents = _split(messages, tokenizer, template)
+    control = {token.content: (i, token) for i, token in _control_tokens(tokenizer).items()}
+    names = sorted(control, key=len, reverse=True)              # the longest name first
+    pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    # First as strings: (text or name of a control token or IMAGE, kind, is_trained, turn).
+    parts = []
+
+    def add(text, kind, is_trained, turn):
+        same = parts and parts[-1][1] == kind == "text" and parts[-1][2] == is_trained
+        if same:                # joined, so that text across a border is tokenized as one
+            parts[-1] = (parts[-1][0] + text, kind, is_trained, parts[-1][3])
+        elif text:
+            parts.append((text, kind, is_trained, turn))
+
+    is_trained = False
+    for turn, gap in enumerate(gaps, start=-1):
+        for text in (pattern.split(gap) if pattern else [gap]):
+            kind = "control" if text in control else "text"
+            add(text, kind, is_trained, turn)
+            if kind == "control":
+                is_trained = False
+        if turn + 1 == len(messages):
+            break
+        is_trained = messages[turn + 1]["role"] == "assistant"
+        for j, text in enumerate(contents[turn + 1].split(IMAGE)):
+            if j > 0:
+                add(IMAGE, "image", False, turn + 1)
+            add(text, "text", is_trained, turn + 1)
+
+    # Then as ids.
+    pieces, before = [], "start"
+    for i, (text, kind, is_trained, turn) in enumerate(parts):
+        if kind == "control":
+            new = [control[text][0]]
+        elif kind == "image":
+            new = image_token_ids(num_patches)
+        else:
+            # Some control tokens (Phi-3's) swallow the white space beside them.
+            if before == "control" and control[parts[i - 1][0]][1].rstrip:
+                text = text.lstrip()
+            follows_control = i + 1 < len(parts) and parts[i + 1][1] == "control"
+            if follows_control and control[parts[i + 1][0]][1].lstrip:
+                text = text.rstrip()
+            # An answer right after an image (template "plain") starts as a text of its own.
+            where = "start" if before == "image" and is_trained else before
+            new = _encoders(tokenizer)[where].encode(text, add_special_tokens=False).ids
+            if not text:
+                continue        # swallowed: what comes next still follows the control token
+        pieces.append((new, is_trained, turn))
+        before = kind
+    return pieces
+
+
+def _split(messages, tokenizer, template):
+    """Return (gaps, contents): n + 1 texts of the template and the n contents between them."""
+    roles = [message["role"] for message in messages]
+    contents = [message["content"] for message in messages]
+    if template not in TEMPLATES:
+        raise ValueError(f"template is one of {', '.join(TEMPLATES)}, not {template!r}")
+    if template == "plain" and roles != ["user", "assistant"]:
+        raise ValueError("template 'plain' needs one human turn and one answer, "
+                         f"not {', '.join(roles)}")
+    for i, (role, content) in enumerate(zip(roles, contents)):
+        if role != "user" and IMAGE in content:
             raise ValueError(f"turn {i} is the {role}'s and holds '{IMAGE}'; only a user's turn can")
-        pieces = content.split(IMAGE)
-        if template == "plain" and role == "user":
-            pieces = [""] * len(pieces)
-        text += pieces[0]
-        for piece in pieces[1:]:
-            flush()
-            ids.extend([IMAGE_ID] * num_patches)
-            trained.extend([False] * num_patches)
-            text, before = piece, "image"
-    flush()
-    return ids, trained, starts
 
-
-@functools.lru_cache(maxsize=4096)                      # rendering takes a millisecond; many records share their roles
-def _skeleton(tokenizer, chat_template, template, roles):
-    """
-    What is not content, for a sequence of n roles. chat_template is there for the cache.
-
-    -> gaps, n + 1 lists of str (template text) and int (control tokens): gaps[i] before content i, gaps[n] at the end;
-       trims, n pairs of the characters that the template strips off a content, left and right: "" none, None all space
-    """
-    if template not in OPEN_CLOSE:
-        raise ValueError(f"template is one of {', '.join(OPEN_CLOSE)}, not {template!r}")
-    if template == "plain" and roles != ("user", "assistant"):
-        raise ValueError(f"template 'plain' needs one human turn and one answer, not {', '.join(roles)}")
     if template == "chat" and tokenizer.chat_template:
-        texts, trims = _render(tokenizer, roles)
+        gaps, contents = _split_chat_template(roles, contents, tokenizer)
     else:
-        bos = tokenizer.bos_token if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
-        turns = [OPEN_CLOSE[template][role] for role in roles]
-        texts = [close + open_ for close, open_ in zip([bos] + [c for _, c in turns], [o for o, _ in turns] + [""])]
-        trims = [("", "")] * len(roles)
-    by_name = _control(tokenizer)[0]
-    pattern = "(" + "|".join(map(re.escape, sorted(by_name, key=len, reverse=True))) + ")"  # the longest name first
-    pieces = [re.split(pattern, text) if by_name else [text] for text in texts]
-    gaps = [[by_name.get(part, part) for part in piece if part] for piece in pieces]
+        starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        gaps = [tokenizer.bos_token if starts_with_bos else ""]
+        for role in roles:
+            before, after = TEMPLATES[template][role]
+            gaps[-1] += before
+            gaps.append(after)
+    if template == "plain":
+        contents = [IMAGE * contents[0].count(IMAGE), contents[1]]
 
-    # An early Llama-3 template opens one more assistant turn after the last answer, asked or not. Cut that off.
-    before, last = gaps[-2:] if roles[-1:] == ("assistant",) else ([], [])
-    at, end = ([i for i, part in enumerate(parts) if isinstance(part, int)] for parts in (before, last))
-    if at and len(end) > 1 and last[end[-1]] == before[at[-1]] and str(last[-1]).strip() == str(before[-1]).strip():
-        gaps[-1] = last[:end[1]]
-
-    # An answer that no control token ends gets EOS: without one the model would never learn to stop.
-    for role, gap in zip(roles, gaps[1:]):
-        if template == "chat" and role == "assistant" and not any(isinstance(part, int) for part in gap):
+    names = [token.content for token in _control_tokens(tokenizer).values()]
+    for i, role in enumerate(roles):
+        if template != "chat" or role != "assistant":
+            continue
+        # An answer that no control token ends gets EOS, or the model would never learn to stop.
+        if not any(name in gaps[i + 1] for name in names):
             if tokenizer.eos_token_id is None:
-                raise ValueError("the tokenizer has no end-of-sequence token, so that no answer could end")
-            gap.insert(0, tokenizer.eos_token_id)
-    return gaps, trims
+                raise ValueError("the tokenizer has no end-of-sequence token, "
+                                 "so that no answer could end")
+            gaps[i + 1] = tokenizer.eos_token + gaps[i + 1]
+        # A space before an answer (Mistral's) is part of the answer's first token.
+        stripped = gaps[i].rstrip(" ")
+        contents[i] = gaps[i][len(stripped):] + contents[i]
+        gaps[i] = stripped
+    # The first template of Llama-3 opens one more answer at the end, asked or not. Only the token
+    # that ends the turn is kept of it.
+    if roles[-2:] == ["user", "assistant"] and gaps[-1].strip() == gaps[-2].strip():
+        ends = [name for name in names if gaps[-1].startswith(name)]
+        gaps[-1] = max(ends, key=len, default=gaps[-1])
+    return gaps, contents
 
 
-def _render(tokenizer, roles):
-    """The chat template with a sentinel for each content -> the n + 1 texts around the sentinels, and the n trims."""
-    names = [f"Zq{i}qZ" for i in range(len(roles))]
+def _split_chat_template(roles, contents, tokenizer):
+    """Return (gaps, contents) as the tokenizer's chat template writes them.
 
-    def around(left, right):
-        messages = [{"role": role, "content": left + name + right} for role, name in zip(roles, names)]
+    The template is rendered twice: with the contents, and with a sentinel for each content to find
+    the texts around them. Both must agree, so a template that changes a content is refused.
+    """
+    def render(texts):
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
         try:
-            rest = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        except Exception as error:                      # the template is somebody's program: it may raise anything
-            raise ValueError(f"the chat template refuses the turns {', '.join(roles)}: {error}") from None
-        texts = []
-        for name in names:
-            if rest.count(name) != 1:
-                raise ValueError(f"the chat template drops, repeats, alters or moves a turn of {', '.join(roles)}")
-            text, rest = rest.split(name)
-            texts.append(text)
-        return texts + [rest]
+            return tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE)
+        except Exception as error:      # a template is a program: it may raise anything
+            raise ValueError(f"the chat template refuses the turns {', '.join(roles)}: "
+                             f"{error}") from None
 
-    # Once more with white space around each content: the template strips nothing, newlines, or everything.
-    lefts, rights = {"\n\t": "", "\t": "\n", "": None}, {"\t\n": "", "\t": "\n", "": None}
-    bare, padded = around("", ""), around("\n\t", "\t\n")
-    fits = []                                           # for each text: what survives of the space before and after it
-    for i, (text, seen) in enumerate(zip(bare, padded)):
-        befores, afters = list(rights) if i > 0 else [""], list(lefts) if i < len(roles) else [""]
-        fits += [(b, a) for b in befores for a in afters if b + text + a == seen][:1]
-        if len(fits) != i + 1:
-            raise ValueError(f"the chat template changes the space around a turn of {', '.join(roles)}")
-    return bare, [(lefts[fits[i][1]], rights[fits[i + 1][0]]) for i in range(len(roles))]
+    sentinels = [f"Zq{i}qZ" for i in range(len(roles))]
+    gaps, rest = [], render(sentinels)
+    for sentinel in sentinels:
+        if rest.count(sentinel) != 1:
+            raise ValueError("the chat template drops, repeats, alters or moves a turn of "
+                             f"{', '.join(roles)}")
+        gap, rest = rest.split(sentinel)
+        gaps.append(gap)
+    gaps.append(rest)
+
+    written, rest = [], render(contents)
+    rest = rest.removeprefix(gaps[0])
+    for i, content in enumerate(contents):
+        # Llama-3 and Gemma strip a content, Qwen3 strips newlines in front of its last answer.
+        forms = [content, content.strip(), content.lstrip("\n")]
+        fitting = [form for form in forms if rest.startswith(form + gaps[i + 1])]
+        if not fitting:
+            raise ValueError(f"the chat template changes the content of turn {i}")
+        written.append(fitting[0])
+        rest = rest[len(fitting[0] + gaps[i + 1]):]
+    if rest:
+        raise ValueError(f"the chat template changes the content of turn {len(roles) - 1}")
+    return gaps, written
 
 
 @functools.lru_cache(maxsize=16)
-def _control(tokenizer):
-    """-> {name: id} of the control tokens, and the sets of those that swallow the space to their left and right."""
-    control = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ({token.content: i for i, token in control.items()}, {i for i, token in control.items() if token.lstrip},
-            {i for i, token in control.items() if token.rstrip})
+def _control_tokens(tokenizer):
+    """Return {id: AddedToken} of the tokens that only a template may write."""
+    return {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 @functools.lru_cache(maxsize=16)
 def _encoders(tokenizer):
-    """
-    tokenizers.Tokenizer by what a text follows: "start" (nothing), "special" (a control token), "image", "text".
+    """Return a tokenizers.Tokenizer for each thing that a text can follow.
 
-    None makes a control token out of text. They differ for SentencePiece, which puts a space ("▁") before each text
-    or before the first one. In the middle of a text that would be a space that nobody wrote.
+    The keys are "start" (of the ids), "control", "image" and "text". No encoder makes a control
+    token out of text. They differ for SentencePiece tokenizers, which put a space ("▁") in front of
+    a text: in the middle of a conversation that would be a space that nobody wrote.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; one with a tokenizer.json is needed")
+        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; "
+                         "one with a tokenizer.json is needed")
     from tokenizers import Tokenizer
-
-    def without_prefix(node):
-        if isinstance(node, list):
-            return [without_prefix(child) for child in node if child != prepend]
-        if isinstance(node, dict):
-            return {key: {"add_prefix_space": False, "prepend_scheme": "never"}.get(key, without_prefix(child))
-                    for key, child in node.items()}
-        return node
 
     def make(spec):
         encoder = Tokenizer.from_str(json.dumps(spec))
@@ -235,49 +270,49 @@ def _encoders(tokenizer):
 
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec |= {"post_processor": None, "truncation": None, "padding": None}
-    parts, prepend = [spec["normalizer"], spec["pre_tokenizer"]], {"type": "Prepend", "prepend": "▁"}
-    always = any(sign in json.dumps(parts) for sign in ('"Prepend"', '"add_prefix_space": true', '"always"'))
     natural = make(spec)
-    spec["normalizer"], spec["pre_tokenizer"] = [None if p == prepend else without_prefix(p) for p in parts]
-    bare = make(spec)
-    return {"start": natural, "special": natural if always else bare, "image": bare, "text": bare}
+    parts = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
+    bare_parts = re.sub(r'"prepend": "[^"]+"', '"prepend": ""', parts)
+    bare_parts = bare_parts.replace('"add_prefix_space": true', '"add_prefix_space": false')
+    after_control = bare_parts.replace('"always"', '"never"') != parts      # every text gets a space
+    bare_parts = re.sub('"(first|always)"', '"never"', bare_parts)
+    if bare_parts == parts:
+        bare = natural
+    else:
+        spec["normalizer"], spec["pre_tokenizer"] = json.loads(bare_parts)
+        bare = make(spec)
+    return {"start": natural, "control": natural if after_control else bare,
+            "image": bare, "text": bare}
 
 
-def _official(ids, trained, starts, tokenizer):
-    """The released code's mask for ChatML: answers with their headers, markers and lone newlines of every turn."""
-    names, newline = _control(tokenizer)[0], _encoders(tokenizer)["text"].encode("\n", add_special_tokens=False).ids
-    im_start, im_end = names.get("<|im_start|>"), names.get("<|im_end|>")
-    if im_start is None or im_end is None or len(newline) != 1 or not all(im_start in ids[:s] for s in starts):
-        raise ValueError("mask 'official' exists for ChatML templates (Qwen) alone; use mask 'answers'")
-    trained = [t or i in (im_start, im_end, newline[0]) for i, t in zip(ids, trained)]
-    for start in starts:
-        header = max(i for i in range(start) if ids[i] == im_start)
-        trained[header:start] = [True] * (start - header)
-    return trained
-
-
-def show(ids, labels, tokenizer):
-    """One sample as text for a terminal: trained tokens green, the others dim, an image as [image x P]."""
-    runs = []                                           # (colour, ids): a character can take several tokens
+def show_sample(ids, labels, tokenizer):
+    """Return a sample as text for a terminal: trained tokens green, others dim, images as [image x P]."""
+    runs = []                           # (kind, ids): one character can take several tokens
     for i, label in zip(map(int, ids), map(int, labels)):
-        kind = "image" if i == IMAGE_ID else "2" if label == IGNORE else "32"
+        kind = "image" if i == IMAGE_ID else "other" if label == IGNORE else "trained"
         if not runs or runs[-1][0] != kind:
             runs.append((kind, []))
         runs[-1][1].append(i)
-    texts = [f"[image x {len(run)}]" if kind == "image" else tokenizer.decode(run, clean_up_tokenization_spaces=False)
-             for kind, run in runs]
-    return "".join(f"\033[{kind.replace('image', '2')}m" + text.replace("\033", "␛") + "\033[0m"
-                   for (kind, _), text in zip(runs, texts))
+    shown = ""
+    for kind, run in runs:
+        text = tokenizer.decode(run, clean_up_tokenization_spaces=False) if kind != "image" else ""
+        text = f"[image x {len(run)}]" if kind == "image" else text.replace("\033", "␛")
+        shown += f"\033[{32 if kind == 'trained' else 2}m{text}\033[0m"
+    return shown
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pictures
 
 def inside(folder, name):
-    """The real path of a file name in the folder: no absolute path, no "..", no link that leads out. Raises BadSample."""
+    """Return the real path of a file name in the folder.
+
+    Raises BadSample for an absolute path, and for ".." or a link that leads out of the folder.
+    """
     try:
-        path, root = os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder)
-    except (ValueError, OSError) as error:              # a null byte; a loop of links
+        path = os.path.realpath(os.path.join(folder, name))
+        root = os.path.realpath(folder)
+    except (ValueError, OSError) as error:              # a null byte, or a loop of links
         raise BadSample("malformed", f"image {name!r} is not a file name: {error}") from None
     if os.path.isabs(name) or os.path.commonpath([path, root]) != root:
         raise BadSample("malformed", f"image {name!r} is not inside the image folder {folder}")
@@ -285,7 +320,7 @@ def inside(folder, name):
 
 
 def image_path(folder, name):
-    """The file of an image name, inside the folder and there. Raises BadSample."""
+    """Return the path of an image in the folder. Raises BadSample if there is no such file."""
     path = inside(folder, name)
     if not os.path.isfile(path):
         raise BadSample("missing image", f"image {os.path.join(folder, name)!r} does not exist")
@@ -293,27 +328,29 @@ def image_path(folder, name):
 
 
 def open_image(path):
-    """
-    A picture file -> PIL image, RGB, upright by its EXIF. Raises BadSample, naming the file, if it is not a whole picture.
+    """Return a picture file as a PIL image: RGB, upright by its EXIF, an animation's first frame.
 
-    Of an animation the first frame. Transparency is dropped as in LLaVA (PIL's convert), not blended.
+    Transparency is dropped as in LLaVA, not blended. Raises BadSample if the file is not a complete
+    picture.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):              # 16-bit grey: PIL's convert makes all above 255 white
-                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+            if image.mode.startswith("I"):      # 16-bit grey: convert would make all above 255 white
+                grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+                image = Image.fromarray(grey.astype(np.uint8))
             return image.convert("RGB")
-    except Exception as error:                          # on broken bytes PIL's readers raise nearly anything
+    except Exception as error:                          # Pillow's readers raise nearly anything
         raise BadSample("broken image", f"image {str(path)!r} cannot be read: {error}") from None
 
 
 def transform(image, size, mean, std, mode="pad"):
-    """
-    PIL RGB -> float32[3, S, S], S = size, normalised. Bicubic, the same numbers as transformers' CLIPImageProcessor.
+    """Return a PIL RGB image as float32[3, S, S], S = size, normalised.
 
-    mode: "crop" takes the short edge to S and cuts out the middle (LLaVA's stage 1: wide pictures lose their sides);
-        "pad" centres on a square of the mean colour first (LLaVA's stage 2, evaluation); "squash" changes the aspect.
+    mode: "crop" scales the short edge to S and cuts out the middle (LLaVA's stage 1); "pad" first
+        centres the image on a square of the mean colour (LLaVA's stage 2 and evaluation);
+        "squash" changes the aspect ratio.
+    The numbers are those of transformers' CLIPImageProcessor (bicubic).
     """
     import torch
 
@@ -323,88 +360,138 @@ def transform(image, size, mean, std, mode="pad"):
     if mode not in needed:
         raise ValueError(f"image mode is one of {', '.join(needed)}, not {mode!r}")
     if needed[mode] > MAX_PIXELS:
-        raise BadSample("broken image", f"{w} x {h} is too thin for mode {mode!r}: it would need {needed[mode]:,} pixels")
+        raise BadSample("broken image", f"{w} x {h} is too thin for mode {mode!r}: "
+                                        f"it would need {needed[mode]:,} pixels")
     if mode == "pad":
         canvas = Image.new("RGB", (long, long), tuple(int(m * 255) for m in mean))
         canvas.paste(image, ((long - w) // 2, (long - h) // 2))
         image = canvas
     if mode == "crop":
-        w, h = (size, int(size * long / short)) if w <= h else (int(size * long / short), size)
+        scaled = int(size * long / short)
+        w, h = (size, scaled) if w <= h else (scaled, size)
         left, top = (w - size) // 2, (h - size) // 2
-        image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    x = np.asarray(image, dtype=np.float32) / 255                           # (S, S, 3)
+    x = np.asarray(image, dtype=np.float32) / 255                       # (S, S, 3)
     x = (x - np.float32(mean)) / np.float32(std)
-    return torch.from_numpy(x.transpose(2, 0, 1).copy())                    # (3, S, S)
+    return torch.from_numpy(x.transpose(2, 0, 1).copy())                # (3, S, S)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# records, samples, batches
+# --------------------------------------------------------------------------------------------------
+# records and the dataset
 
-def messages_of(record, image_first=True):
+def read_records(path):
+    """Return the records of a LLaVA-format file: a list of dicts.
+
+    Raises ValueError, which names the file and, where there is one, the record.
     """
-    A LLaVA record -> (messages for encode, list of its image names). Raises BadSample.
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            records = json.load(file)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:       # cut short, nested too deeply
+        raise ValueError(f"{path} is not a whole JSON file: {error}") from None
+    if not isinstance(records, list):
+        raise ValueError(f"{path} is not a LLaVA-format file: it is not a JSON list of records")
+    if not records:
+        raise ValueError(f"{path} holds no records")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: record {i} is not an object but {str(record)[:60]!r}")
+    return records
 
-    "image" is a name or a list of names, in the order of the "<image>" in the human turns. As many of these as images;
-    where there is none they go before the first human turn. One image, and image_first: "<image>" moves to the front of
-    its turn, newline after it, as LLaVA does. Several images stay where they stand.
-    """
-    turns, names = record.get("conversations"), record.get("image")
-    names = [] if names is None else [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise BadSample("malformed", "'image' is neither a file name nor a list of file names")
+
+def turns_of(record):
+    """Return the turns of a LLaVA record as they stand: messages for encode. Raises BadSample."""
+    turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadSample("malformed", "'conversations' is missing or empty")
-    messages, expected = [], ("user", "system")
+    messages = []
     for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+        keys = ("from", "value")
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in keys):
             raise BadSample("malformed", f"turn {i} lacks a text under 'from' or 'value'")
-        role, content = ROLES.get(turn["from"]), turn["value"]
+        if turn["from"] not in ROLES:
+            raise BadSample("malformed", f"turn {i} is from {turn['from'][:40]!r}, "
+                                         "which is not human, gpt or system")
+        # JSON can spell half a character ("\ud800"). UTF-8 and tokenizers cannot.
+        if re.search("[\ud800-\udfff]", turn["value"]):
+            raise BadSample("malformed", f"turn {i} holds half a character (a lone surrogate)")
+        messages.append({"role": ROLES[turn["from"]], "content": turn["value"]})
+    return messages
+
+
+def messages_of(record, image_first=True):
+    """Return (messages for encode, list of image names) of a LLaVA record. Raises BadSample.
+
+    "image" is a name or a list of names, in the order of the "<image>" in the human turns. If no
+    turn has an "<image>", they go before the first human turn. If there is one image and
+    image_first is true, its "<image>" moves to the front of its turn, as in LLaVA.
+    """
+    names = record.get("image")
+    names = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise BadSample("malformed", "'image' is neither a file name nor a list of file names")
+    messages = turns_of(record)
+    expected = ("user", "system")
+    for i, message in enumerate(messages):
+        role, content, sender = message["role"], message["content"], record["conversations"][i]["from"]
         if role not in expected:
-            raise BadSample("malformed", f"turn {i} is from {turn['from'][:40]!r}; human and gpt must alternate, human first")
+            raise BadSample("malformed", f"turn {i} is from {sender!r}; "
+                                         "human and gpt must alternate, human first")
         expected = ("assistant",) if role == "user" else ("user",)
         if not content.strip():
             raise BadSample("malformed", f"turn {i} is empty")
-        if vocab.HALF_CHARACTER.search(content):
-            raise BadSample("malformed", f"turn {i} holds half a character (a lone surrogate)")
         if role != "user" and IMAGE in content:
-            raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; only a human turn can")
-        messages.append({"role": role, "content": content})
-    count = sum(m["content"].count(IMAGE) for m in messages)
-    users = [m for m in messages if m["role"] == "user"]
+            raise BadSample("malformed", f"turn {i} is from {sender!r} and holds '{IMAGE}'; "
+                                         "only a human turn can")
+
+    users = [message for message in messages if message["role"] == "user"]
+    count = sum(user["content"].count(IMAGE) for user in users)
     if names and users and count == 0:
         users[0]["content"] = (IMAGE + "\n") * len(names) + users[0]["content"]
     elif count != len(names):
-        raise BadSample("malformed", f"{len(names)} image(s) but {count} '{IMAGE}' in the human turns")
+        raise BadSample("malformed",
+                        f"{len(names)} image(s) but {count} '{IMAGE}' in the human turns")
     elif count == 1 and image_first:
-        user = next(m for m in users if IMAGE in m["content"])
-        user["content"] = (IMAGE + "\n" + user["content"].replace(IMAGE, "").strip()).strip()
+        user = next(user for user in users if IMAGE in user["content"])
+        rest = user["content"].replace(IMAGE, "").strip()
+        user["content"] = (IMAGE + "\n" + rest).strip()
     return messages, names
 
 
 class Conversations:
-    """
-    Map-style dataset over LLaVA-format JSON files, several read as one.
+    """A map-style dataset over LLaVA-format JSON files; several files are read as one.
 
-    image: {"size", "mean", "std"[, "mode"]} for transform. max_length: T is cut to it, from the right; None keeps all.
-    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "images": float32[n, 3, S, S]}, or the BadSample that names
-    file, record and id: what to do about it is train.py's to say. Never another record in its place.
+    image: {"size", "mean", "std"[, "mode"]} for transform.
+    max_length: a sample keeps its first max_length tokens; None keeps all.
+    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "images": float32[n, 3, S, S]},
+        or a BadSample that names file, record and id. train.py decides what to do with it.
     """
 
-    def __init__(self, paths, image_folder, tokenizer, num_patches, image, template="chat", mask="answers",
+    def __init__(self, paths, image_folder, tokenizer, num_patches, image, template="chat",
                  max_length=2048):
-        self.image_folder, self.image, self.max_length = str(image_folder), image, max_length
-        self.tokenizer, self.num_patches, self.template, self.mask = tokenizer, num_patches, template, mask
+        self.image_folder = str(image_folder)
+        self.tokenizer = tokenizer
+        self.num_patches = num_patches
+        self.image = image
+        self.template = template
+        self.max_length = max_length
         self.records, self.names = [], []
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-            records = list(vocab.read_records(path))
-            self.records += records
-            self.names += [f"{path}: record {i} (id {str(r.get('id'))[:60]!r})" for i, r in enumerate(records)]
-        self.lengths = [_words(r) * (1 if r.get("image") else -1) for r in self.records]
-        if tokenizer:                                   # a template or mask that cannot work is no bad record: fail now
-            encode([{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "a"}],
-                   tokenizer, num_patches, template, mask)
+            for i, record in enumerate(read_records(path)):
+                self.records.append(record)
+                self.names.append(f"{path}: record {i} (id {str(record.get('id'))[:60]!r})")
+        # The sign says whether there is an image; group_by_modality_length in global_batches needs it.
+        self.lengths = [_num_words(r) * (1 if r.get("image") else -1) for r in self.records]
+        if tokenizer:           # a template that cannot work is not a bad record: fail now
+            trial = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "a"}]
+            encode(trial, tokenizer, num_patches, template)
 
     def __len__(self):
         return len(self.records)
@@ -412,110 +499,131 @@ class Conversations:
     def __getitem__(self, i):
         try:
             return self.sample(i)
-        except BadSample as error:        # returned: a loader's process would raise it with a traceback in its text
+        except BadSample as error:      # returned, because a worker would raise it with a traceback
             return error
 
     def sample(self, i):
-        """Sample i. Raises BadSample. Without a tokenizer its ids and labels are empty."""
+        """Return sample i. Raises BadSample. Without a tokenizer its ids and labels are empty."""
         import torch
 
         try:
             messages, names = messages_of(self.records[i], image_first=self.template == "chat")
             ids, labels = self.encode(messages) if self.tokenizer else ([], [])
-            images = [transform(open_image(image_path(self.image_folder, name)), **self.image) for name in names]
+            paths = [image_path(self.image_folder, name) for name in names]
+            images = [transform(open_image(path), **self.image) for path in paths]
         except ValueError as error:
-            raise BadSample(getattr(error, "kind", "untrainable"), f"{self.names[i]}: {error}") from None
+            kind = getattr(error, "kind", "untrainable")
+            raise BadSample(kind, f"{self.names[i]}: {error}") from None
         size = self.image["size"]
-        return {"id": str(self.records[i].get("id", i)), "input_ids": torch.tensor(ids, dtype=torch.int64),
+        return {"id": str(self.records[i].get("id", i)),
+                "input_ids": torch.tensor(ids, dtype=torch.int64),
                 "labels": torch.tensor(labels, dtype=torch.int64),
                 "images": torch.stack(images) if images else torch.zeros(0, 3, size, size)}
 
     def encode(self, messages):
-        """Messages -> (ids, labels), at most max_length of them. Raises ValueError if nothing is left to train."""
-        ids, labels = encode(messages, self.tokenizer, self.num_patches, self.template, self.mask)
+        """Return (ids, labels), at most max_length of each.
+
+        Raises ValueError if an image is cut or if no trained token is left.
+        """
+        ids, labels = encode(messages, self.tokenizer, self.num_patches, self.template)
         T = self.max_length or len(ids)
         if IMAGE_ID in ids[T:]:
             raise ValueError(f"an image does not fit into the first {T} of {len(ids)} tokens")
-        if all(label == IGNORE for label in labels[1:T]):               # nothing predicts the first token
+        if all(label == IGNORE for label in labels[1:T]):       # the first token is never predicted
             raise ValueError(f"no trained token among the first {T} of {len(ids)}")
         return ids[:T], labels[:T]
 
 
-def _words(record):
-    """Words in all turns, at least 1: group_by_modality_length's measure of a record."""
+def _num_words(record):
+    """Return the number of words in all turns, at least 1: the length that batches are sorted by."""
     try:
         return max(1, sum(len(turn["value"].split()) for turn in record["conversations"]))
     except (KeyError, TypeError, AttributeError):
-        return 1                                        # malformed: said when it is used
+        return 1                        # a malformed record is reported when it is used
 
+
+# --------------------------------------------------------------------------------------------------
+# batches
 
 def collate(samples, pad_id):
-    """
-    Samples -> batch, padded on the right. Padding is told by lengths, never by values ("!" is id 0 for Qwen).
+    """Return a batch of samples, padded on the right.
 
     {"ids": [str], "input_ids", "labels", "attention_mask", "position_ids": int64[B, T],
      "pixel_values": float32[N, 3, S, S], "bad": [str]}
-    Images are in the order of their places in input_ids. A BadSample among the samples is left out, its sentence is in "bad".
+    Images are in the order of their places in input_ids. A BadSample is left out, and its sentence
+    is in "bad". The mask comes from lengths and not from values, because "!" is id 0 for Qwen.
     """
     import torch
 
-    kept = [s for s in samples if not isinstance(s, BadSample)]
-    B, T = len(kept), max([len(s["input_ids"]) for s in kept], default=0)
-    ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORE)                    # (B, T)
-    attention = torch.zeros(B, T, dtype=torch.int64)                                        # (B, T)
-    for b, s in enumerate(kept):
+    good = [s for s in samples if not isinstance(s, BadSample)]
+    B = len(good)
+    T = max([len(s["input_ids"]) for s in good], default=0)
+    ids = torch.full((B, T), pad_id)                                    # (B, T)
+    labels = torch.full((B, T), IGNORE)                                 # (B, T)
+    mask = torch.zeros(B, T, dtype=torch.int64)                         # (B, T)
+    for b, s in enumerate(good):
         n = len(s["input_ids"])
-        ids[b, :n], labels[b, :n], attention[b, :n] = s["input_ids"], s["labels"], 1
-    images = torch.cat([s["images"] for s in kept]) if kept else torch.zeros(0, 3, 0, 0)    # (N, 3, S, S)
-    return {"ids": [s["id"] for s in kept], "input_ids": ids, "labels": labels, "attention_mask": attention,
-            "position_ids": torch.arange(T).repeat(B, 1), "pixel_values": images,
+        ids[b, :n] = s["input_ids"]
+        labels[b, :n] = s["labels"]
+        mask[b, :n] = 1
+    images = torch.cat([s["images"] for s in good]) if good else torch.zeros(0, 3, 0, 0)
+    return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels,
+            "attention_mask": mask, "position_ids": torch.arange(T).repeat(B, 1),
+            "pixel_values": images,                                     # (N, 3, S, S)
             "bad": [str(s) for s in samples if isinstance(s, BadSample)]}
 
 
 def without_images(batch):
-    """
-    The batch without its images: hidden from attention, positions closed up. As many tokens are trained as before.
+    """Return the batch with its images hidden from attention and the positions closed up.
 
-    Where an image opens the row (plain without BOS) its last patch predicts the first word, so that patch stays. It
-    shows nothing, for the pictures are grey.
+    As many tokens are trained as before. If an image opens a row (template "plain" without BOS), its
+    last patch predicts the first word, so that patch stays visible. All pixels are 0.
     """
-    hidden = batch["input_ids"] == IMAGE_ID                                                 # (B, T)
+    hidden = batch["input_ids"] == IMAGE_ID                             # (B, T)
     front = hidden.cumprod(1).bool()
-    seen = batch["attention_mask"] * (~hidden | front & ~front.roll(-1, 1))
-    return batch | {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0),
+    last_of_front = front & ~front.roll(-1, 1)
+    seen = batch["attention_mask"] * (~hidden | last_of_front)
+    return batch | {"attention_mask": seen,
+                    "position_ids": (seen.cumsum(1) - 1).clamp(min=0),
                     "pixel_values": batch["pixel_values"] * 0}
 
 
 def global_batches(dataset, batch_size, epoch, seed, group):
-    """
-    The order of an epoch -> lists of sample indices, one list for each optimizer step; a function of (seed, epoch).
+    """Return the order of an epoch: one list of sample indices for each optimizer step.
 
-    group: LLaVA's group_by_modality_length. A full batch is all image or all text, longest first, so that ranks taking
-    batch[rank::world] do equal work. What is left of both kinds is one short batch at the end, or two.
+    It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch is all
+    image or all text, longest first, so that ranks that take batch[rank::world] do equal work.
+    What is left of both kinds is one short batch at the end, or two.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
+    def shuffled(items):
+        return [items[j] for j in torch.randperm(len(items), generator=generator).tolist()]
+
     def batches(indices):
-        order = [indices[j] for j in torch.randperm(len(indices), generator=generator).tolist()]
+        order = shuffled(indices)
         return [order[j:j + batch_size] for j in range(0, len(order), batch_size)]
 
     if not group:
         return batches(range(len(dataset)))
     lengths = dataset.lengths
-    both = [batches([i for i, n in enumerate(lengths) if (n > 0) == image]) for image in (True, False)]
-    both = [sorted(batch, key=lambda i: -abs(lengths[i])) for batch in both[0] + both[1]]
-    full, rest = [b for b in both if len(b) == batch_size], [b for b in both if len(b) < batch_size]
-    full = [full[j] for j in torch.randperm(len(full), generator=generator).tolist()]
-    return full + ([sum(rest, [])] if 0 < sum(map(len, rest)) < batch_size else rest)
+    grouped = batches([i for i, n in enumerate(lengths) if n > 0])
+    grouped += batches([i for i, n in enumerate(lengths) if n <= 0])
+    grouped = [sorted(batch, key=lambda i: -abs(lengths[i])) for batch in grouped]
+    full = shuffled([batch for batch in grouped if len(batch) == batch_size])
+    rest = [batch for batch in grouped if len(batch) < batch_size]
+    if 0 < sum(map(len, rest)) < batch_size:
+        rest = [sum(rest, [])]
+    return full + rest
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # python data.py --check
 
 def check(dataset, workers):
-    """Read and encode every sample -> {kind: [sentence, ...]} of those that cannot be used."""
+    """Read and encode every sample. Return {kind: [sentence, ...]} of those that cannot be used."""
     from tqdm import tqdm
 
     def problem(i):
@@ -526,7 +634,7 @@ def check(dataset, workers):
 
     problems = {}
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(dataset), unit=" records") as bar:
-        for start in range(0, len(dataset), 1024):      # map() would hold a task for each record at once
+        for start in range(0, len(dataset), 1024):      # map() would hold a task for each record
             for error in pool.map(problem, range(start, min(start + 1024, len(dataset)))):
                 bar.update()
                 if error:
@@ -535,39 +643,41 @@ def check(dataset, workers):
 
 
 def main(argv=None):
-    """-> exit code: 1 if a sample cannot be used"""
-    parser = argparse.ArgumentParser(description="List the missing, broken and untrainable samples of a dataset.")
-    parser.add_argument("--check", nargs="+", required=True, metavar="DATA.json", help="LLaVA-format JSON files")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder that image paths start from")
-    parser.add_argument("--tokenizer", help="hub name or folder; without one the texts are not encoded")
-    parser.add_argument("--num_patches", type=int, default=576, help="ids that one image takes")
-    parser.add_argument("--max_length", type=int, default=2048, help="tokens, image patches included")
-    parser.add_argument("--template", default="chat", choices=OPEN_CLOSE)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
-    parser.add_argument("--offline", action="store_true", help=common.OFFLINE)
+    """Run the check and return the exit code, which is 1 if a sample cannot be used."""
+    parser = argparse.ArgumentParser(
+        description="List the missing, broken and untrainable samples of a dataset.")
+    add = parser.add_argument
+    add("--check", nargs="+", required=True, metavar="DATA.json", help="LLaVA-format JSON files")
+    add("--images", required=True, metavar="DIR", help="the folder that image paths start from")
+    add("--tokenizer", help="hub name or folder; without one the texts are not encoded")
+    add("--num_patches", type=int, default=576, help="ids that one image takes")
+    add("--max_length", type=int, default=2048, help="tokens, image patches included")
+    add("--template", default="chat", choices=TEMPLATES)
+    add("--workers", type=int, default=os.cpu_count(), help="threads")
+    add("--offline", action="store_true", help=common.OFFLINE)
     args = parser.parse_args(argv)
     if args.offline:
         common.go_offline()
 
     tokenizer = common.load_tokenizer(args.tokenizer) if args.tokenizer else None
-    image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}           # small: it is the reading that is checked
-    dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image, args.template,
-                            max_length=args.max_length)
+    image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}   # small: only the reading is checked
+    dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image,
+                            args.template, args.max_length)
     if tokenizer:
-        good = (sample for sample in map(dataset.__getitem__, range(len(dataset))) if not isinstance(sample, BadSample))
-        if first := next(good, None):
-            print(show(first["input_ids"], first["labels"], tokenizer))
+        samples = map(dataset.__getitem__, range(len(dataset)))
+        first = next((s for s in samples if not isinstance(s, BadSample)), None)
+        if first:
+            print(show_sample(first["input_ids"], first["labels"], tokenizer))
     problems = check(dataset, args.workers)
     for kind, sentences in problems.items():
-        print(f"\n{kind}: {len(sentences)}", *sentences[:20], *["..."] * (len(sentences) > 20), sep="\n  ")
+        more = ["..."] if len(sentences) > 20 else []
+        print(f"\n{kind}: {len(sentences)}", *sentences[:20], *more, sep="\n  ")
+    count = sum(map(len, problems.values()))
     names = [str(record["id"]) for record in dataset.records if "id" in record]
-    print(f"\n{len(dataset):,} records, {sum(map(len, problems.values())):,} cannot be used; "
+    print(f"\n{len(dataset):,} records, {count:,} cannot be used; "
           f"{len(names) - len(set(names)):,} share an id with one before")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+    common.run_script(main)

@@ -1,98 +1,115 @@
-"""The fused vocabulary combination."""
+"""
+The fused vocabulary combination: the same function as `combine` in model.py, with less memory.
+
+The plain formula keeps a score for each patch and word: 1.4 GB for 32 pictures at the paper's
+sizes, and several tensors of this size. The fused version keeps the scores of one block of words. In
+float32 it takes about 1/14 of the plain formula's extra memory. It costs one matrix product more in
+the backward pass: where memory suffices, the compiled plain formula is faster (bench.py combine).
+
+This is the one file with a hand-made backward pass. Who reads for the method can skip it.
+Letters as in model.py. P here counts the patches of all images of a batch together.
+"""
 import functools
 
 import torch
 import torch.nn.functional as F
 
-BLOCK = 1024           # words whose scores exist at one time
-COMPILE = 1 << 23      # patches x words from which on the seconds that torch.compile takes come back
+from common import print_rank0
+
+NORMALIZE = ("unit", "softmax", "none")     # what this file knows; model.combine takes the others
+BLOCK = 1024            # words whose scores exist at one time
+# torch.compile takes seconds. With fewer scores (patches x words) than this it does not pay.
+COMPILE_FROM = 1 << 23
 
 
 def combine(z, W, b, E, normalize):
-    """The vocabulary combination: each row of z becomes a weighted sum of the rows of E.
+    """Return what model.combine returns: z float[..., H], W [K, H], b [K], E [K, D] -> [..., D].
 
-    z float[..., H], W float[K, H], b float[K], E float[K, D] -> [..., D]. With s = z W^T + b and p = softmax(s):
-        "none"      s E
-        "softmax"   p E
-        "unit"      p (E - mean of E) / |p|
-    The last is ours. An average of many words lies close to the mean word and is short: at the start, when all weights
-    are alike, every patch looks the same to the LLM, and hardly anything is learned. So "unit" weights the deviations
-    from the mean word and divides by the Euclidean norm of p, which makes the result about as long as one word's
-    deviation.
-
-    Computed and returned in autocast's dtype, else in z's; W, b and E may have another one. Sums over blocks of words
-    run in float32 (float64 for float64). Gradients for z, W and b, none for E. No tensor of the size patches x words is
-    ever made, unless normalize is "none" and there are so few patches that it is the small way.
+    The dtype of computation and result is autocast's, or z's without autocast; W, b and E may have
+    other dtypes. Sums over blocks are float32 (float64 for float64). z, W and b get gradients, E
+    gets none.
     """
     device = z.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
-    rows = z.reshape(-1, z.shape[-1]).to(dtype)                     # (..., H) -> (P, H); the P of all images together
-    with torch.autocast(device, enabled=False):                     # from here on each cast is written out
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else z.dtype
+    rows = z.reshape(-1, z.shape[-1]).to(dtype)                     # (..., H) -> (P, H)
+    with torch.autocast(device, enabled=False):                     # every cast below is explicit
         if normalize == "none":
-            out = raw_combine(rows, W, b, E)
+            out = combine_raw(rows, W, b, E)
         else:
             out = SoftmaxCombine.apply(rows, W, b, E, normalize == "unit")
     return out.view(*z.shape[:-1], E.shape[1])                      # (P, D) -> (..., D)
 
 
-def raw_combine(z, W, b, E):
-    """(z W^T + b) E in the cheaper of its two orders: float[P, H] -> float[P, D]
+# --------------------------------------------------------------------------------------------------
+# raw scores
 
-    The product is associative, so E^T W [D, H] can be made first: K is summed away before a patch is seen. With E a
-    constant autograd keeps to this order (dW = E (g^T z)), so the gradients are the same and as cheap.
+def combine_raw(z, W, b, E):
+    """Return (z W^T + b) E in the cheaper of its two orders: z float[P, H] -> float[P, D].
+
+    The product is associative. E^T W [D, H] can be made first, and then no score is ever made.
     """
-    (K, H), (P, D) = W.shape, (len(z), E.shape[1])
+    K, H = W.shape
+    P, D = len(z), E.shape[1]
     W, b, E = W.to(z.dtype), b.to(z.dtype), E.to(z.dtype)
-    # Multiply-adds. Training needs 3 products of each factor with z's rows and 2 of the others; inference 1 of each.
-    # At 896 x 5120 x 19200 folding pays from 559 patches in training, from 795 in inference.
-    z_products, others = (3, 2) if torch.is_grad_enabled() and W.requires_grad else (1, 1)
-    folded = others * K * H * D + z_products * P * H * D
-    if folded < z_products * P * K * H + others * P * K * D:
+    # Count multiplications. In training a product with z's rows is made three times (forward, and
+    # two gradients); a product of W and E alone is made twice, because E gets no gradient.
+    training = torch.is_grad_enabled() and W.requires_grad
+    with_z, without_z = (3, 2) if training else (1, 1)
+    folded = without_z * K * H * D + with_z * P * H * D
+    unfolded = with_z * P * K * H + without_z * P * K * D
+    if folded < unfolded:
         return F.linear(z, E.T @ W, b @ E)                          # (P, H) x (H, D) -> (P, D)
-    return F.linear(z, W, b) @ E                                    # (P, H) x (H, K) x (K, D) -> (P, D)
+    return F.linear(z, W, b) @ E                                    # (P, H) x (H, K) x (K, D)
 
+
+# --------------------------------------------------------------------------------------------------
+# softmax scores
 
 class SoftmaxCombine(torch.autograd.Function):
-    """softmax(z W^T + b) E without the matrix of all scores: attention with the words as keys and E as values.
+    """softmax(z W^T + b) E, like attention with the words as keys and E as values.
 
-    Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; Rabe and Staats 2021, arXiv 2112.05682). For one patch
+    Forward is the online softmax of arXiv 1805.02867 and 2112.05682. For one patch
 
         out = sum_k exp(s_k) e_k / sum_k exp(s_k)
 
-    where exp overflows from s = 89 on. Numerator and denominator may both be multiplied by exp(-top) for any `top`; the
-    largest score makes every exponent <= 0. But the largest score is known only at the end. So walk over the words in
-    blocks with the largest score *so far*, and when a block raises it from `top` to `new`, multiply what has been added
-    up by exp(top - new): each term then stands as if `new` had been there from the start.
+    exp overflows in float32 for s above 88, so both sums are multiplied by exp(-top), top being the
+    largest score. It is known only at the end: the loop uses the largest score so far, and where a
+    block raises it to new_top, the sums so far are multiplied by exp(top - new_top).
 
-    The backward pass makes the scores of a block again (one product more than keeping them) and needs no second walk to
-    normalise them: p_k = exp(s_k - lse), where lse = top + log(sum_k exp(s_k - top)) was saved for each patch; as its two
-    terms, because at a top of 1e4 their float32 sum is off by 5e-4, and so would be every p_k. With g = dL/dout,
+    Backward makes the scores of each block again. With g = dL/dout
 
-        dL/dp_k = g . e_k        dL/ds_k = p_k (g . e_k - sum_j p_j g . e_j) = p_k (g . e_k - g . out)
+        p_k = exp(s_k - top - log_total)        dL/dp_k = g . e_k
+        dL/ds_k = p_k (g . e_k - sum_j p_j g . e_j) = p_k (g . e_k - g . out)
 
-    and the sum over all words inside the softmax's gradient is again one number for each patch.
+    so the sum over all words is one number for each patch. top and log_total are kept apart: at a
+    top of 1e4 their float32 sum would be wrong by 5e-4, and every p_k with it.
 
-    "unit" is out / |p| with E's mean taken off. |p|^2 = sum_k p_k^2 is one sum more on the same walk, and since a factor
-    common to all p_k changes nothing, sum_j p_j dL/dp_j is 0: dL/ds_k = p_k (g . e_k / |p| - p_k (g . out) / |p|^2).
+    "unit" returns (sum_k p_k e_k - mean) / |p| with the mean of E. A common factor of all p_k
+    changes nothing, so sum_j p_j dL/dp_j = 0 and
+
+        dL/ds_k = p_k ((g . e_k - g . mean) / |p| - p_k (g . out) / |p|^2)
     """
 
     @staticmethod
     def forward(ctx, z, W, b, E, unit):
-        """z float[P, H], W float[K, H], b float[K], E float[K, D] -> float[P, D] in z's dtype"""
-        wide = torch.promote_types(z.dtype, torch.float32)          # of all that is added up over blocks
-        top = torch.full((len(z), 1), torch.finfo(wide).min, dtype=wide, device=z.device)
+        """z float[P, H], W float[K, H], b float[K], E float[K, D] -> float[P, D] in z's dtype."""
+        P, D = len(z), E.shape[1]
+        sum_dtype = torch.promote_types(z.dtype, torch.float32)
+        top = torch.full((P, 1), torch.finfo(sum_dtype).min, dtype=sum_dtype, device=z.device)
         total = torch.zeros_like(top)                               # (P, 1) sum of exp(s - top)
         squares = torch.zeros_like(top)                             # (P, 1) sum of exp(s - top)^2
-        out = torch.zeros(len(z), E.shape[1], dtype=wide, device=z.device)  # (P, D) sum of exp(s - top) e
-        mean = torch.zeros(E.shape[1], dtype=wide, device=z.device)
-        step = compiled(softmax_step) if len(z) * len(W) >= COMPILE else softmax_step
+        out = torch.zeros(P, D, dtype=sum_dtype, device=z.device)   # sum of exp(s - top) e
+        mean = torch.zeros(D, dtype=sum_dtype, device=z.device)     # of the rows of E
+        step = compiled(forward_step) if P * len(W) >= COMPILE_FROM else forward_step
         for Wk, bk, Ek in zip(W.split(BLOCK), b.split(BLOCK), E.split(BLOCK)):
-            s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) x (H, block) -> (P, block)
-            p, top, total, squares, shrink = step(s, top, total, squares)
-            add_product(out.mul_(shrink), p, Ek.to(z.dtype))        # (P, block) x (block, D) -> (P, D)
+            s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) -> (P, block)
+            p, top, total, squares, rescale = step(s, top, total, squares)
+            add_product(out.mul_(rescale), p, Ek.to(z.dtype))       # (P, block) x (block, D)
             if unit:
-                mean += Ek.sum(0, dtype=wide) / len(E)              # by blocks: on a CPU this is a copy in `wide`
-        out, norm = out.div_(total), torch.ones_like(total)
+                mean += Ek.sum(0, dtype=sum_dtype) / len(E)
+        out = out.div_(total)
+        norm = torch.ones_like(total)
         if unit:
             norm = squares.sqrt() / total                           # (P, 1) |p|
             out = out.sub_(mean).div_(norm)
@@ -104,47 +121,70 @@ class SoftmaxCombine(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        """g float[P, D] -> gradients of z, W and b, each in its tensor's dtype, where they are asked for"""
+        """g float[P, D] -> gradients of z, W and b, each in the dtype of its tensor."""
         z, W, b, E, out, top, log_total, mean, norm = ctx.saved_tensors
-        needs_z, needs_W, needs_b, _, _ = ctx.needs_input_grad
-        g_out = (g.to(top.dtype) * out).sum(1, keepdim=True)        # (P, 1)
-        # Both kinds are dL/ds_k = p_k ((g . e_k - shift) / norm - p_k curve). For "unit" e_k is less the mean word, which
-        # is the shift, and the derivative of 1 / |p| is the curve.
+        g_out = (g.to(top.dtype) * out).sum(1, keepdim=True)        # (P, 1) g . out
+        # Both kinds are dL/ds_k = p_k ((g . e_k - shift) / norm - p_k curve). For "unit", shift is
+        # g . mean, because E is centred, and curve is the derivative of 1 / |p|.
         shift, curve = g_out, torch.zeros_like(g_out)
         if ctx.unit:
-            shift, curve = g.to(top.dtype) @ mean[:, None], g_out / norm.square()   # (P, 1)
-        dz = torch.zeros(z.shape, dtype=top.dtype, device=z.device) if needs_z else None
-        dW = torch.empty_like(W) if needs_W else None
-        db = torch.empty_like(b) if needs_b else None
-        step = compiled(softmax_step_backward) if len(z) * len(W) >= COMPILE else softmax_step_backward
-        for k in range(0, len(W), BLOCK):
-            block = slice(k, k + BLOCK)
+            shift = g.to(top.dtype) @ mean[:, None]                 # (P, D) x (D, 1) -> (P, 1)
+            curve = g_out / norm.square()                           # (P, 1)
+        dz = torch.zeros(z.shape, dtype=top.dtype, device=z.device)
+        dW = torch.empty_like(W)
+        db = torch.empty_like(b)
+        step = compiled(backward_step) if len(z) * len(W) >= COMPILE_FROM else backward_step
+        for start in range(0, len(W), BLOCK):
+            block = slice(start, start + BLOCK)
             Wk = W[block].to(z.dtype)
-            s = F.linear(z, Wk, b[block].to(z.dtype))               # as in the forward pass, to the bit
-            dp = g @ E[block].to(z.dtype).T                         # (P, D) x (D, block) -> (P, block)
-            ds, ds_sum = step(s, dp, top, log_total, shift, norm, curve)
-            if needs_z:
-                add_product(dz, ds, Wk)                             # (P, block) x (block, H) -> (P, H)
-            if needs_W and dW.dtype == ds.dtype:
-                torch.mm(ds.T, z, out=dW[block])                    # (block, P) x (P, H) -> (block, H)
-            elif needs_W:
-                dW[block] = ds.T @ z                                # float32 masters
-            if needs_b:
-                db[block] = ds_sum
-        return dz.to(z.dtype) if needs_z else None, dW, db, None, None
+            s = F.linear(z, Wk, b[block].to(z.dtype))               # the same bits as in forward
+            dp = g @ E[block].to(z.dtype).T                         # (P, D) x (D, block)
+            ds, db[block] = step(s, dp, top, log_total, shift, norm, curve)
+            dW[block] = ds.T @ z                                    # (block, P) x (P, H)
+            add_product(dz, ds, Wk)                                 # (P, block) x (block, H)
+        return dz.to(z.dtype), dW, db, None, None
+
+
+def forward_step(s, top, total, squares):
+    """Add one block of scores, float[P, block], to the online softmax's sums, float[P, 1] each.
+
+    -> exp(s - new_top) in s's dtype, new_top, total, squares, and the factor for earlier sums.
+    """
+    s_wide = s.to(top.dtype)
+    new_top = torch.maximum(top, s_wide.amax(1, keepdim=True))      # (P, 1)
+    rescale = (top - new_top).exp()                                 # 1 if the top did not change
+    p = (s_wide - new_top).exp()                                    # (P, block)
+    total = total * rescale + p.sum(1, keepdim=True)
+    squares = squares * rescale.square() + p.square().sum(1, keepdim=True)
+    return p.to(s.dtype), new_top, total, squares, rescale
+
+
+def backward_step(s, dp, top, log_total, shift, norm, curve):
+    """Return dL/ds of one block, float[P, block] in s's dtype, and its sum over patches, [block].
+
+    s and dp = g . e are float[P, block], the other arguments float[P, 1].
+    """
+    p = (s.to(top.dtype) - top - log_total).exp()
+    ds = p * ((dp.to(top.dtype) - shift) / norm - p * curve)
+    return ds.to(s.dtype), ds.sum(0)
 
 
 def add_product(total, a, b):
-    """total += a @ b in place, where `total` may be wider than a and b: then by quarters, for the product is a copy"""
+    """Add a @ b to `total` in place."""
     if total.dtype == a.dtype:
-        return total.addmm_(a, b)
-    for part, rows in zip(total.chunk(4), a.chunk(4)):
-        part.add_(rows @ b)
+        total.addmm_(a, b)
+        return
+    # The product is a temporary in the dtype of a. Four chunks make it a quarter as large.
+    for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
+        total_rows.add_(a_rows @ b)
 
 
 @functools.cache
 def compiled(step):
-    """`step` through torch.compile, one pass over memory instead of six; as it is, said once, where that fails."""
+    """Return `step` compiled, so that it passes over memory once instead of six times.
+
+    Where torch.compile fails, the result runs `step` itself and says so once.
+    """
     fast = torch.compile(step, dynamic=True)
 
     def run(*args):
@@ -153,35 +193,17 @@ def compiled(step):
             return fast(*args)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:                                  # no C++ compiler, no Triton: no common name
+        except Exception as error:      # no C++ compiler and no Triton raise errors of many types
             if fast is step:
                 raise
-            say_once(f"the combination runs as plain torch, slower: torch.compile fails here ({type(error).__name__})")
+            print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
+                       "combination runs uncompiled and slower")
             fast = step
             return step(*args)
+
     return run
 
 
 @functools.cache
-def say_once(text):
-    print(text)
-
-
-def softmax_step(s, top, total, squares):
-    """One block of the online softmax: scores float[P, block]; top, total, squares float[P, 1] so far
-    -> exp(s - new top) in s's dtype, new top, total, squares, and what everything added up before must be multiplied by"""
-    s_wide = s.to(top.dtype)
-    new = torch.maximum(top, s_wide.amax(1, keepdim=True))          # (P, 1)
-    shrink = (top - new).exp()                                      # 1 where the block brought no larger score
-    p = (s_wide - new).exp()                                        # (P, block)
-    total = total * shrink + p.sum(1, keepdim=True)
-    squares = squares * shrink.square() + p.square().sum(1, keepdim=True)
-    return p.to(s.dtype), new, total, squares, shrink
-
-
-def softmax_step_backward(s, dp, top, log_total, shift, norm, curve):
-    """One block of the gradient: s, g . e float[P, block], the terms of lse, and the rest float[P, 1]
-    -> dL/ds in s's dtype, and its sum over the patches, float[block]"""
-    p = (s.to(top.dtype) - top - log_total).exp()
-    ds = p * ((dp.to(top.dtype) - shift) / norm - p * curve)
-    return ds.to(s.dtype), ds.sum(0)
+def print_once(text):
+    print_rank0(text)

@@ -1,6 +1,12 @@
-"""Batched answers."""
+"""
+Answers in batches: greedy or sampled, and a prefix that several prompts share is computed once.
+
+`llm.generate(inputs_embeds=...)` of transformers would do for single prompts. This loop adds what
+evaluation needs: one image with ten questions is encoded and prefilled once, not ten times.
+
+Letters as in model.py. A prompt is a list of ids in which IMAGE_ID stands once for each patch.
+"""
 import inspect
-import zlib
 
 import torch
 import torch.nn.functional as F
@@ -8,88 +14,117 @@ from transformers import DynamicCache
 
 from data import IMAGE_ID
 
+# Layers of these types keep keys and values of all tokens, so a prefix can be copied between rows.
+# Other layers (Mamba, for example) remember by a state that cannot be shifted.
+SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+
 
 @torch.no_grad()
-def generate(vlm, ids, pixel_values=None, max_new_tokens=128, temperature=0.0, seed=0, image_index=None):
-    """Continue each prompt, greedily (temperature 0) or by sampling. An answer does not depend on its batch.
+def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=None,
+             temperature=0.0):
+    """Return the answer to each prompt: a list of B lists of new ids, without the end token.
 
-    ids: prompts as lists of ids with runs of IMAGE_ID; pixel_values float32[N, 3, S, S], or None; image_index: the row of
-    pixel_values for each image of the prompts in reading order, None for 0, 1, 2, ...
-    -> lists of new ids, without the eos.
+    prompts: B lists of ids. pixel_values: float32[N, 3, S, S] or None. image_index: for each image
+    in the prompts, in reading order, its row of pixel_values; default 0, 1, 2, ...
+    temperature 0 takes the most probable token; above 0 tokens are drawn with torch's generator.
+    Greedy answers do not depend on the other prompts of the batch, up to rounding.
     """
     device = vlm.llm.device
-    T = max(map(len, ids))
-    # Left padding: the last column is the newest token of every row.
-    input_ids = torch.tensor([[vlm.pad_id] * (T - len(row)) + row for row in ids], device=device)             # (B, T)
-    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in ids], device=device)         # (B, T)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    # A row draws from a generator of its own, seeded by its prompt, so that its neighbours do not matter.
-    dice = [torch.Generator().manual_seed(seed + zlib.crc32(repr(row).encode())) for row in ids]
-    image_index = range(len(pixel_values) if pixel_values is not None else 0) if image_index is None else image_index
-    embeds = vlm.splice(input_ids, pixel_values, list(image_index))  # (B, T, D)
-    cache = prefill(vlm, ids, embeds, mask, position, image_index)    # of the first columns
+    if image_index is None:
+        image_index = range(0 if pixel_values is None else len(pixel_values))
+    image_index = list(image_index)
+    # Pad on the left, so that the last column is the newest token of every row.
+    T = max(len(prompt) for prompt in prompts)
+    padding = [T - len(prompt) for prompt in prompts]
+    padded = [[vlm.pad_id] * n + prompt for n, prompt in zip(padding, prompts)]
+    input_ids = torch.tensor(padded, device=device)                                     # (B, T)
+    mask = torch.tensor([[0] * n + [1] * (T - n) for n in padding], device=device)      # (B, T)
+    position = (mask.cumsum(dim=1) - 1).clamp(min=0)                                    # (B, T)
+    embeds = vlm.splice(input_ids, pixel_values, image_index)                           # (B, T, D)
+
+    decoder = vlm.llm.get_decoder()
+    cache_name = cache_argument(decoder)
+    cache = shared_prefix(vlm, prompts, embeds, mask, position, image_index)
     start = cache.get_seq_length() if cache else 0
-    decode = vlm.llm.get_decoder()
-    name = cache_name(decode)
-    out = decode(inputs_embeds=embeds[:, start:], attention_mask=mask, position_ids=position[:, start:],
-                 use_cache=True, **{name: cache})
-    answers, done = [[] for _ in ids], [False] * len(ids)
-    for _ in range(max_new_tokens):
-        tokens = pick(vlm.logits(out.last_hidden_state[:, -1]), temperature, dice)           # B ints
-        for row, token in enumerate(tokens):
-            done[row] = done[row] or token in vlm.eos_ids
-            if not done[row]:
+    output = decoder(inputs_embeds=embeds[:, start:], attention_mask=mask, use_cache=True,
+                     position_ids=position[:, start:], **{cache_name: cache})
+    answers = [[] for _ in prompts]
+    is_done = [False] * len(prompts)
+    for step in range(max_new_tokens):
+        tokens = next_tokens(vlm.logits(output.last_hidden_state[:, -1]), temperature)  # (B,)
+        for row, token in enumerate(tokens.tolist()):
+            is_done[row] = is_done[row] or token in vlm.eos_ids
+            if not is_done[row]:
                 answers[row].append(token)
-        if all(done) or max(map(len, answers)) == max_new_tokens:
+        if all(is_done) or step == max_new_tokens - 1:
             break
-        position = position[:, -1:] + 1
-        mask = F.pad(mask, (0, 1), value=1)
-        out = decode(input_ids=torch.tensor(tokens, device=device)[:, None], attention_mask=mask,
-                     position_ids=position, use_cache=True, **{name: getattr(out, name)})
+        position = position[:, -1:] + 1                                                 # (B, 1)
+        mask = F.pad(mask, (0, 1), value=1)                                             # (B, T+1)
+        cache = getattr(output, cache_name)
+        output = decoder(input_ids=tokens.to(device)[:, None], attention_mask=mask,
+                         position_ids=position, use_cache=True, **{cache_name: cache})
     return answers
 
 
-def prefill(vlm, ids, embeds, mask, position, image_index):
-    """Keys and values of what prompts begin with alike, the same ids and images up to the last patch, made once.
-
-    As `generate` has them: ids, B prompts; embeds float[B, T, D]; mask and position int64[B, T]; image_index.
-    -> a cache of the first T - S columns, S the most tokens that a prompt has after its last patch; None where no
-    two prompts share an image, or where the LLM remembers otherwise than by attention.
-    """
-    T, images, begins, longest = mask.shape[1], iter(image_index), [], {}    # longest: beginning -> its longest prompt
-    for b, row in enumerate(ids):
-        end = len(row) - row[::-1].index(IMAGE_ID) if IMAGE_ID in row else 0
-        begins.append((tuple(row[:end]), *(next(images) for _ in range(row.count(IMAGE_ID) // vlm.num_patches))))
-        if len(row) > len(ids[longest.setdefault(begins[b], b)]):
-            longest[begins[b]] = b
-    shared = T - max(len(row) - len(begin[0]) for row, begin in zip(ids, begins))                # T - S
-    kinds = getattr(vlm.llm.config.get_text_config(), "layer_types", None) or ()
-    if shared == 0 or len(longest) == len(ids) or not {*kinds} <= {"full_attention", "sliding_attention"}:
-        return None
-    rows, cache = list(longest.values()), DynamicCache()        # given a config it forgets what leaves a window
-    decode = vlm.llm.get_decoder()
-    decode(inputs_embeds=embeds[rows, :shared], attention_mask=mask[rows, :shared],
-           position_ids=position[rows, :shared], use_cache=True, **{cache_name(decode): cache})
-    # A shorter prompt begins further right, and the last S columns hold some of its patches, which are made again.
-    # The price of a few patches buys that no row has a gap between its tokens, which windows count by columns.
-    source = torch.tensor([rows.index(longest[begin]) for begin in begins], device=mask.device)[:, None]  # (B, 1)
-    shift = torch.tensor([[len(row) - len(ids[longest[begin]])] for row, begin in zip(ids, begins)], device=mask.device)
-    column = (torch.arange(shared, device=mask.device) + shift).clamp(min=0)                            # (B, T-S)
-    for layer in cache.layers:                                  # keys and values float[B, heads, T-S, d]
-        b, t = (index.to(layer.keys.device) for index in (source, column))
-        layer.keys = layer.keys[b, :, t].transpose(1, 2)
-        layer.values = layer.values[b, :, t].transpose(1, 2)
-    return cache
-
-
-def cache_name(decoder):
-    """The name that a decoder gives its cache of keys and values: transformers renames it, and drops the old name in 5.40."""
-    return "cache" if "cache" in inspect.signature(type(decoder).forward).parameters else "past_key_values"
-
-
-def pick(logits, temperature, dice):
-    """The next token of each row: float32[B, V] -> list of B ints"""
+def next_tokens(logits, temperature):
+    """Return the next token of each row: float32[B, V] -> int64[B]."""
     if temperature == 0:
-        return logits.argmax(-1).tolist()
-    probs = (logits / temperature).softmax(-1).cpu()
-    return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probs, dice)]
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    return torch.multinomial(probabilities, 1)[:, 0]
+
+
+def cache_argument(decoder):
+    """Return the name of the decoder's argument for its cache.
+
+    transformers renames past_key_values to cache and drops the old name in version 5.40.
+    """
+    parameters = inspect.signature(type(decoder).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def shared_prefix(vlm, prompts, embeds, mask, position, image_index):
+    """Return a cache of the first columns, in which every distinct prefix was computed once.
+
+    A prefix is a prompt up to its last patch, with its images. The arguments are those of
+    `generate`: embeds float[B, T, D], mask and position int64[B, T]. The cache covers T - S columns
+    where S is the largest number of tokens that a prompt has after its last patch. The result is
+    None if no two prompts share a prefix or if the LLM has layers of another type.
+    """
+    B, T = mask.shape
+    remaining_images = iter(image_index)
+    prefixes = []                       # for each prompt: its ids up to the last patch, its images
+    for prompt in prompts:
+        end = len(prompt) - prompt[::-1].index(IMAGE_ID) if IMAGE_ID in prompt else 0
+        number = prompt.count(IMAGE_ID) // vlm.num_patches
+        prefixes.append((tuple(prompt[:end]), *(next(remaining_images) for _ in range(number))))
+    # The longest prompt of each prefix is computed for all prompts that share the prefix.
+    longest = {}
+    for row, prefix in enumerate(prefixes):
+        best = longest.setdefault(prefix, row)
+        if len(prompts[row]) > len(prompts[best]):
+            longest[prefix] = row
+    columns = T - max(len(p) - len(prefix[0]) for p, prefix in zip(prompts, prefixes))  # T - S
+    layer_types = getattr(vlm.llm.config.get_text_config(), "layer_types", None) or ()
+    if columns == 0 or len(longest) == B or not SHAREABLE_LAYERS.issuperset(layer_types):
+        return None
+
+    decoder = vlm.llm.get_decoder()
+    # A cache that was made from the config would drop what leaves a sliding window.
+    cache = DynamicCache()
+    rows = list(longest.values())
+    decoder(inputs_embeds=embeds[rows, :columns], attention_mask=mask[rows, :columns],
+            position_ids=position[rows, :columns], use_cache=True,
+            **{cache_argument(decoder): cache})
+    # Copy the keys and values to all rows. A shorter prompt starts further to the right, so its
+    # columns are shifted. Its last patches then fall into the S columns that are computed again.
+    # That is cheaper than a gap between its tokens: sliding windows count columns, gaps included.
+    sources = [longest[prefix] for prefix in prefixes]
+    row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
+    shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]
+    column_index = (torch.arange(columns) + shift).clamp(min=0)                         # (B, T-S)
+    for layer in cache.layers:                          # keys, values float[rows, heads, T-S, d]
+        index = row_index.to(layer.keys.device), slice(None), column_index.to(layer.keys.device)
+        layer.keys = layer.keys[index].transpose(1, 2)  # (B, T-S, heads, d) -> (B, heads, T-S, d)
+        layer.values = layer.values[index].transpose(1, 2)
+    return cache

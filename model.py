@@ -1,18 +1,22 @@
 """
-LangBridge: a vision-language connector that writes every image patch as a combination of an LLM's own word embeddings.
+LangBridge: a connector that writes every image patch as a combination of an LLM's own words.
 (Interpreting Image as a Combination of Language Embeddings, ICCV 2025, arXiv 2503.19404)
 
     z = MLP(vision_tower(image))             (B, P, H)
-    s = z @ W.T + b                          (B, P, K)   one score for each word of a shared vocabulary
-    w = softmax(s)  or  w = s                (B, P, K)   "softmax": the paper's text; "none": its released code
-    image_embeds = w @ E                     (B, P, D)   E: the LLM's own input embeddings of those K words
+    s = z @ W.T + b                          (B, P, K)   one score for each of K shared words
+    w = softmax(s)  or  w = s                (B, P, K)   the paper's text, or its released code
+    image_embeds = w @ E                     (B, P, D)   E: the LLM's own embeddings of the words
 
-The default here is a third way, "unit": w = softmax(s), image_embeds = w / |w| @ (E - mean of E). See `combine`. The
-MLP, W and b are trained and know nothing of the LLM; E is the LLM's and is never trained. Another LLM means another E.
+Training changes only the MLP, W and b. None of them has a dimension of the LLM. E comes from the
+LLM and is never trained. Therefore the connector moves to another LLM when E is replaced.
 
-Letters used on_all_ranks in this project:
-    B samples in a batch     P patches of an image    H connector width      Dv vision width   T tokens
-    N images in a batch      K shared words           D LLM width            V LLM vocabulary  S image side in pixels
+Letters that the whole project uses:
+    B samples in a batch    P patches of an image    H connector width    Dv vision width
+    N images in a batch     K shared words           D LLM width          V LLM vocabulary
+    T tokens                S side of an image in pixels
+
+This file holds the model alone. checkpoint.py builds, loads and saves it, train.py trains it, and
+generate.py writes answers with it.
 """
 from dataclasses import dataclass
 
@@ -21,19 +25,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fused
 from data import IGNORE, IMAGE_ID
-from fused import combine
+from vocab import word_ids
 
-NORMALIZE = ("unit", "softmax", "none")
-LOSS_ROWS = 2048       # trained tokens whose logits exist at one time: 2048 x 151,936 in float32 is 1.2 GB
+NORMALIZE = ("unit", "softmax", "none")     # what `word_weights` and `combine` know
 
+# So many trained tokens have their logits in memory at one time. 2048 x 151,936 float32 are 1.2 GB.
+LOSS_ROWS = 2048
+
+
+# --------------------------------------------------------------------------------------------------
+# the method
 
 class LangBridge(nn.Module):
-    """Linear, GELU, Linear, then one score for each word, and the words' embeddings added up by these scores.
+    """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize "softmax": a probability distribution, as the paper says; "none": raw scores of any sign, as its code does;
-    "unit": a distribution whose result is as long as a word (see `combine`). gain: spread of W at the start, in units of
-    torch's default. At the paper's sizes 129,790,720 parameters, none with a dimension of the LLM.
+    normalize: how scores become weights, see `combine`. gain: factor on the initial W; 1.0 is
+    torch's default. At the paper's sizes the connector has 129,790,720 parameters.
     """
 
     def __init__(self, Dv, H=5120, K=19200, normalize="unit", gain=1.0):
@@ -42,160 +51,254 @@ class LangBridge(nn.Module):
             raise ValueError(f"normalize is one of {', '.join(NORMALIZE)}, not {normalize!r}")
         self.normalize = normalize
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
-        self.to_scores = nn.Linear(H, K)                                # W [K, H] and b [K]
+        self.to_scores = nn.Linear(H, K)                            # W [K, H] and b [K]
         with torch.no_grad():
             self.to_scores.weight.mul_(gain)
-        # What belongs to the LLM is a buffer that no state dict holds: it is what a transfer replaces.
-        self.register_buffer("vocab_embeds", None, persistent=False)  # E float[K, D]
+        # E [K, D] belongs to the LLM. A non-persistent buffer is in no state dict, so E is not
+        # saved with the connector, and no saved tensor has the dimension D.
+        self.register_buffer("vocab_embeds", None, persistent=False)
 
     def forward(self, patches):
-        """patches float[N, P, Dv] -> image embeds float[N, P, D]"""
-        return combine(self.mlp(patches), self.to_scores.weight, self.to_scores.bias, self.vocab_embeds, self.normalize)
+        """Return the image embeds: patches float[N, P, Dv] -> float[N, P, D]."""
+        z = self.mlp(patches)                                       # (N, P, Dv) -> (N, P, H)
+        W, b, E = self.to_scores.weight, self.to_scores.bias, self.vocab_embeds
+        # fused.combine is the same function as `combine` below and needs less memory.
+        combination = fused.combine if self.normalize in fused.NORMALIZE else combine
+        return combination(z, W, b, E, self.normalize)              # (N, P, H) -> (N, P, D)
 
     def weights(self, patches):
-        """patches float[N, P, Dv] -> float32[N, P, K], what each word contributes to each patch"""
-        return word_weights(self.mlp(patches), self.to_scores.weight, self.to_scores.bias, self.normalize)
+        """Return each word's weight in each patch: float[N, P, Dv] -> float32[N, P, K]."""
+        scores = self.to_scores(self.mlp(patches)).float()          # (N, P, K)
+        return word_weights(scores, self.normalize)
 
-    @torch.no_grad()
-    def fold(self):
-        """The same function as a two-layer MLP, for deployment: -> MLPConnector with W' = E^T W W2, b' = E^T (W b2 + b)
 
-        Only for normalize "none", where nothing but the GELU is not linear, else ValueError. One-way: the result
-        belongs to this LLM and its words can no longer be told. Made in float64, returned in the connector's dtype.
-        """
-        if self.normalize != "none":
-            raise ValueError("only a connector with normalize=none folds into an MLP: a softmax is not linear")
-        first, _, second = self.mlp
-        E, W = self.vocab_embeds.double(), self.to_scores.weight.double()   # (K, D), (K, H)
-        EW = E.T @ W                                                    # (D, K) x (K, H) -> (D, H)
-        folded = MLPConnector(first.in_features, E.shape[1], first.out_features).to(first.weight)
-        folded.mlp[0].load_state_dict(first.state_dict())
-        folded.mlp[2].weight.copy_(EW @ second.weight.double())         # (D, H) x (H, H) -> (D, H)
-        folded.mlp[2].bias.copy_(EW @ second.bias.double() + self.to_scores.bias.double() @ E)
-        return folded
+def word_weights(scores, normalize):
+    """Return the weights of the words: scores float[..., K] -> float[..., K].
 
+    To try another normalisation, add its name to NORMALIZE and its formula here.
+    """
+    if normalize == "none":
+        return scores                       # the released code: scores of any sign
+    return scores.softmax(dim=-1)           # the paper's text, and "unit"
+
+
+def combine(z, W, b, E, normalize):
+    """Return the vocabulary combination: every row of z becomes a weighted sum of the rows of E.
+
+    z float[..., H], W float[K, H], b float[K], E float[K, D] -> float[..., D]
+
+    "unit" is this project's own. The mean of many words is short and lies near the mean word, so
+    with "softmax" all patches look alike at the start of training and the LLM learns little from
+    them. "unit" therefore subtracts the mean word and divides by the length of w.
+    """
+    scores = z @ W.T + b                                            # (..., H) x (H, K) -> (..., K)
+    w = word_weights(scores, normalize)                             # (..., K)
+    if normalize == "unit":
+        w = w / w.norm(dim=-1, keepdim=True)
+        E = E - E.mean(dim=0)
+    return w @ E                                                    # (..., K) x (K, D) -> (..., D)
+
+
+@torch.no_grad()
+def vocab_embeds(llm, tokenizer, words):
+    """Return E, the LLM's own input embedding of each word: float32[K, D].
+
+    A word that is not one token of this tokenizer gets the mean of the embeddings of its pieces.
+    ValueError if an embedding is not finite.
+    """
+    pieces = word_ids(words, tokenizer)                             # K lists of ids
+    embed = llm.get_input_embeddings()
+    device = embed.weight.device
+    ids = torch.tensor([i for word in pieces for i in word], device=device)
+    word_index = torch.tensor([k for k, word in enumerate(pieces) for _ in word])
+    # Call the module, do not index its weight: Gemma's embedding multiplies by sqrt(D).
+    rows = embed(ids).float().cpu()                                 # (number of pieces, D)
+    # On CUDA index_add_ adds in any order, so ranks would get different bits. The CPU's does not.
+    sums = torch.zeros(len(words), rows.shape[1]).index_add_(0, word_index, rows)
+    counts = torch.tensor([len(word) for word in pieces])
+    E = sums / counts[:, None]                                      # (K, D)
+    not_finite = (~E.isfinite()).any(dim=1).nonzero()
+    if len(not_finite):
+        raise ValueError(f"the embedding of {words[int(not_finite[0])]!r} is not finite")
+    return E.to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# the baseline
 
 class MLPConnector(nn.Module):
-    """LLaVA-1.5's mlp2x_gelu, the baseline. H defaults to D; the fair match of raw LangBridge is H = its width.
-    (haotian-liu/LLaVA, multimodal_projector)"""
+    """LLaVA-1.5's connector, mlp2x_gelu. It knows the width of its LLM and cannot move.
+
+    H: width of the hidden layer, D by default. Source: haotian-liu/LLaVA, multimodal_projector.
+    """
 
     def __init__(self, Dv, D, H=None):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(Dv, H or D), nn.GELU(), nn.Linear(H or D, D))
+        H = H or D
+        self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, D))
 
     def forward(self, patches):
-        """patches float[N, P, Dv] -> image embeds float[N, P, D]"""
+        """Return the image embeds: patches float[N, P, Dv] -> float[N, P, D]."""
         return self.mlp(patches)
 
 
-def word_weights(z, W, b, normalize):
-    """The share of each word in each patch, z [..., H] -> float32 [..., K]: p, of "unit", too, or the raw scores of
-    "none". For looking at, not for training."""
-    scores = F.linear(z, W, b).float()                              # (..., H) x (H, K) -> (..., K)
-    return scores if normalize == "none" else scores.softmax(-1)
-
+# --------------------------------------------------------------------------------------------------
+# vision tower + connector + LLM
 
 @dataclass
 class Config:
-    """What a VLM is made of; the first part of a checkpoint's config.json."""
+    """What a VLM is made of. It is the first part of a checkpoint's config.json."""
     vision_tower: str                   # hub name or folder
     llm: str                            # hub name or folder
     connector: str = "langbridge"       # or "mlp"
-    hidden: int = 5120                  # H; for "mlp" 0 means D, as in LLaVA-1.5
+    hidden: int = 5120                  # H; 0 means D for "mlp", as in LLaVA-1.5
     num_words: int = 19200              # K
-    normalize: str = "unit"             # or "softmax", "none"
-    vision_layer: int = -2              # which hidden state of the tower; the CLS token is never used
-    image_size: int = 0                 # S in pixels; 0 means the tower's own
+    normalize: str = "unit"             # one of NORMALIZE
+    vision_layer: int = -2              # the hidden state of the tower that the connector reads
+    image_size: int = 0                 # S in pixels; 0 means the tower's own size
+
+
+def make_connector(config, Dv, D, gain=1.0):
+    """Return a new connector of the kind that `config` names. ValueError for an unknown kind."""
+    if config.connector == "langbridge":
+        return LangBridge(Dv, config.hidden, config.num_words, config.normalize, gain)
+    if config.connector == "mlp":
+        return MLPConnector(Dv, D, config.hidden)
+    raise ValueError(f'connector is "langbridge" or "mlp", not {config.connector!r}')
 
 
 class VLM(nn.Module):
-    """A vision tower, a connector and an LLM. Build one with `build`, read one with `load`."""
+    """A vision tower, a connector and an LLM. checkpoint.py makes one with `build` or `load`.
 
-    def __init__(self, config, vision_tower, connector, llm, tokenizer, words, image):
+    image_settings: {"size": S, "mean": 3 floats, "std": 3 floats} of the pictures that it takes.
+    words: the K shared words as strings, None for an MLP.
+    """
+
+    def __init__(self, config, vision_tower, connector, llm, tokenizer, words, image_settings):
         super().__init__()
-        self.config, self.tokenizer, self.words, self.image_settings = config, tokenizer, words, image
-        self.vision_tower, self.connector, self.llm = vision_tower, connector, llm
-        self.sharded = False                                        # see shard_vlm
-        self.num_patches = (image["size"] // vision_tower.config.patch_size) ** 2
-        if not self.num_patches:
-            raise ValueError(f"image_size {image['size']} is less than a patch, {vision_tower.config.patch_size} pixels")
-        eos = llm.generation_config.eos_token_id if llm.generation_config else None
-        eos = eos if isinstance(eos, list) else [eos]
-        self.eos_ids = {i for i in [*eos, tokenizer.eos_token_id] if i is not None}
-        # Masks come from lengths, so any id will do to pad with. Not 0: that is a "!" in many LLMs, and puzzles a reader.
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
-        text = llm.config.get_text_config()
-        if getattr(text, "logit_scale", None) or getattr(text, "logits_scaling", None):
-            raise ValueError(f"{config.llm} scales its logits in a way that the loss here does not know")
-        self.softcap = getattr(text, "final_logit_softcapping", None)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.words = words
+        self.image_settings = image_settings
+        self.vision_tower = vision_tower
+        self.connector = connector
+        self.llm = llm
+        self.sharded = False                # checkpoint.shard_vlm sets it
+        self.own_parts = set()              # parts that the checkpoint folder holds itself
+        patch_size = vision_tower.config.patch_size
+        self.num_patches = (image_settings["size"] // patch_size) ** 2
+        if self.num_patches == 0:
+            size = image_settings["size"]
+            raise ValueError(f"image_size {size} is less than a patch of {patch_size} pixels")
+        self.eos_ids = eos_ids(llm, tokenizer)
+        # Padding is known by lengths, so any id can serve. Id 0 would be "!" in many LLMs.
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = min(self.eos_ids, default=0)
+        text_config = llm.config.get_text_config()
+        for name in ("logit_scale", "logits_scaling"):
+            if getattr(text_config, name, None):
+                raise ValueError(f"{config.llm} scales its logits ({name}); the loss here does not")
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
 
     def patch_features(self, pixel_values):
-        """float32[N, 3, S, S] -> float[N, P, Dv], the tower's hidden state `vision_layer` without CLS and registers"""
+        """Return the tower's patches: float32[N, 3, S, S] -> float[N, P, Dv].
+
+        They are the hidden state `vision_layer` without CLS and register tokens. To keep the CLS
+        token, change the last line here and add one to num_patches above.
+        """
         tower = self.vision_tower
-        kwargs = {}
-        if self.image_settings["size"] != tower.config.image_size and tower.config.model_type != "dinov2":
-            kwargs["interpolate_pos_encoding"] = True               # DINOv2 always does
-        with torch.set_grad_enabled(torch.is_grad_enabled() and next(tower.parameters()).requires_grad):
-            # The one place where pictures move to the device: whoever calls need not know where the tower is.
-            out = tower(pixel_values.to(tower.device, tower.dtype), output_hidden_states=True, **kwargs)
-        return out.hidden_states[self.config.vision_layer][:, -self.num_patches:]   # CLS and registers come first
+        options = {}
+        # DINOv2 always interpolates its position embeddings and does not know the argument.
+        if tower.config.model_type != "dinov2":
+            if self.image_settings["size"] != tower.config.image_size:
+                options["interpolate_pos_encoding"] = True
+        trains = any(p.requires_grad for p in tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            # Pictures move to the device here and nowhere else, so callers need not know it.
+            pixel_values = pixel_values.to(tower.device, tower.dtype)
+            output = tower(pixel_values, output_hidden_states=True, **options)
+        hidden = output.hidden_states[self.config.vision_layer]     # (N, extra + P, Dv)
+        return hidden[:, -self.num_patches:]                        # CLS and registers come first
 
     def encode(self, pixel_values):
-        """float32[N, 3, S, S] -> image embeds float[N, P, D]"""
+        """Return the image embeds: float32[N, 3, S, S] -> float[N, P, D]."""
         patches = self.patch_features(pixel_values)                 # (N, P, Dv)
-        return self.connector(patches.to(next(self.connector.parameters()).dtype))
+        dtype = next(self.connector.parameters()).dtype
+        return self.connector(patches.to(dtype))                    # (N, P, Dv) -> (N, P, D)
 
     def splice(self, input_ids, pixel_values, image_index=None):
-        """Text embeddings with the images in their places: int64[B, T], float32[N, 3, S, S] or None -> float[B, T, D]
+        """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
 
-        Images fill the runs of IMAGE_ID in reading order: row after row, left to right. image_index: the number of the image
-        for each run, where they are not 0, 1, 2, ...: an image that comes twice is encoded once.
+        input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None. Images fill the positions
+        in reading order, row by row. image_index: for each image in the text the row of
+        pixel_values, default 0, 1, 2, ...; an image that comes twice is then encoded once.
+        ValueError if the number of positions is not that of the image embeds.
         """
         input_ids = input_ids.to(self.llm.device)
         is_image = input_ids == IMAGE_ID                            # (B, T)
-        # The module, not its weight: Gemma's multiplies by sqrt(D).
-        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))   # (B, T, D)
+        embed = self.llm.get_input_embeddings()
+        embeds = embed(input_ids.masked_fill(is_image, 0))          # (B, T) -> (B, T, D)
         if pixel_values is None or len(pixel_values) == 0:
             if self.sharded:
-                # Another rank may have images, and waits for this one's pieces: look at nothing, times 0.
-                S = self.image_settings["size"]
-                embeds = embeds + 0 * self.encode(torch.zeros(1, 3, S, S, device=embeds.device)).sum().to(embeds.dtype)
+                # Another rank may have images, and it waits for this rank's pieces of the tower.
+                # So encode a blank image here, too, and multiply it by 0.
+                side = self.image_settings["size"]
+                blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
+                embeds = embeds + 0 * blank.sum().to(embeds.dtype)
             return embeds
         image_embeds = self.encode(pixel_values)                    # (N, P, D)
         if image_index is not None:
-            image_embeds = image_embeds[image_index]                      # (runs, P, D)
-        if is_image.sum() != image_embeds.shape[0] * image_embeds.shape[1]:
-            raise ValueError(f"{is_image.sum()} image positions for {tuple(image_embeds.shape[:2])} images x patches")
+            image_embeds = image_embeds[image_index]                # (images in the text, P, D)
+        images, P, _ = image_embeds.shape
+        if is_image.sum() != images * P:
+            raise ValueError(f"{is_image.sum()} image positions for {images} images of {P} patches")
         return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
 
     def forward(self, batch):
-        """Summed cross-entropy over the trained tokens and their number.
+        """Return the summed cross-entropy of the trained tokens (float32) and their number (int).
 
-        batch: as data.collate makes it. -> (float32 scalar, int). Dividing is left to the caller, who knows the number
-        of trained tokens in the whole global batch (pytorch/torchtitan does the same).
+        batch: as data.collate makes it. The caller divides, because only the caller knows the
+        number of trained tokens in the whole global batch.
         """
-        embeds = self.splice(batch["input_ids"], batch["pixel_values"])              # (B, T, D)
-        # What follows a row's last token is seen by none of its tokens, so padding on the right needs no mask, and without
-        # one attention does half the work. Images that are hidden (data.without_images) do need it.
-        mask = batch["attention_mask"]
-        mask = None if (mask.diff(dim=1) <= 0).all() else mask
-        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"],
-                                        use_cache=False).last_hidden_state
-        targets = batch["labels"][:, 1:]                            # position t predicts token t + 1
+        embeds = self.splice(batch["input_ids"], batch["pixel_values"])     # (B, T, D)
+        # Attention is causal, so padding on the right needs no mask, and attention without a mask
+        # is faster. Images that are hidden (data.without_images) do need the mask.
+        mask = batch["attention_mask"]                              # (B, T)
+        is_right_padded = (mask.diff(dim=1) <= 0).all()
+        output = self.llm.get_decoder()(
+            inputs_embeds=embeds, attention_mask=None if is_right_padded else mask,
+            position_ids=batch["position_ids"], use_cache=False)
+        hidden = output.last_hidden_state[:, :-1]                   # (B, T-1, D)
+        targets = batch["labels"][:, 1:]                            # position t predicts token t+1
         trained = targets != IGNORE                                 # (B, T-1)
-        # Logits only where a token is trained: over all positions they would be the largest tensor of the run.
-        return self.token_loss(hidden[:, :-1][trained], targets[trained]), int(trained.sum())
+        # Logits of all positions would be the largest tensor of the run.
+        loss = self.token_loss(hidden[trained], targets[trained])
+        return loss, int(trained.sum())
 
     def logits(self, hidden):
-        """float[n, D] -> float32[n, V]"""
+        """Return the logits of hidden states: float[n, D] -> float32[n, V]."""
         logits = self.llm.get_output_embeddings()(hidden).float()   # (n, D) x (D, V) -> (n, V)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        if self.softcap:                                            # Gemma-2
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
 
     def token_loss(self, hidden, targets):
-        """hidden float[n, D], targets int64[n] -> float32 scalar, summed over n"""
-        def rows_loss(hidden, targets):
+        """Return the cross-entropy summed over tokens: float[n, D], int64[n] -> float32 scalar."""
+        def chunk_loss(hidden, targets):
             return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
+
         if len(targets) <= LOSS_ROWS:
-            return rows_loss(hidden, targets)
-        return sum(checkpoint(rows_loss, h, t, use_reentrant=False)
-                   for h, t in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)))
+            return chunk_loss(hidden, targets)
+        # The logits of a chunk are made again in the backward pass, so they need not be kept.
+        chunks = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS))
+        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)
+
+
+def eos_ids(llm, tokenizer):
+    """Return the set of ids that end an answer, by the LLM's generation config and tokenizer."""
+    ids = [tokenizer.eos_token_id]
+    if llm.generation_config:
+        eos = llm.generation_config.eos_token_id
+        ids += eos if isinstance(eos, list) else [eos]
+    return {i for i in ids if i is not None}

@@ -52,7 +52,6 @@ class Settings:
     images: str = ""                         # the folder that the records' image paths start from
     image_mode: str = "crop"                 # "crop" to the centre, or "pad" to a square with the mean colour
     template: str = "plain"                  # "plain": image, then caption; "prompted"; "chat": the LLM's own template
-    mask: str = "answers"                    # or "official": the released code's mask for ChatML
     max_length: int = 2048                   # tokens, image patches included
     group: bool = False                      # batches of one modality and of like length
     on_bad: str = "stop"                     # a sample that cannot be used: "stop", or "skip", name and count it
@@ -135,7 +134,7 @@ def read_value(text):
 def check(cfg):
     """What can be said of the settings before anything is loaded."""
     choices = {"stage": tuple(STAGES), "connector": ("langbridge", "mlp"), "normalize": ("unit", "softmax", "none"),
-               "dtype": ("bfloat16", "float32"), "image_mode": ("crop", "pad"), "mask": ("answers", "official"),
+               "dtype": ("bfloat16", "float32"), "image_mode": ("crop", "pad"), 
                "template": ("plain", "prompted", "chat"), "on_bad": ("stop", "skip")}
     for key, allowed in choices.items():
         if getattr(cfg, key) not in allowed:
@@ -528,7 +527,7 @@ def main(cfg):
     optimizer = make_optimizer(vlm, cfg)
     trained = [(n, p) for n, p in vlm.named_parameters() if p.requires_grad]
     dataset = data.Conversations(cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
-                                 {**vlm.image_settings, "mode": cfg.image_mode}, template=cfg.template, mask=cfg.mask,
+                                 {**vlm.image_settings, "mode": cfg.image_mode}, template=cfg.template,
                                  max_length=cfg.max_length)
     inputs = {"data": inputs_hash(dataset, cfg), **vlm.llm_fingerprint}
     start, skipped = resume(vlm, optimizer, inputs, cfg, rank, world)
@@ -542,10 +541,10 @@ def main(cfg):
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
         if not isinstance(first, data.BadSample):
-            print_rank0(data.show(first["input_ids"].tolist(), first["labels"].tolist(), vlm.tokenizer))
+            print_rank0(data.show_sample(first["input_ids"].tolist(), first["labels"].tolist(), vlm.tokenizer))
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    how = {"with_llm": "llm" in STAGES[cfg.stage], "dtype": getattr(torch, cfg.dtype), "template": cfg.template,
+    how = {"trained_parts": STAGES[cfg.stage], "dtype": getattr(torch, cfg.dtype), "template": cfg.template,
            "image_mode": cfg.image_mode}                            # of a checkpoint
     began = time.time()
     for step in range(start, len(steps) + 1):                       # one pass more than steps: the last one only saves

@@ -3,10 +3,11 @@ Move a trained LangBridge to another LLM, without training.
 
     python transfer.py SRC TGT [--out DIR] [--eval DATA.json]
 
-SRC is a checkpoint folder, after pretraining ("Pretrain-LB" in the paper) or after SFT ("SFT-LB"); TGT is any causal LLM,
-a hub name or a folder. What moves is the connector: its tensors and the list of words. What is replaced is the LLM, its
-tokenizer and E, the rows of the new LLM's own input embeddings for the same words. The checkpoint that comes out is ready
-for `train.py --stage=sft --init=DIR`, or for use as it is. --eval measures both ends on captioned images.
+SRC is a checkpoint folder, after pretraining ("Pretrain-LB" in the paper) or after SFT ("SFT-LB").
+TGT is any causal LLM, a hub name or a folder. The tensors of the connector and the list of words
+move. The LLM, its tokenizer and E are replaced: E becomes the new LLM's own input embeddings of the
+same words. The new checkpoint works as it is, and `train.py --stage=sft --init=DIR` trains it on.
+--eval measures source and target on captioned images.
 """
 import argparse
 import math
@@ -14,142 +15,174 @@ import os
 import sys
 from dataclasses import replace
 
-import checkpoint
 import common
-import vocab
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="checkpoint folder with a LangBridge")
-    parser.add_argument("target", help="LLM to move to: hub name or folder")
-    parser.add_argument("--out", help="folder to write (default: SRC-to-TGT)")
-    parser.add_argument("--eval", metavar="DATA.json", help="LLaVA-format captions to measure source and target on")
-    parser.add_argument("--images", help="folder of their images (default: images/ beside DATA.json)")
-    parser.add_argument("--limit", type=int, default=128, help="pictures of DATA.json to use, in sixteens (default 128)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu; cuda:0,cuda:1 cuts the LLM over two")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--offline", action="store_true", help=common.OFFLINE)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", help="checkpoint folder with a LangBridge")
+    add("target", help="LLM to move to: hub name or folder")
+    add("--out", help="folder to write (default: SRC-to-TGT)")
+    add("--eval", metavar="DATA.json", help="LLaVA-format captions to measure both LLMs on")
+    add("--images", help="folder of their images (default: images/ beside DATA.json)")
+    add("--limit", type=int, default=128, help="images to use, in batches of 16 (default 128)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--device", help="default: cuda if there is one, else cpu; auto spreads the LLM over GPUs")
+    add("--overwrite", action="store_true", help="replace a checkpoint at --out")
+    add("--offline", action="store_true", help=common.OFFLINE)
     return parser.parse_args()
 
 
-if __name__ == "__main__":                   # before the slow imports: --help answers at once
+if __name__ == "__main__":                   # before the slow imports, so that --help is quick
     ARGS = read_arguments()
     if ARGS.offline:
         common.go_offline()
 
 import torch
 
+import checkpoint
 import data
+import vocab
+
+BATCH_SIZE = 16
 
 
-def rms(x):
-    """Root mean square of all entries, as a float"""
-    return x.float().square().mean().sqrt().item()
+def move(source, target, device, dtype):
+    """Return the VLM of checkpoint folder `source` with `target` in place of its LLM."""
+    config, _ = checkpoint.read_config(source)
+    words = vocab.load_words(f"{source}/words.json")
+    # A tower that was trained belongs to the connector and moves with it.
+    tower_folder = checkpoint.own_folder(source, "vision_tower")
+    vlm = checkpoint.build(replace(config, llm=target), words, device, dtype,
+                           tower_folder=tower_folder)               # makes the target's E
+    checkpoint.load_connector(vlm.connector, source)
+    return vlm
 
 
-def shuffled(batch):
-    """The same batch with every image given to the next sample: int and float tensors as data.collate makes them"""
+# --------------------------------------------------------------------------------------------------
+# the report
+
+def caption_batches(vlm, path, images, metadata, limit):
+    """Return batches of up to `limit` captioned images, and the number of bytes in their captions.
+
+    The captions have the form that the connector was trained on. Every image comes once, because
+    the report also gives each caption the image of its neighbour. ValueError if there are fewer
+    images than a batch.
+    """
+    settings = {**vlm.image_settings, "mode": metadata.get("image_mode", "crop")}
+    dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches, settings,
+                                 template=metadata.get("template", "chat"))
+    first_record = {}
+    for i, record in enumerate(dataset.records):
+        if isinstance(record.get("image"), str):
+            first_record.setdefault(record["image"], i)
+    number = min(limit, len(first_record)) // BATCH_SIZE * BATCH_SIZE
+    if number < BATCH_SIZE:
+        raise ValueError(f"{path} has {len(first_record)} different images and --limit is {limit}: "
+                         f"neither may be less than {BATCH_SIZE}")
+    chosen = list(first_record.values())[:number]
+    batches = []
+    for start in range(0, number, BATCH_SIZE):
+        samples = [dataset.sample(i) for i in chosen[start:start + BATCH_SIZE]]
+        batches.append(data.collate(samples, vlm.pad_id))
+    num_bytes = 0
+    for i in chosen:
+        for turn in dataset.records[i]["conversations"]:
+            if data.ROLES.get(turn["from"]) == "assistant":
+                num_bytes += len(turn["value"].encode())
+    return batches, num_bytes
+
+
+def with_wrong_images(batch):
+    """Return the batch with every image given to the next sample."""
     return {**batch, "pixel_values": batch["pixel_values"].roll(1, 0)}
 
 
-def caption_batches(vlm, path, images, whole, limit, batch_size=16):
-    """Up to `limit` records of LLaVA-format captions in the form that the connector was trained on.
-
-    -> (batches on the CPU, number of UTF-8 bytes in their answers)
-    """
-    dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches,
-                                 {**vlm.image_settings, "mode": whole.get("image_mode", "crop")},
-                                 template=whole.get("template", "chat"))
-    first = {}                                                      # one record of each image: a neighbour's is another one
-    for i, record in enumerate(dataset.records):
-        if isinstance(record.get("image"), str):
-            first.setdefault(record["image"], i)
-    number = min(limit, len(first)) // batch_size * batch_size
-    if number < batch_size:
-        sys.exit(f"{path} has {len(first)} different images, --limit is {limit}: neither may be less than {batch_size}")
-    chosen = list(first.values())[:number]
-    batches = [data.collate([dataset.sample(i) for i in chosen[j:j + batch_size]], vlm.pad_id)
-               for j in range(0, len(chosen), batch_size)]
-    answers = [turn["value"] for i in chosen for turn in dataset.records[i]["conversations"]
-               if data.ROLES.get(turn["from"]) == "assistant"]
-    return batches, sum(len(text.encode()) for text in answers)
-
-
-def single_tokens(vlm):
-    """bool[K]: the word is one token of this LLM's tokenizer."""
-    return torch.tensor([len(ids) == 1 for ids in vocab.word_ids(vlm.words, vlm.tokenizer)])
-
-
+@torch.no_grad()
 def measure(vlm, batches, num_bytes):
-    """What the report says of one VLM: a dict of floats.
+    """Return the report's numbers of one VLM, {name: float}.
 
-    Bits per byte of the captions (their end included) with the right image, a wrong one and none: comparable between
-    LLMs of different tokenizers, which a loss per token is not (karpathy/nanochat, loss_eval.py).
+    Bits per byte of the captions are given with the right image, a wrong one and none. Unlike a
+    loss per token they can be compared between LLMs with different tokenizers.
     """
-    device, single = vlm.llm.device, single_tokens(vlm)
-    batches = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
-    views = {"right": lambda batch: batch, "wrong": shuffled, "none": data.without_images}
-    with torch.no_grad():
-        report = {f"bits_per_byte_{name}": sum(vlm(view(b))[0].item() for b in batches) / math.log(2) / num_bytes
-                  for name, view in views.items()}
-        patches = vlm.patch_features(batches[0]["pixel_values"]).float()            # (N, P, Dv)
-        mass = vlm.connector.weights(patches).abs().sum((0, 1))                     # (K,)
-        ids = batches[0]["input_ids"]
-        report["mass_on_single_tokens"] = (mass[single].sum() / mass.sum()).item()
-        report["rms_image_embeds"] = rms(vlm.connector(patches))
-        report["rms_text_embeds"] = rms(vlm.llm.get_input_embeddings()(ids[ids >= 0]))
+    device = vlm.llm.device
+    batches = [{key: value.to(device) if torch.is_tensor(value) else value
+                for key, value in batch.items()} for batch in batches]
+    views = {"right": lambda batch: batch, "wrong": with_wrong_images, "none": data.without_images}
+    report = {}
+    for name, view in views.items():
+        nats = sum(vlm(view(batch))[0].item() for batch in batches)
+        report[f"bits_per_byte_{name}"] = nats / math.log(2) / num_bytes
+    patches = vlm.patch_features(batches[0]["pixel_values"]).float()        # (N, P, Dv)
+    weights = vlm.connector.weights(patches).abs().sum((0, 1)).cpu()        # (N, P, K) -> (K,)
+    single = single_tokens(vlm)
+    report["mass_on_single_tokens"] = (weights[single].sum() / weights.sum()).item()
+    report["rms_image_embeds"] = rms(vlm.connector(patches))
+    ids = batches[0]["input_ids"]
+    report["rms_text_embeds"] = rms(vlm.llm.get_input_embeddings()(ids[ids >= 0]))
     return report
 
 
+def single_tokens(vlm):
+    """Return for each word whether it is one token of this LLM's tokenizer: bool[K]."""
+    return torch.tensor([len(ids) == 1 for ids in vocab.word_ids(vlm.words, vlm.tokenizer)])
+
+
+def rms(x):
+    """Return the root mean square of all entries as a float."""
+    return x.float().square().mean().sqrt().item()
+
+
 def print_report(report):
-    """The report as a table, source and target side by side."""
-    ends = {end: report[end] for end in ("source", "target") if end in report}
-    print(f"words: {report['words']:,}, of which one token of the target {report['single_tokens']:,}, "
-          f"built from pieces {report['words'] - report['single_tokens']:,}")
+    """Print the report as a table, source and target side by side."""
+    from_pieces = report["words"] - report["single_tokens"]
+    print(f"words: {report['words']:,}, of which one token of the target "
+          f"{report['single_tokens']:,}, built from pieces {from_pieces:,}")
+    ends = [end for end in ("source", "target") if end in report]
     if ends:
         print(f"{'':26}" + "".join(f"{end:>12}" for end in ends))
-        for key in next(iter(ends.values())):
-            print(f"{key:26}" + "".join(f"{values[key]:12.4f}" for values in ends.values()))
+        for key in report[ends[0]]:
+            print(f"{key:26}" + "".join(f"{report[end][key]:12.4f}" for end in ends))
 
+
+# --------------------------------------------------------------------------------------------------
 
 def main(args):
-    config, whole = checkpoint.read_config(args.source)
+    config, metadata = checkpoint.read_config(args.source)
     if config.connector != "langbridge":
-        sys.exit(f"{args.source} has an MLP connector: its output lives in the embedding space of {config.llm} and means "
-                 "nothing to another LLM. Only a LangBridge, whose output is in words, can move.")
-    out = args.out or f"{os.path.normpath(args.source)}-to-{os.path.basename(os.path.normpath(args.target))}"
+        sys.exit(f"{args.source} has an MLP connector: its output is in the embedding space of "
+                 f"{config.llm} and means nothing to another LLM. Only a LangBridge can move.")
+    target_name = os.path.basename(os.path.normpath(args.target))
+    out = args.out or f"{os.path.normpath(args.source)}-to-{target_name}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
     if os.path.realpath(out) == os.path.realpath(args.source):
-        sys.exit(f"SRC and --out are both {out}: what moves stays where it was, too")
+        sys.exit(f"SRC and --out are both {out}: the source checkpoint is not overwritten")
     device = common.choose_device(args.device)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")
-    words = vocab.load_words(f"{args.source}/words.json")
 
-    report = {"words": len(words), "connector_from": whole["stage"]}
+    report = {"words": config.num_words, "connector_from": metadata["stage"]}
     if args.eval:
         vlm = checkpoint.load(args.source, device, dtype)
-        report["source"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit))
-        del vlm                                                     # two LLMs need not fit at the same time
-
-    vlm = checkpoint.build(replace(config, llm=args.target), words, device, dtype)      # E of the target is made here
-    checkpoint.load_connector(vlm.connector, args.source)
+        batches = caption_batches(vlm, args.eval, images, metadata, args.limit)
+        report["source"] = measure(vlm, *batches)
+        del vlm                                     # two LLMs need not fit into memory together
+    vlm = move(args.source, args.target, device, dtype)
     report["single_tokens"] = int(single_tokens(vlm).sum())
     if args.eval:
-        report["target"] = measure(vlm, *caption_batches(vlm, args.eval, images, whole, args.limit))
-    kept = {key: whole[key] for key in ("template", "image_mode") if key in whole}
-    checkpoint.save(vlm, out, "transfer", with_llm=False, **kept, source={"stage": whole["stage"], "llm": whole["llm"],
-               "embeddings_hash": whole["embeddings_hash"]})
+        batches = caption_batches(vlm, args.eval, images, metadata, args.limit)
+        report["target"] = measure(vlm, *batches)
+
+    kept = {key: metadata[key] for key in ("template", "image_mode") if key in metadata}
+    source = {key: metadata[key] for key in ("stage", "llm", "embeddings_hash")}
+    checkpoint.save(vlm, out, "transfer", trained_parts=(), **kept, source=source)
     common.write_json(report, f"{out}/transfer.json")
     print_report(report)
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (ValueError, OSError) as error:                          # a user's mistake: its first line says which
-        sys.exit(f"transfer.py: {str(error).strip().splitlines()[0]}")
+    common.run_script(main, ARGS)

@@ -6,7 +6,6 @@ to this one form: byte-level BPE spells its tokens so already, SentencePiece wri
 its own.
 
     python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
-    python vocab.py --import-official 19200_qwen.json --tokenizer A --out words.json
 """
 import argparse
 import hashlib
@@ -18,6 +17,7 @@ import time
 from collections import Counter
 
 from common import OFFLINE, go_offline, load_tokenizer, read_json, write_json
+from data import IMAGE, read_records, turns_of
 
 # The GPT-2 byte alphabet: printable latin-1 bytes stand for themselves, the other 68 for the code points from 256 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -184,149 +184,45 @@ def _text_word(text: str, spelling: str) -> str:
 
 # --- the corpus
 
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")         # JSON can spell it ("\ud800"), UTF-8 and tokenizers cannot
-MAX_RECORD = 1 << 26          # characters; more than this without an end is a broken file, not a long conversation
+def read_texts(path, count: str = "all"):
+    """Yield for each record of a LLaVA-format file the list of its texts to count.
 
-
-def read_records(path, progress=lambda n: None, block: int = 1 << 22):
-    """Yield the records (dicts) of a JSON list one by one, so that the text of gigabytes is never in memory as a whole.
-
-    block: characters read at a time; progress(n) is called with each n. ValueError names the file and the record, also
-    where there is none.
+    count: "all" takes every turn as it stands; "answers" takes the gpt turns, without "<image>".
+    Raises ValueError, which names the file and the first record that is not of the format.
     """
-    decode, skip, number = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
-    try:
-        file = open(path, encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    with file:
+    for number, record in enumerate(read_records(path)):
         try:
-            buffer = file.read(block).lstrip()
-            progress(len(buffer))
-            if not buffer.startswith("["):
-                raise ValueError(f"{path} is not a LLaVA-format file: it is not a JSON list of records")
-            at = 1
-            while True:
-                at = skip.match(buffer, at).end()
-                if buffer.startswith("]", at):
-                    if (buffer[at + 1:] + file.read(block)).strip():
-                        raise ValueError(f"{path}: there is text after the list of {number} records")
-                    if number == 0:
-                        raise ValueError(f"{path} holds no records")
-                    return
-                try:
-                    record, at = decode(buffer, at)
-                except json.JSONDecodeError as error:           # as a rule the record goes on in the next block
-                    chunk = file.read(block)
-                    if not chunk or len(buffer) - at > MAX_RECORD:
-                        why = f"is not valid JSON or is cut short ({error.msg})"
-                        raise ValueError(f"{path}: record {number} {why}") from None
-                    buffer, at = buffer[at:] + chunk, 0
-                    progress(len(chunk))
-                    continue
-                except (ValueError, RecursionError) as error:   # a number of 5,000 digits, lists in lists in lists
-                    raise ValueError(f"{path}: record {number} cannot be read: {error}") from None
-                if not isinstance(record, dict):
-                    raise ValueError(f"{path}: record {number} is not an object but {str(record)[:60]!r}")
-                yield record
-                number += 1
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 text near record {number}") from None
-
-
-def read_texts(path, count: str = "all", progress=lambda n: None):
-    """Yield for each record of a LLaVA-format file the list of texts to count.
-
-    count "all": every turn as it stands, prompts and "<image>" included (as the official list); "answers": the gpt
-    turns only, without the placeholder. ValueError names the file and the first record that is not of the format.
-    """
-    for number, record in enumerate(read_records(path, progress)):
-        name = f"{path}: record {number}"
-        turns = record.get("conversations")
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f'{name} is not in LLaVA format: it has no list of "conversations"')
-        for turn in turns:
-            who, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-            if who not in ("human", "gpt", "system") or not isinstance(value, str):
-                raise ValueError(f'{name} is not in LLaVA format: a turn needs "from" (human or gpt) and a "value"')
-            if HALF_CHARACTER.search(value):
-                raise ValueError(f"{name}: a turn holds half a character (a lone surrogate)")
+            messages = turns_of(record)
+        except ValueError as error:
+            raise ValueError(f"{path}: record {number}: {error}") from None
         if count == "answers":
-            yield [turn["value"].replace("<image>", "") for turn in turns if turn["from"] == "gpt"]
+            answers = [m["content"] for m in messages if m["role"] == "assistant"]
+            yield [text.replace(IMAGE, "") for text in answers]
         else:
-            yield [turn["value"] for turn in turns]
-
-
-def _count_ids(texts: Counter, backend) -> Counter:
-    """id -> how often it comes up when each text is tokenized as often as its count says. Rust threads do the work."""
-    import numpy as np
-    total, keys = np.zeros(0), list(texts)
-    for start in range(0, len(keys), 50_000):                                   # bounds the memory of the encodings
-        part = keys[start:start + 50_000]
-        ids = [e.ids for e in backend.encode_batch_fast(part, add_special_tokens=False)]
-        flat = np.fromiter((i for row in ids for i in row), dtype=np.int64)
-        weight = np.repeat([texts[k] for k in part], [len(row) for row in ids])
-        counts = np.bincount(flat, weights=weight, minlength=len(total))        # float64: exact below 2**53
-        counts[:len(total)] += total
-        total = counts
-    return Counter({int(i): int(total[i]) for i in np.flatnonzero(total)})
-
-
-def _crossings(tokenizer, words) -> list[str]:
-    """What a text must not hold to be cut in front of its spaces: runs of spaces, and each "x y" inside of a token.
-
-    A token across a cut is rare ("> </" in Gemma, "ideographic space, space" in Llama-3), so such texts are few.
-    """
-    added = _backend(tokenizer).get_added_tokens_decoder().values()
-    tokens = [to_bytes(w) for w in words if "Ġ" in w[1:]] + [t.content.encode() for t in added]
-    across = [t for t in tokens if re.search(rb"[^ ] (?! )", t)]
-    texts = [t.decode("utf-8", errors="replace") for t in across]
-    return ["  ", *sorted({m for t in texts for m in re.findall(r"[^ ] [^ ]?", t)})]
-
-
-def _chunks(texts: Counter, crossings: list[str]) -> Counter:
-    """Cut texts in front of each single space, so that a common " word" is tokenized once for the whole corpus."""
-    heads, tails = Counter(), Counter()
-    for text, n in texts.items():
-        if n > 1 or any(c in text for c in crossings):          # repeated texts are prompts
-            heads[text] += n
-        else:
-            head, *tail = text.split(" ")
-            heads[head] += 1
-            tails.update(tail)
-    return heads + Counter({" " + piece: n for piece, n in tails.items()})
+            yield [m["content"] for m in messages]
 
 
 def count_words(paths: list, tokenizer, count: str = "all") -> tuple[Counter, int, int]:
-    """({word: count}, all tokens counted, number of records) of LLaVA-format files, tokenized by this tokenizer.
-
-    What tokenizing every text by itself would count. Texts are cut in front of spaces where no token can run across the
-    cut, if the first block of the corpus gave the same counts cut and uncut (a pre-tokenizer may see further); else
-    every text stays whole, which is several times slower.
-    """
-    from tqdm import tqdm
-    backend, words = _backend(tokenizer), tokenizer_words(tokenizer)
+    """Return ({word: count}, number of tokens counted, number of records) of LLaVA-format files."""
+    backend = _backend(tokenizer)
     backend.no_truncation()                     # transformers sets both anew at each of its own calls
     backend.no_padding()
-    crossings = _crossings(tokenizer, words)
-    cut = len(crossings) < 50 and not any("\ufffd" in c for c in crossings)
-    ids, texts, chunks, records, checked = Counter(), Counter(), Counter(), 0, False
-    size = sum(os.path.getsize(p) for p in paths)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="counting", disable=None) as bar:
-        for path in [*paths, None]:
-            for turns in read_texts(path, count, bar.update) if path else [[]]:
-                texts.update(turns)
-                records += bool(path)
-                if path and len(texts) < 10_000:
-                    continue
-                if cut and not checked:
-                    checked, cut = True, _count_ids(texts, backend) == _count_ids(_chunks(texts, crossings), backend)
-                chunks.update(_chunks(texts, crossings) if cut else texts)
-                texts = Counter()
-                if not path or len(chunks) > (1_000_000 if cut else 0):          # bounds the memory of the chunks
-                    ids.update(_count_ids(chunks, backend))
-                    chunks = Counter()
-    return Counter({w: ids[i] for w, i in words.items() if ids[i]}), ids.total(), records
+    ids, texts, records = Counter(), [], 0
+
+    def count_texts():
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            ids.update(encoding.ids)
+        texts.clear()
+
+    for path in paths:
+        for turns in read_texts(path, count):
+            texts += turns
+            records += 1
+            if len(texts) >= 10_000:            # bounds the memory of the encodings
+                count_texts()
+    count_texts()
+    words = tokenizer_words(tokenizer)
+    return Counter({word: ids[i] for word, i in words.items() if ids[i]}), ids.total(), records
 
 
 def rank_words(shared: list[str], counts: dict[str, int], size: int) -> list[str]:
@@ -367,48 +263,6 @@ def load_words(path) -> list[str]:
     return words
 
 
-def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
-    """(words in order, counts or None) of a published file, checked against the tokenizer that it was made for.
-
-    Forms: {token: id}, {token: [id, rank]} (or a list of such), and the count table {token: count}. Numbers that
-    fall from line to line and cannot be ids (ties, or beyond the vocabulary) are counts. ValueError names the first
-    token that does not match.
-    """
-    data, table = read_json(path), tokenizer_words(tokenizer)
-    parts = data if isinstance(data, list) else [data]
-    if not parts or not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{path} is not a published vocabulary file: an object of token: id")
-    pairs = [pair for part in parts for pair in part.items()]
-    if not pairs:
-        raise ValueError(f"{path} holds no token")
-    if all(isinstance(v, list) and len(v) == 2 and all(type(x) is int for x in v) for _, v in pairs):
-        pairs = [(token, i) for token, (i, _) in sorted(pairs, key=lambda pair: pair[1][1])]
-    numbers = [n for _, n in pairs]
-    if not all(type(n) is int for n in numbers):
-        raise ValueError(f"{path} is not a published vocabulary file: the value of {pairs[0][0]!r} is not an id")
-    falling = all(a >= b for a, b in zip(numbers, numbers[1:]))
-    counts = falling and (len(set(numbers)) < len(numbers) or max(numbers) >= _backend(tokenizer).get_vocab_size())
-    for token, number in pairs:
-        if token not in table:
-            raise ValueError(f"{path} does not belong to this tokenizer, which has no ordinary token {token!r}")
-        if not counts and table[token] != number:
-            size = _backend(tokenizer).get_vocab_size()
-            there = _backend(tokenizer).id_to_token(number) if 0 <= number < size else None
-            raise ValueError(f"{path} does not belong to this tokenizer: it gives {token!r} the id {number}, which is "
-                             f"{there!r} in the tokenizer; {token!r} has id {table[token]}")
-    words = [token for token, _ in pairs]
-    if len(set(words)) < len(words):
-        raise ValueError(f"{path}: the token {Counter(words).most_common(1)[0][0]!r} is in the file more than once")
-    return words, dict(pairs) if counts else None
-
-
-
-
-
-
-
-
-
 # --- the command
 
 def report(words: list[str], counts: dict[str, int], total: int) -> None:
@@ -429,25 +283,24 @@ def parse_args():
     parser.add_argument("--count", choices=("all", "answers"), default="all",
                         help="all turns as they stand (as the official list did), or the gpt turns without <image>")
     parser.add_argument("--count_tokenizer", metavar="NAME", help="the tokenizer that counts (default: the first)")
-    parser.add_argument("--import-official", metavar="FILE", help="take the words of a published {token: id} file")
-    parser.add_argument("--tokenizer", metavar="NAME", help="the tokenizer that the published file was made for")
     parser.add_argument("--out", required=True, metavar="words.json")
     parser.add_argument("--counts", metavar="FILE", help="also write {word: count} of the shared words that were seen")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument("--offline", action="store_true", help=OFFLINE)
+    if any(argument.startswith("--import-official") for argument in sys.argv[1:]):
+        raise ValueError("--import-official is now python tools/import_official.py "
+                         "FILE --tokenizer A --out words.json")
     args = parser.parse_args()
     if args.offline:
         go_offline()
-    if args.import_official and (not args.tokenizer or args.tokenizers or args.corpus):
-        parser.error("--import-official goes with --tokenizer, without --tokenizers and --corpus")
-    if not args.import_official and (len(args.tokenizers or ()) < 2 or not args.corpus or args.tokenizer):
-        parser.error("give two or more --tokenizers and a --corpus, or --import-official with --tokenizer")
+    if len(args.tokenizers or ()) < 2 or not args.corpus:
+        parser.error("give two or more --tokenizers and a --corpus")
     if args.size is not None and args.size < 1:
         parser.error("--size must be at least 1")
     for path in filter(None, (args.out, args.counts)):
         if os.path.exists(path) and not args.overwrite:
             raise ValueError(f"{path} exists; --overwrite replaces it")
-    for path in [*(args.corpus or ()), *filter(None, [args.import_official])]:
+    for path in args.corpus:
         if not os.path.isfile(path):
             raise ValueError(f"there is no file {path}")
     return args
@@ -455,34 +308,26 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.import_official:
-        tokenizers = {args.tokenizer: load_tokenizer(args.tokenizer)}
-        shared, counts = import_official(args.import_official, tokenizers[args.tokenizer])
-        words, counts, total = shared[:args.size], counts or {}, sum((counts or {}).values())
-        if args.counts and not counts:
-            raise ValueError(f"{args.import_official} holds ids, not counts: nothing to write to --counts")
-    else:
-        tokenizers = {name: load_tokenizer(name) for name in args.tokenizers}
-        shared = shared_words(list(tokenizers.values()))
-        if not shared:
-            raise ValueError(f"{' and '.join(tokenizers)} share no word")
-        counter = args.count_tokenizer or args.tokenizers[0]
-        start = time.time()
-        counting = tokenizers[counter] if counter in tokenizers else load_tokenizer(counter)
-        counts, total, records = count_words(args.corpus, counting, args.count)
-        seconds = time.time() - start
-        print(f"counted      {records:,} records in {seconds:.1f} s, {records / seconds:,.0f} per second, by {counter}")
-        size = args.size or 19200
-        words = rank_words(shared, counts, size)
-        if len(words) < size:
-            print(f"note         only {len(words):,} words are shared, {size:,} were asked for: all are taken")
+    tokenizers = {name: load_tokenizer(name) for name in args.tokenizers}
+    shared = shared_words(list(tokenizers.values()))
+    if not shared:
+        raise ValueError(f"{' and '.join(tokenizers)} share no word")
+    counter = args.count_tokenizer or args.tokenizers[0]
+    start = time.time()
+    counting = tokenizers[counter] if counter in tokenizers else load_tokenizer(counter)
+    counts, total, records = count_words(args.corpus, counting, args.count)
+    seconds = time.time() - start
+    print(f"counted      {records:,} records in {seconds:.1f} s, {records / seconds:,.0f} per second, by {counter}")
+    size = args.size or 19200
+    words = rank_words(shared, counts, size)
+    if len(words) < size:
+        print(f"note         only {len(words):,} words are shared, {size:,} were asked for: all are taken")
     for name, tokenizer in tokenizers.items():
         table = tokenizer_words(tokenizer)
         assert word_ids(words, tokenizer) == [[table[w]] for w in words]        # asserts string -> id -> string as well
         print(f"tokens       {len(table):,} ordinary ones in {name}")
     print(f"shared       {len(shared):,}\nkept         {len(words):,}, sha256 {words_hash(words)}")
-    if counts or not args.import_official:
-        report(words, counts, total)
+    report(words, counts, total)
     if args.counts:
         write_json({w: counts[w] for w in rank_words(shared, counts, len(shared)) if counts.get(w)}, args.counts, 0)
     save_words(words, args.out)

@@ -114,6 +114,6 @@ if [ -n "$VAL" ]; then
     for NAME in ${ONLY:-$NAMES}; do for END in -pretrain ""; do for SEED in $SEEDS; do
         [ -f "$OUT/seed$SEED/$NAME$END/config.json" ] && folders+=("$OUT/seed$SEED/$NAME$END")
     done; done; done
-    "$PYTHON" words.py --study "${folders[@]}" --data "$CAPTIONS" --images $W/images --truth $W/truth.json \
+    "$PYTHON" results/study.py "${folders[@]}" --data "$CAPTIONS" --images $W/images --truth $W/truth.json \
         --number 60 --out results/ablations --overwrite
 fi

@@ -23,5 +23,5 @@ cp "$OUT/pretrain/loss.png" results/small/loss.png
 cp "$OUT/pretrain/log.jsonl" results/small/log.jsonl
 FIRST=$(grep -o '"image": "[^"]*"' "$DATA/captions_test.json" | sed -n '1s/.*: "\(.*\)"/\1/p')
 "$PYTHON" words.py "$OUT/pretrain" "$OUT/gemma" "${IMAGE:-$DATA/images/$FIRST}" --out results/small --overwrite
-"$PYTHON" words.py --study "$OUT"/{pretrain,gemma,gemma-sft} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
+"$PYTHON" results/study.py "$OUT"/{pretrain,gemma,gemma-sft} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
     --out results/small --overwrite

@@ -25,5 +25,5 @@ one 46136 & pid=$!                                  # takes as long as the other
 one 2307
 one 8192
 wait $pid
-"$PYTHON" words.py --study "$OUT"/words-{2307,8192,46136} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
+"$PYTHON" results/study.py "$OUT"/words-{2307,8192,46136} --data "$DATA/captions_test.json" --images "$DATA/images" --number 60 \
     --out results/small/words --overwrite

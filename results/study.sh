@@ -22,7 +22,7 @@ for SEED in $SEEDS; do
     rows+=("$R/qwen-LB" "$S"/qwen-LB-pretrain{/steps/*,} "$R"/{wide,llama}-from-qwen-LB{-untrained,}
            "$S"/qwen-MLP-pretrain{/steps/*,} "$R/qwen-MLP")
 done
-"$PYTHON" words.py --study "${rows[@]}" --data $W/captions_test.json --images $W/images --truth $W/truth.json \
+"$PYTHON" results/study.py "${rows[@]}" --data $W/captions_test.json --images $W/images --truth $W/truth.json \
     --out results/study --overwrite
 S=out/pocket/study/seed${SEEDS%% *}
 "$PYTHON" words.py "$S"/qwen-LB-pretrain{/steps/*,} "$S"/qwen-MLP-pretrain{/steps/*,} "$IMAGE" --out results/study --overwrite

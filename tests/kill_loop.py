@@ -58,14 +58,14 @@ def end(jobs, seconds=300):
 def train_quietly(argv, output, doom=None):
     """train.py in this process, what it prints appended to the file `output`; SIGKILL as `doom` has it: on rank (rank),
     `delay` seconds into call number `call` of `function`, such as "train.save_state"."""
-    import model
+    import checkpoint
     import train
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if doom and doom["rank"] == int(os.environ.get("RANK", 0)):
         module, name = doom["function"].split(".")
-        module, calls = {"train": train, "model": model}[module], []
+        module, calls = {"train": train, "checkpoint": checkpoint}[module], []
         original = getattr(module, name)
 
         def call(*args, **kwargs):

@@ -93,20 +93,20 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
         return [bench.row(f"{name}: time", 1.234567, "<= 1.15", seconds=0.123456)]
     parts = {"step": lambda: {"one": measure, "two": measure}, "eval": lambda: {"three": measure}}
     monkeypatch.setattr(bench, "PARTS", parts)
-    bench.main(["step", "--json", str(file)])
-    bench.main(["all", "--json", str(file)])
+    bench.main(bench.read_arguments(["step", "--json", str(file)]))
+    bench.main(bench.read_arguments(["all", "--json", str(file)]))
     assert calls == ["one", "two", "three"]
     assert "MISSED" in capsys.readouterr().out
-    bench.main(["eval", "--json", str(file), "--overwrite"])
+    bench.main(bench.read_arguments(["eval", "--json", str(file), "--overwrite"]))
     assert calls[3:] == ["three"]
     capsys.readouterr()
-    bench.main(["--table", str(file)])
+    bench.main(bench.read_arguments(["--table", str(file)]))
     printed = capsys.readouterr().out
     assert "| two: time | 1.235 | at most 1.15, **missed** | seconds 0.1235 |" in printed
     assert bench.processor() in printed
     file.write_text(json.dumps({**json.loads(file.read_text()), "processor": "another"}))
     with pytest.raises(ValueError, match="another machine"):
-        bench.main(["all", "--json", str(file)])
+        bench.main(bench.read_arguments(["all", "--json", str(file)]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,14 +5,15 @@ import torch.nn.functional as F
 
 import fused
 import model
-from model import combine
+from fused import combine
+from tools.fold import fold
 
 H, K, D = 24, 203, 17                                               # K is no multiple of the block
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(model, "BLOCK", 64)
+    monkeypatch.setattr(fused, "BLOCK", 64)
 
 
 def tensors(*leading, dtype=torch.float32, scale=1.0, K=K, H=H, D=D):
@@ -47,6 +48,15 @@ def exact(z, W, b, E, g, normalize):
 def off(result, reference):
     """Errors of out, dz, dW, db, each relative to its reference's largest entry"""
     return [((r.double() - e).abs().max() / e.abs().max()).item() for r, e in zip(result, reference)]
+
+
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
+def test_the_readable_formula_in_model_is_the_same_function(normalize):
+    """model.combine is what a reader checks by eye; here it is checked against the plain chain and the fused version."""
+    *inputs, g = tensors(2, 3, 50)
+    result = with_gradients(model.combine, *inputs, g, normalize)
+    assert max(off(result, exact(*inputs, g, normalize))) < 3e-6
+    assert max(off(with_gradients(combine, *inputs, g, normalize), [t.double() for t in result])) < 3e-6
 
 
 @pytest.mark.parametrize("normalize", model.NORMALIZE)
@@ -165,7 +175,7 @@ def test_permuting_the_words_changes_nothing():
 
 
 def test_torch_compile_gives_the_same(monkeypatch):
-    monkeypatch.setattr(model, "COMPILE", 0)
+    monkeypatch.setattr(fused, "COMPILE_FROM", 0)
     fused.compiled.cache_clear()
     *inputs, g = tensors(300, dtype=torch.bfloat16)
     result = with_gradients(combine, *inputs, g, "softmax")
@@ -178,15 +188,15 @@ def test_no_compiler_is_said_once(monkeypatch, capsys):
         def fails(*_):
             raise RuntimeError("no C++ compiler")
         return fails
-    monkeypatch.setattr(model, "COMPILE", 0)
+    monkeypatch.setattr(fused, "COMPILE_FROM", 0)
     monkeypatch.setattr(torch, "compile", broken)
     fused.compiled.cache_clear()
-    fused.say_once.cache_clear()
+    fused.print_once.cache_clear()
     *inputs, g = tensors(40)
     for _ in range(2):
         result = with_gradients(combine, *inputs, g, "softmax")
     assert max(off(result, exact(*inputs, g, "softmax"))) < 3e-6
-    assert capsys.readouterr().out.count("plain torch") == 1
+    assert capsys.readouterr().out.count("uncompiled") == 1
     fused.compiled.cache_clear()
 
 
@@ -195,10 +205,10 @@ def test_fold_is_the_same_function():
     bridge = model.LangBridge(Dv=12, H=H, K=K, normalize="none")
     bridge.vocab_embeds = torch.randn(K, D)
     patches = torch.randn(2, 9, 12)
-    folded = bridge.fold()
+    folded = fold(bridge)
     assert isinstance(folded, model.MLPConnector)
     with torch.no_grad():
         want, got = bridge(patches), folded(patches)
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
     with pytest.raises(ValueError, match="softmax"):
-        model.LangBridge(Dv=12, H=H, K=K).fold()
+        fold(model.LangBridge(Dv=12, H=H, K=K))

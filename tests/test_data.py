@@ -71,7 +71,7 @@ def marked(ids, labels, tokenizer):
     """A sample as text, trained tokens in «», an image as <P>: what tests compare"""
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels)), "a label is its own id or ignored"
     assert all(label == IGNORE for i, label in zip(ids, labels) if i == IMAGE_ID), "images are not trained"
-    text = re.sub("\033\\[2m(.*?)\033\\[0m", r"\1", data.show(ids, labels, tokenizer), flags=re.S)
+    text = re.sub("\033\\[2m(.*?)\033\\[0m", r"\1", data.show_sample(ids, labels, tokenizer), flags=re.S)
     return re.sub("\033\\[32m(.*?)\033\\[0m", r"«\1»", text, flags=re.S).replace(f"[image x {P}]", f"<{P}>")
 
 
@@ -97,9 +97,9 @@ EXPECTED = {
     "no template, no bos": (dict(template=None), "USER:\n<3>\nIs the bicycle leaning on a fence?\nASSISTANT:\n"
                             "«Yes, it leans on a wooden fence.<|im_end|>»"
                             "USER:\nWhat colour is it?\nASSISTANT:\n«Red!<|im_end|>»"),
-    "no control token": (dict(template=NO_SPECIAL), "### user: <3>\nIs the bicycle leaning on a fence?\n### assistant: "
-                         "«Yes, it leans on a wooden fence.<|im_end|>»\n"
-                         "### user: What colour is it?\n### assistant: «Red!<|im_end|>»\n"),
+    "no control token": (dict(template=NO_SPECIAL), "### user: <3>\nIs the bicycle leaning on a fence?\n### assistant:"
+                         "« Yes, it leans on a wooden fence.<|im_end|>»\n"
+                         "### user: What colour is it?\n### assistant:« Red!<|im_end|>»\n"),
 }
 
 
@@ -129,21 +129,6 @@ def test_ids_equal_joint_tokenisation(template, eos, sentencepiece, eats):
     messages = turns(" What colour is  it?\n", "Red! \n", "Is it  a fence?\n\n", "Yes, it leans.")
     joint = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert encode(messages, tokenizer, P)[0] == joint
-
-
-def test_official_mask_trains_headers_markers_and_lone_newlines():
-    tokenizer = make_tokenizer(CHATML)
-    assert marked(*encode(QA, tokenizer, P, mask="official"), tokenizer) == (
-        "«<|im_start|>»system«\n»You are a helpful assistant.«<|im_end|>\n<|im_start|>»user«\n»<3>«\n»"
-        "Is the bicycle leaning on a fence?«<|im_end|>\n<|im_start|>assistant\n"
-        "Yes, it leans on a wooden fence.<|im_end|>\n<|im_start|>»user«\n»"
-        "What colour is it?«<|im_end|>\n<|im_start|>assistant\nRed!<|im_end|>\n»")
-
-
-@pytest.mark.parametrize("template", [LLAMA3, None])
-def test_official_mask_is_refused_without_chatml(template):
-    with pytest.raises(ValueError, match="ChatML"):
-        encode(QA, make_tokenizer(template), P, mask="official")
 
 
 @pytest.mark.parametrize("template, adds_bos, expected", [
@@ -212,7 +197,7 @@ def test_a_system_turn_replaces_the_default_one():
     ("{% for m in messages[:1] %}{{ m.content }}{% endfor %}", QA, "drops"),
     ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", QA, "repeats"),
     ("{% for m in messages[::-1] %}{{ m.content }}|{% endfor %}", QA, "moves"),
-    ("{% for m in messages %}{{ m.content | replace('\t', ' ') }}|{% endfor %}", QA, "space"),
+    ("{% for m in messages %}{{ m.content | replace('\t', ' ') }}|{% endfor %}", turns("a\tb", "c"), "changes the content"),
     (CHATML, turns("a", "see <image>"), "turn 1 is the assistant's"),
 ])
 def test_templates_and_turns_that_cannot_work_are_refused_in_a_sentence(template, messages, words):
@@ -229,7 +214,7 @@ def test_another_chat_template_on_the_same_tokenizer_is_used():
 
 def test_show_decodes_characters_of_several_tokens_and_escapes_terminal_codes():
     tokenizer = make_tokenizer(CHATML)
-    text = data.show(*encode(turns("ⴲ\033[31m", "žluť"), tokenizer, P), tokenizer)
+    text = data.show_sample(*encode(turns("ⴲ\033[31m", "žluť"), tokenizer, P), tokenizer)
     assert "ⴲ␛[31m" in text and "\033[32mžluť<|im_end|>\033[0m" in text
 
 
@@ -276,11 +261,10 @@ def test_malformed_records_are_named_in_a_sentence(bad, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b'[{"id": "a"', "record 0 is not valid JSON or is cut short"), (b'{"id": 1}', "not a JSON list"),
-    (b"[]", "no records"),
-    (b"[1]", "record 0 is not an object"), (b"[{}, {}] [{}]", "after the list of 2 records"),
-    (b'[{"id": "\xff\xfe"}]', "not UTF-8"), (b"", "not a JSON list"),
-    (b"[" * 100_000, "record 0 cannot be read"), (b"[" + b"1" * 5000 + b"]", "record 0 cannot be read"),
+    (b'[{"id": "a"', "not a whole JSON file"), (b'{"id": 1}', "not a JSON list"), (b"[]", "no records"),
+    (b"[1]", "record 0 is not an object"), (b"[{}, {}] [{}]", "not a whole JSON file"),
+    (b'[{"id": "\xff\xfe"}]', "not UTF-8"), (b"", "not a whole JSON file"),
+    (b"[" * 100_000, "not a whole JSON file"), (b"[" + b"1" * 5000 + b"]", "not a whole JSON file"),
 ])
 def test_bad_files_are_named_in_a_sentence(tmp_path, content, words):
     (tmp_path / "d.json").write_bytes(content)
@@ -499,8 +483,8 @@ def test_bad_samples_are_named_and_left_out_of_the_batch(tmp_path):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(template="chta"), "template is one of"), (dict(mask="some"), "mask is"),
-    (dict(mask="official", template="plain"), "ChatML")])
+    (dict(template="chta"), "template is one of"),
+    (dict(template="prompt"), "template is one of")])
 def test_wrong_settings_fail_at_once_and_are_no_bad_records(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):
         Conversations(write(tmp_path, record("a", "b")), tmp_path, make_tokenizer(CHATML), P, IMAGE,

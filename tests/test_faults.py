@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from glob import glob
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ import checkpoint
 import common
 import data
 import eval as evaluation
-import scores
+from tools.import_official import import_official
 import test_data
-import test_scores
+import test_benchmarks
 import test_words
 import train
 import transfer
@@ -34,8 +35,8 @@ from conftest import ROOT, byte_level, run, settings
 from test_model import make
 
 
-SOURCES = {name: open(f"{ROOT}/{name}", encoding="utf-8").read() for name in sorted(os.listdir(ROOT))
-           if name.endswith(".py")}
+SOURCES = {os.path.relpath(path, ROOT): open(path, encoding="utf-8").read() for folder in ("", "benchmarks", "tools")
+           for path in sorted(glob(f"{ROOT}/{folder}/*.py"))}
 
 
 def outcome(call, capsys):
@@ -83,13 +84,13 @@ DATA = {  # name: (what is in a.jpg, what is in d.json, exit status, words)
     "absolute": ("rgb.png", [record("<image>", "b", image="/etc/hostname")], 1, ["'/etc/hostname' is not inside"]),
     "a link out": ("rgb.png", [record("<image>", "b", image="link.jpg")], 1, ["'link.jpg' is not inside"]),
     "half a character as a name": ("rgb.png", [record("<image>", "b", image="\udcff.jpg")], 1, ["cannot be used"]),
-    "JSON cut off": (None, b'[{"id": 1}, {"id": ', 1, ["d.json: record 1 is not valid JSON or is cut short"]),
+    "JSON cut off": (None, b'[{"id": 1}, {"id": ', 1, ["d.json is not a whole JSON file"]),
     "no list": (None, b'{"id": 1}', 1, ["d.json is not a LLaVA-format file"]),
-    "two lists": (None, b"[{}]\n[{}]", 1, ["d.json: there is text after the list of 1 records"]),
-    "no record": (None, b"[]", 1, ["d.json holds no records"]), "no byte": (None, b"", 1, ["d.json is not a LLaVA"]),
+    "two lists": (None, b"[{}]\n[{}]", 1, ["d.json is not a whole JSON file"]),
+    "no record": (None, b"[]", 1, ["d.json holds no records"]), "no byte": (None, b"", 1, ["d.json is not a whole JSON file"]),
     "no object": (None, [SEEN, 7], 1, ["d.json: record 1 is not an object but '7'"]),
-    "not UTF-8": (None, b'[{"id": "\xff"}]', 1, ["d.json: not UTF-8"]),
-    "too deep": (None, b"[" * 99_999, 1, ["d.json: record 0 cannot be read"]),
+    "not UTF-8": (None, b'[{"id": "\xff"}]', 1, ["d.json is not UTF-8 text"]),
+    "too deep": (None, b"[" * 99_999, 1, ["d.json is not a whole JSON file"]),
     "wrong role": (None, [record("a", "b", roles=("human", "wizard"))], 1, ["malformed: 1", "turn 1 is from 'wizard'"]),
     "roles out of order": (None, [record("a", "b", roles=("gpt", "human"))], 1, ["turn 0 is from 'gpt'"]),
     "empty turn": (None, [record("a", " \n", image=None)], 1, ["turn 1 is empty"]),
@@ -152,8 +153,8 @@ def checkpoints(tiny, tmp_path_factory):
         shutil.copytree(getattr(tiny, name), root / name)
     vlm = make(tiny)
     vlm.config.vision_tower, vlm.config.llm = str(root / "clip"), str(root / "qwen")
-    checkpoint.save(vlm, str(root / "ck"), "pretrain", with_llm=False, template="plain")
-    checkpoint.save(vlm, str(root / "sft"), "sft", with_llm=True, template="chat")
+    checkpoint.save(vlm, str(root / "ck"), "pretrain", ("connector",), template="plain")
+    checkpoint.save(vlm, str(root / "sft"), "sft", ("connector", "llm"), template="chat")
     vlm.llm.save_pretrained(root / "sharded", max_shard_size="60KB")
     return root
 
@@ -228,7 +229,7 @@ def nan(name):
     return lambda tensors: {**tensors, name: tensors[name].index_fill(0, torch.tensor([3]), float("nan"))}
 
 
-WORDS = ["is not the word list that this connector was trained with"]
+WORDS = ["is not the word list of this connector"]
 FIT = ["connector.safetensors: ", "this connector wants"]
 MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it loads
     "a whole one": ("ck", lambda d: None, []), "a whole one with its LLM": ("sft", lambda d: None, []),
@@ -252,12 +253,12 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "words that are no list": ("ck", lambda d: (d / "ck/words.json").write_text("{}"), ["words.json is not a word"]),
     "another patch count": ("ck", config(image_size=16), ["trained on 9 patches of an image", "gives 4"]),
     "a layer that is not there": ("ck", config(vision_layer=-9), ["3 layers, no layer -9"]),
-    "an LLM for a tower": ("ck", config(vision_tower="../qwen"), ["is no vision transformer"]),
+    "an LLM for a tower": ("ck", config(vision_tower="../qwen"), ["is not a vision transformer"]),
     "no tower": ("ck", lambda d: shutil.rmtree(d / "clip"), ["there is no folder", "clip"]),
     "E with NaN": ("sft", weights("sft/llm/vocab_embeds.safetensors", nan("vocab_embeds")),
-                   ["vocab_embeds.safetensors is not E", "44 numbers not finite"]),
+                   ["vocab_embeds.safetensors: vocab_embeds has numbers that are not finite"]),
     "E of another size": ("sft", weights("sft/llm/vocab_embeds.safetensors", lambda t: {
-        "vocab_embeds": t["vocab_embeds"][:7].clone()}), ["vocab_embeds.safetensors is not E: (7, 44) instead of"]),
+        "vocab_embeds": t["vocab_embeds"][:7].clone()}), ["vocab_embeds.safetensors: vocab_embeds is (7, 44), this connector wants"]),
     "an embedding with NaN": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v * float("nan") for k, v in t.items()}), ["the embedding of", "is not finite"]),
     "another LLM": ("ck", weights("qwen/model.safetensors", lambda t: {
@@ -274,7 +275,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "a zipped pickle with a payload": ("ck", lambda d: pickled(d, None), ["cannot be loaded: Weights only load"]),
     "a pickle in a checkpoint of ours": ("sft", lambda d: (d / "sft/llm/model.safetensors").rename(d / "sft/llm/a.bin"),
                                          ["llm holds no model*.safetensors"]),
-    "tokenizer beyond the embedding": ("ck", fewer_rows, ["the tokenizer has ids up to", "the embedding 300 rows"]),
+    "tokenizer beyond the embedding": ("ck", fewer_rows, ["the tokenizer has ids up to", "the embedding has 300 rows"]),
     "tokenizer far below the embedding": ("ck", lambda d: another_tokenizer(d, 280), ["trained on another LLM"]),
     "tokenizer cut off": ("ck", lambda d: cut(d / "qwen/tokenizer.json"), ["qwen cannot be loaded"]),
 }
@@ -296,7 +297,7 @@ def test_a_vocabulary_of_another_tokenizer(tiny, tmp_path):
     for content in (llama, {"Ġthe": -3, "a": 10 ** 30}):
         (tmp_path / "v.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="v.json does not belong to this tokenizer"):
-            vocab.import_official(tmp_path / "v.json", common.load_tokenizer(tiny.qwen))
+            import_official(tmp_path / "v.json", common.load_tokenizer(tiny.qwen))
     with pytest.raises(ValueError, match="v.json is not a word list"):
         vocab.load_words(tmp_path / "v.json")
 
@@ -405,7 +406,7 @@ def test_a_full_disk(tiny, world, tmp_path):
     ("transfer.py {c}/ck {c}/qwen --out {o}/x --eval {w}/captions.json --limit -1", 1, "--limit is -1"),
     ("transfer.py {c}/ck", 2, "the following arguments are required: target"),
     ("eval.py --score gqa --questions {w}/images/3.png --predictions {w}/chats.json", 1,
-     "eval.py: {w}/images/3.png, line ?: not complete"),
+     "eval.py: {w}/images/3.png is not a whole JSON file"),
     ("words.py {c}/ck {w}/images/3.png --out {o}/words", 1, "words.py: image '{w}/images/3.png' cannot be read"),
     ("pocket.py --scenes 3", 1, "pocket.py: --scenes and --held_out must be at least 20"),
     ("bench.py compost", 1, "invalid choice: 'compost'")])
@@ -538,26 +539,26 @@ def benchmark(task, folder):
     """-> (questions, truth, predictions) of the scores' own tests, in a folder"""
     if task == "textvqa":
         asked = {"data": [{"image_id": "i", "question": "Whose is it?", "answers": ["x"] * 10}]}
-        answer = test_scores.answer("i", "x", "Whose is it?" + test_scores.SHORT)
-        return test_scores.save(folder / "q", asked), None, [answer]
+        answer = test_benchmarks.answer("i", "x", "Whose is it?" + test_benchmarks.SHORT)
+        return test_benchmarks.save(folder / "q", asked), None, [answer]
     folder.mkdir()
     if task == "mmbench":
-        path = test_scores.mmbench_file(folder / "q", [(1, ["ice", "tea"], "A"), (1000001, ["tea", "ice"], "B")])
-        return path, None, [test_scores.answer(1, "A"), test_scores.answer(1000001, "B")]
-    made = {"gqa": test_scores.gqa_files, "mme": test_scores.mme_files, "mmvet": test_scores.mmvet_files,
-            "pope": test_scores.pope_files, "scienceqa": test_scores.science_files}[task](folder)
+        path = test_benchmarks.mmbench_file(folder / "q", [(1, ["ice", "tea"], "A"), (1000001, ["tea", "ice"], "B")])
+        return path, None, [test_benchmarks.answer(1, "A"), test_benchmarks.answer(1000001, "B")]
+    made = {"gqa": test_benchmarks.gqa_files, "mme": test_benchmarks.mme_files, "mmvet": test_benchmarks.mmvet_files,
+            "pope": test_benchmarks.pope_files, "scienceqa": test_benchmarks.science_files}[task](folder)
     truth = str(made[2]) if len(made) > 2 else None
     if task == "mmvet":
-        truth = test_scores.save(folder / "truth.json", made[2])
+        truth = test_benchmarks.save(folder / "truth.json", made[2])
     return made[0], truth, made[1]
 
 
-@pytest.mark.parametrize("task", evaluation.TASKS)
+@pytest.mark.parametrize("task", evaluation.BENCHMARKS)
 def test_any_value_in_a_file_of_a_benchmark(task, tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark") / task
     questions, truth, answers = benchmark(task, root)
-    predictions = test_scores.save(root / "p", answers)
-    assert evaluation.TASKS[task]["score"](questions, truth, predictions)[1]
+    predictions = test_benchmarks.save(root / "p", answers)
+    assert evaluation.BENCHMARKS[task].score(questions, truth, predictions)[1]
     files = {str(path): path.read_text(encoding="utf-8") for path in root.rglob("*") if path.is_file()}
     files = {path: text for path, text in files.items() if text[0] in "[{"}         # TSV files have no values but text
 
@@ -571,7 +572,7 @@ def test_any_value_in_a_file_of_a_benchmark(task, tmp_path_factory):
         with open(path, "w", encoding="utf-8") as f:
             f.write("\n".join(changed) + "\n")
         try:
-            summary, items = evaluation.TASKS[task]["score"](questions, truth, predictions)
+            summary, items = evaluation.BENCHMARKS[task].score(questions, truth, predictions)
             assert json.dumps(summary, allow_nan=False) and isinstance(items, dict)
         except ValueError as error:
             assert str(root) in str(error), error
@@ -599,9 +600,9 @@ def test_no_strangers_code_and_no_pickle(name):
     ("../../secret.jpg", "is not inside"), ("/etc/hostname", "is not inside"), (7, "no text in 'image'")])
 def test_questions_of_a_benchmark_stay_in_its_folder(tmp_path, image, words):
     question = {"question_id": 1, "text": "a", "image": image, "category": "random"}
-    test_scores.save(tmp_path / "pope/llava_pope_test.jsonl", [question])
+    test_benchmarks.save(tmp_path / "pope/llava_pope_test.jsonl", [question])
     with pytest.raises(ValueError, match=words):
-        evaluation.check("pope", str(tmp_path))
+        evaluation.load_questions("pope", str(tmp_path))
 
 
 def test_a_page_of_words_escapes_all_that_comes_from_elsewhere():
@@ -642,7 +643,7 @@ def test_a_run_on_folders_opens_no_connection_and_writes_nowhere_else(checkpoint
 def test_offline_is_said_before_anything_is_imported(tiny, tmp_path):
     """In every script that can load from the hub: transformers finds the variable when it is imported"""
     for script, source in SOURCES.items():
-        loads = script != "model.py" and re.search(r"model\.(load|build|vision_config)\(|load_tokenizer\(", source)
+        loads = "__main__" in source and re.search(r"checkpoint\.(load|build|vision_config)\(|load_tokenizer\(", source)
         assert bool(loads) == bool(re.search(r'"--offline"|offline: bool', source)), script
     spy = ("import os, runpy, sys\n"
            "class Spy:\n"
@@ -661,5 +662,5 @@ def test_offline_is_said_before_anything_is_imported(tiny, tmp_path):
         assert "OFFLINE 1" in done.stderr, argv
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("HF_HUB_OFFLINE", raising=False)
-        evaluation.parse(["x", "--data", "x", "--offline"])
+        evaluation.parse_arguments(["x", "--data", "x", "--offline"])
         assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -66,7 +66,7 @@ def test_every_question_has_one_answer_and_a_score(flow):
 def test_the_other_benchmarks_can_be_asked(flow, task):
     """Asked they are in speedrun.sh: a model of three steps says all the tokens that it may, to each question."""
     import eval
-    questions, lacks = eval.check(task, str(flow[0] / "eval"))
+    questions, lacks = eval.load_questions(task, str(flow[0] / "eval"))
     assert len(questions) > 20 and not lacks
 
 

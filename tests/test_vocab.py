@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import vocab  # noqa: E402
+from tools.import_official import import_official  # noqa: E402
 
 TEXT = ["a red ball beside a blue box.\nthe ball is small, the box is big", "the cat sees the red box and a café",
         "Describe the image.\n<image>", "two red balls; the box!", "the the the ball"] * 4
@@ -173,30 +174,6 @@ def test_counts_equal_a_slow_loop(toks, tmp_path, answers):
         assert n == len(records)
 
 
-def test_cut_texts_count_as_whole_ones(toks):
-    texts = Counter(TEXT[:4] + ["(the) red-ball 12 3. The <image> x's", "trailing "])
-    for name, tokenizer in toks.items():
-        backend = tokenizer.backend_tokenizer
-        chunks = vocab._chunks(texts, vocab._crossings(tokenizer, vocab.tokenizer_words(tokenizer)))
-        assert " red" in chunks and not set(texts) <= set(chunks)
-        if name != "sentencepiece_unigram":     # Metaspace sees the start of a text: count_words checks first
-            assert vocab._count_ids(chunks, backend) == vocab._count_ids(texts, backend), name
-
-
-def test_cutting_at_spaces_stops_where_tokens_cross(tmp_path):
-    t = Tokenizer(models.BPE({"a": 0, " ": 1, "b": 2, "c": 3, "a ": 4, "a b": 5}, [("a", " "), ("a ", "b")]))
-    records = [{"conversations": [{"from": "gpt", "value": v}]} for v in ("a b", "b a c", "c b")]
-    (tmp_path / "c.json").write_text(json.dumps(records))
-    counts, total, _ = vocab.count_words([tmp_path / "c.json"], t)
-    assert counts == {"aĠb": 1, "b": 2, "aĠ": 1, "c": 2, "Ġ": 2} and total == 8
-
-
-def test_records_are_read_across_blocks(tmp_path):
-    records = corpus(tmp_path / "c.json")
-    for block in (40, 97, 10_000):
-        assert list(vocab.read_records(tmp_path / "c.json", block=block)) == records
-
-
 def test_order_is_count_then_bytes_and_a_small_list_is_a_prefix():
     shared, counts = ["b", "a", "é", "Ġz", "Z"], {"b": 2, "é": 2, "Z": 5}
     full = vocab.rank_words(shared, counts, 99)
@@ -224,14 +201,14 @@ def test_official_files_are_accepted_or_refused(toks, tmp_path):
              ({w: [table[w], k] for k, w in enumerate(words)}, None), (dict(zip(words, (900, 70, 3, 3, 1))),) * 2]
     for content, counts in forms:
         path.write_text(json.dumps(content))
-        assert vocab.import_official(path, tokenizer) == (words, counts)
+        assert import_official(path, tokenizer) == (words, counts)
     wrong = {w: table[w] for w in words}
     wrong["a"], wrong["."] = wrong["."], wrong["a"]
     missing = {"Ġthe": table["Ġthe"], "Ġgiraffe": 3}
     for content, name in ((wrong, "'a'"), (missing, "Ġgiraffe"), ({"<|end|>": 1}, "end")):
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=name):
-            vocab.import_official(path, tokenizer)
+            import_official(path, tokenizer)
 
 
 def run(*args):
@@ -264,15 +241,18 @@ def test_command_line_end_to_end(toks, tmp_path, monkeypatch, capsys):
     assert len(vocab.load_words(out)) == len(shared) and vocab.load_words(out)[:20] == words
 
     (tmp_path / "o.json").write_text(json.dumps({w: i for w, i in vocab.tokenizer_words(toks["byte_level"]).items()}))
-    inside("--import-official", tmp_path / "o.json", "--tokenizer", a, "--out", tmp_path / "i.json")
+    tool = [ROOT / "tools" / "import_official.py", tmp_path / "o.json", "--tokenizer", a, "--out", tmp_path / "i.json"]
+    subprocess.run([sys.executable, *map(str, tool)], check=True, capture_output=True)
+    moved = run("--import-official", tmp_path / "o.json", "--tokenizer", a, "--out", tmp_path / "i.json")
+    assert moved.returncode == 1 and "tools/import_official.py" in moved.stderr and "Traceback" not in moved.stderr
     assert len(vocab.load_words(tmp_path / "i.json")) == len(vocab.tokenizer_words(toks["byte_level"]))
     assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("content, sentence", [
     ('{"a": 1}', "list of records"), ('[{"conversations": [{"from": "gpt", "value": "x"}]}, {"text": 1}]', "record 1"),
-    ('[{"conversations": [{"from": "gpt", "value": 3}]}]', "record 0"), ('[{"conversations": [', "record 0"),
-    ('[{"conversations": [{"from": "user", "value": "x"}]}]', "record 0"), ("", "list of records")])
+    ('[{"conversations": [{"from": "gpt", "value": 3}]}]', "record 0"), ('[{"conversations": [', "whole JSON"),
+    ('[{"conversations": [{"from": "wizard", "value": "x"}]}]', "record 0"), ("", "whole JSON")])
 def test_broken_corpus_is_one_sentence_with_file_and_record(tmp_path, content, sentence):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(ValueError, match=sentence) as error:

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import types
 import urllib.request
 from collections import Counter
@@ -21,28 +23,28 @@ import checkpoint
 import model
 import vocab
 import words
-from conftest import run
+from conftest import ROOT, run
+
+sys.path.insert(0, f"{ROOT}/results")
+import study
 
 EVIL = ["</script><script>throw 1</script>", '"><img src=x onerror="throw 2">', "<!--", "&lt;", "'\\\u2028\u2029", "\x00\x07\n\r",
-        "\u202eabc", " the", "中文", "שלום", "😀", " "]
+        "\u202eabc", "$x^$", " the", "中文", "שלום", "😀", " "]
 SPELT = [vocab.to_word(text.encode()) for text in EVIL] + [vocab.to_word(b"\xff\xab")]
 
 
-def make_state(g=3, kind="softmax", K=40, name="an <LLM>", label="pretrain", seed=0):
-    """A state as state_of makes it, from random scores"""
-    dice = torch.Generator().manual_seed(seed)
+def make_state(g=3, kind="shares", K=40, name="an <LLM>", label="pretrain", seed=0):
+    """Return a state as read_checkpoint makes it, from random scores."""
+    generator = torch.Generator().manual_seed(seed)
     names = (SPELT + [f"Ġw{i}" for i in range(K)])[:K]
-    scores = torch.randn(g * g, K, generator=dice) * 3
-    E, modes = torch.randn(K, 7, generator=dice), {}
+    scores = torch.randn(g * g, K, generator=generator) * 3
+    E, modes = torch.randn(K, 7, generator=generator), {}
     if kind != "cosine":
-        w = scores.softmax(-1) if kind == "softmax" else scores
-        modes["weights"] = mode = words.make_mode(kind, names, w, 8)
-        mode.update(entropy=words.entropy(w), rank=words.effective_rank(w), share=words.contribution(w, E, w @ E, mode["chosen"]))
-    embeds = torch.randn(g * g, 7, generator=dice)
-    modes["cosine"] = mode = words.make_mode("cosine", names, words.cosine(embeds, E), 8, 0.4)
-    mode["share"] = words.span_share(E, embeds, mode["chosen"][:, :3])
-    return {"label": label, "name": name, "connector": "mlp" if kind == "cosine" else "langbridge", "group": (name, kind),
-            "modes": modes, "side": g, "mean": [0.5] * 3, "answer": None}
+        w = scores.softmax(-1) if kind == "shares" else scores
+        modes["weights"] = words.make_mode(kind, names, w, 1 / K if kind == "shares" else 0.0)
+    embeds = torch.randn(g * g, 7, generator=generator)
+    modes["cosine"] = words.make_mode("cosine", names, words.cosine(embeds, E), 0.4)
+    return {"label": label, "name": name, "group": (name, kind), "modes": modes, "side": g, "mean": [0.5] * 3, "answer": None}
 
 
 def picture(side=96):
@@ -51,7 +53,7 @@ def picture(side=96):
 
 
 def page_of(*states, ask=None):
-    return words.make_page(words.panels_of(list(states)), picture(), "</title>.png", ask, 8)
+    return words.make_page(words.make_panels(states), picture(), "</title>.png", ask)
 
 
 class Scripts(HTMLParser):
@@ -79,29 +81,9 @@ class Scripts(HTMLParser):
 
 def test_entropy_and_effective_rank_at_their_ends():
     even, one = torch.full((4, 8), 1 / 8), torch.eye(4, 8)
-    assert torch.allclose(words.entropy(even), torch.full((4,), 3.0)) and torch.allclose(words.entropy(one), torch.zeros(4))
-    assert torch.allclose(words.entropy(-5 * even), torch.full((4,), 3.0))           # raw scores: by their size
-    assert math.isclose(words.effective_rank(one), 4) and math.isclose(words.effective_rank(even), 1, abs_tol=1e-6)
-
-
-def test_contributions_of_all_words_add_up_to_one():
-    w, E = torch.randn(5, 12), torch.randn(12, 7)
-    everything = torch.arange(12).expand(5, -1)
-    assert torch.allclose(words.contribution(w, E, w @ E, everything), torch.ones(5), atol=1e-5)
-    halves = [words.contribution(w, E, w @ E, everything[:, part]) for part in (slice(0, 6), slice(6, 12))]
-    assert torch.allclose(halves[0] + halves[1], torch.ones(5), atol=1e-5)
-
-
-def test_span_share_is_a_projection():
-    E, chosen = torch.randn(12, 7), torch.tensor([[0, 1], [2, 3]])
-    inside = torch.stack([2 * E[0] - E[1], E[2] + E[3]])
-    assert torch.allclose(words.span_share(E, inside, chosen), torch.ones(2), atol=1e-5)
-    residual = inside + torch.linalg.svd(E[:4], full_matrices=True)[2][6]             # a direction that no row has
-    share = words.span_share(E, residual, chosen)
-    assert torch.allclose(share, inside.square().sum(1) / (inside.square().sum(1) + 1), atol=1e-4)
-    twice = torch.cat([E, E[:1]])                                                     # a repeated row spans nothing new
-    assert torch.allclose(words.span_share(twice, residual, torch.tensor([[0, 12], [2, 3]])),
-                          words.span_share(twice, residual, torch.tensor([[0, 0], [2, 3]])), atol=1e-4)
+    assert torch.allclose(study.entropy(even), torch.full((4,), 3.0)) and torch.allclose(study.entropy(one), torch.zeros(4))
+    assert torch.allclose(study.entropy(-5 * even), torch.full((4,), 3.0))           # raw scores: by their size
+    assert math.isclose(study.effective_rank(one), 4) and math.isclose(study.effective_rank(even), 1, abs_tol=1e-6)
 
 
 def test_cosine_null_is_what_random_directions_find():
@@ -111,65 +93,74 @@ def test_cosine_null_is_what_random_directions_find():
     assert words.cosine_null(E[:50]) < null < words.cosine_null(E[:, :16])           # more rows, or fewer dimensions: higher
 
 
-@pytest.mark.parametrize("kind", ["softmax", "none"])
+@pytest.mark.parametrize("kind", ["shares", "signed"])
 def test_a_mode_keeps_the_strongest_words_and_raw_scores_keep_both_ends(kind):
     names, scores = [f"w{i}" for i in range(100)], torch.randn(9, 100)
-    scores = scores.softmax(-1) if kind == "softmax" else scores
-    mode = words.make_mode(kind, names, scores, 8)
-    for end, largest in (("high", True), ("low", False)):
-        if end == "low" and kind == "softmax":
-            assert mode["low"] is None
-            continue
-        best = scores.topk(words.KEEP, largest=largest)
-        assert torch.equal(mode["values"].gather(1, mode[end]), best.values)
-        assert [mode["words"][i] for i in mode[end][3].tolist()] == [names[i] for i in best.indices[3].tolist()]
-    if kind == "none":
-        assert (mode["values"].gather(1, mode["low"]) < 0).all() and mode["chosen"].shape == (9, 16)
-        (high, _), (low, _) = words.labels_of(mode, 0)
-        assert high[0] == "+" and low[0] == "−"
+    scores = scores.softmax(-1) if kind == "shares" else scores
+    mode = words.make_mode(kind, names, scores)
+    ends = [scores.topk(words.TOP, largest=largest) for largest in ((True, False) if kind == "signed" else (True,))]
+    indices = torch.cat([end.indices for end in ends], 1)
+    assert torch.equal(mode["values"].gather(1, mode["top"]), torch.cat([end.values for end in ends], 1))
+    assert [mode["words"][i] for i in mode["top"][3].tolist()] == [names[i] for i in indices[3].tolist()]
+    texts = [text for text, _ in words.labels_of(mode, 0)]
+    if kind == "signed":
+        assert texts == ["+" + names[indices[0, 0]], "−" + names[indices[0, words.TOP]]]
+    else:
+        assert texts == [names[indices[0, 0]]]
     assert mode["loud"].min() >= 0 and mode["loud"].max() <= 1
 
 
-def test_an_even_spread_is_quiet_and_one_word_is_loud():
-    assert words.loudness("softmax", torch.tensor([1 / 500, 1.0]), 500, 0).tolist() == pytest.approx([0, 1], abs=1e-6)
-    assert words.loudness("cosine", torch.tensor([0.08, 0.09]), 500, 0.08).max() <= 0.11     # chance level stays quiet
+@pytest.mark.parametrize("values,null,loud", [([1 / 500, 1.0], 1 / 500, [0, 1]), ([0.08, 0.09], 0.08, [0, 0.1]), ([0.05, 0.48], 0.08, [0, 1])])
+def test_a_word_near_chance_is_quiet_and_the_strongest_word_is_loud(values, null, loud):
+    scores = torch.tensor(values)[:, None]
+    assert words.make_mode("cosine", ["word"], scores, null)["loud"].tolist() == pytest.approx(loud, abs=1e-6)
 
 
 # --- the picture
 
-@pytest.mark.parametrize("g", [4, 6, 8, 24])
+def drawn(panels, image=None):
+    """Return words.png as an array: uint8[height, width, 3]."""
+    with tempfile.TemporaryDirectory() as folder:
+        words.save_figure(words.draw_picture(panels, image or picture()), f"{folder}/words.png")
+        return np.asarray(Image.open(f"{folder}/words.png").convert("RGB"))
+
+
+@pytest.mark.parametrize("g", [4, 8, 24])
 def test_the_picture_has_room_for_every_grid_and_is_the_same_twice(g):
-    panels = words.panels_of([make_state(g)])
-    sheet = words.draw_picture(panels, picture())
-    cell = (sheet.width // g)
-    assert sheet.width == g * cell and 72 <= cell <= 192 and sheet.height > sheet.width
-    assert sheet.tobytes() == words.draw_picture(panels, picture()).tobytes()
+    panels = words.make_panels([make_state(g)])
+    sheet = drawn(panels)
+    cell = sheet.shape[1] / g
+    assert 71 <= cell <= 193 and sheet.shape[0] > sheet.shape[1]
+    assert (sheet == drawn(panels)).all()
 
 
 def test_ink_contrasts_with_its_patch():
+    def luminance(colour):
+        rgb = np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)]) / 255
+        return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
+
     for shade in range(0, 256, 15):
-        ink = words.INK if words.luminance((shade,) * 3) > 0.18 else words.WHITE
-        light, dark = sorted([words.luminance(ink), words.luminance((shade,) * 3)], reverse=True)
+        colour = f"#{shade:02x}{shade:02x}{shade:02x}"
+        dark, light = sorted([luminance(words.ink_on(colour)), luminance(colour)])
         assert (light + 0.05) / (dark + 0.05) > 4
 
 
 def test_a_quiet_word_is_paler_than_a_loud_one():
-    mode = make_state(2)["modes"]["weights"]
-    grey, darkest = Image.new("RGB", (96, 96), (200, 200, 200)), []
+    state, darkest = make_state(2), []
     for loud in (0.0, 1.0):
-        mode["loud"] = torch.full((4,), loud)
-        drawn = words.draw_state({"side": 2, "modes": {"weights": mode}}, grey, 192)
-        darkest.append(np.asarray(drawn.convert("L"), int).min())
-    assert darkest[1] < 40 and 60 < darkest[0] < 120
+        state["modes"]["weights"]["loud"] = torch.full((4,), loud)
+        sheet = drawn([[state]], Image.new("RGB", (96, 96), (200, 200, 200)))
+        darkest.append(sheet[:300, 40:-40].max(2).min())
+    assert darkest[1] < 50 and 60 < darkest[0] < 140
 
 
-def test_every_script_is_drawn_or_named():
-    assert words.runs_of("the")[0][1] == "the" and len(words.runs_of("the")) == 1
-    assert "".join(text for _, text in words.runs_of("a\U000e0fff")) == "a<U+E0FFF>"          # no font has it
-    drawn = "".join(text for _, text in words.runs_of("中"))
-    assert drawn in ("中", "<U+4E2D>")
+def test_unknown_glyphs_and_long_words_are_drawn(tmp_path, recwarn):
+    state = make_state(4)
+    state["modes"]["weights"]["words"] = [vocab.to_word(["\U000e0fff", "$a$", "中文", "שלום", "x" * 99, "$"][i % 6].encode()) for i in range(40)]
+    words.save_figure(words.draw_picture([[state]], picture()), f"{tmp_path}/new/words.png")
+    assert Image.open(f"{tmp_path}/new/words.png").width > 500 and not recwarn.list
     text, size = words.fit("antidisestablishmentarianism", 20, 60)
-    assert text.endswith("…") and size == 8 and words.width_of(text, 8) <= 60
+    assert text == "antidises…" and size == 8 and words.fit("the", 20, 60) == ("the", 20)
 
 
 def test_the_square_is_what_the_vision_tower_sees():
@@ -181,7 +172,7 @@ def test_the_square_is_what_the_vision_tower_sees():
 
 # --- the page
 
-@pytest.mark.parametrize("kind", ["softmax", "none", "cosine"])
+@pytest.mark.parametrize("kind", ["shares", "signed", "cosine"])
 def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
     state = make_state(kind=kind)
     state["answer"] = EVIL[0]
@@ -194,8 +185,7 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
     assert content["ask"] == EVIL[1] and content["panels"][0]["states"][0]["answer"] == EVIL[0]
     for key, mode in state["modes"].items():
         there = content["panels"][0]["states"][0]["modes"][key]
-        ends = [mode["high"]] + ([mode["low"]] if kind == "none" and key == "weights" else [])
-        top = torch.cat(ends, 1)
+        top = mode["top"]
         assert [content["words"][i] for i in there["ids"]] == [vocab.show(mode["words"][i]) for i in top.flatten().tolist()]
         assert there["values"] == pytest.approx(mode["values"].gather(1, top).flatten().tolist(), rel=0.01)
         maps = np.frombuffer(base64.b64decode(there["maps"]), np.int8).reshape(len(there["mapped"]), -1)       # (words, P)
@@ -203,7 +193,7 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
         for row, word, peak in zip(maps, there["mapped"], there["peaks"]):
             want = mode["values"][:, shown.index(content["words"][word])].numpy()
             assert np.abs(row / 127 * peak - want).max() <= 0.011 * peak
-    assert any(value < 0 for value in content["panels"][0]["states"][0]["modes"].get("weights", {}).get("values", [])) == (kind == "none")
+    assert any(value < 0 for value in content["panels"][0]["states"][0]["modes"].get("weights", {}).get("values", [])) == (kind == "signed")
     assert html == page_of(state, ask=EVIL[1])
 
 
@@ -214,9 +204,10 @@ def test_a_large_page_stays_small(monkeypatch):
 
 def test_snapshots_become_a_slider_and_llms_stand_side_by_side():
     run_ = [make_state(label="step 1"), make_state(label="step 2")]
-    assert [len(p["states"]) for p in words.panels_of(run_)] == [2]
-    assert [len(p["states"]) for p in words.panels_of(run_ + [make_state(name="other")])] == [2, 1]
-    assert [p["name"] for p in words.panels_of([make_state(), make_state(kind="cosine")])] == ["an <LLM> · LangBridge", "an <LLM> · MLP"]
+    assert [len(states) for states in words.make_panels(run_)] == [2]
+    assert [len(states) for states in words.make_panels(run_ + [make_state(name="other")])] == [2, 1]
+    sheet = drawn(words.make_panels(run_ + [make_state(name="other")]))
+    assert sheet.shape[0] > sheet.shape[1]                          # two rows: one axis of the second stays empty
 
 
 class Browser:
@@ -261,7 +252,7 @@ ENTER, ESCAPE, RIGHT, DOWN, END, HOME = "\ue007", "\ue00c", "\ue014", "\ue015", 
 
 @pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")), reason="no Chromium with its chromedriver on this machine")
 def test_the_page_works_in_a_browser(tmp_path):
-    states = [make_state(kind="none", label="step 1"), make_state(kind="none", label="step 2", seed=1), make_state(kind="none", name="other")]
+    states = [make_state(kind="signed", label="step 1"), make_state(kind="signed", label="step 2", seed=1), make_state(kind="signed", name="other")]
     (tmp_path / "page.html").write_text(page_of(*states), encoding="utf-8")
     browser = Browser(tmp_path / "profile")
     try:
@@ -270,9 +261,9 @@ def test_the_page_works_in_a_browser(tmp_path):
         assert browser.js("document.querySelectorAll('[role=grid]').length") == 2
         browser.point("panels[0].cells[4]")
         assert "row 2, column 2" in browser.js(read) and "row 2, column 2" in browser.js("panels[1].read.textContent")
-        browser.point("panels[0].cells[4]", "pointerDown", "pointerUp")             # a click holds the patch
+        browser.point("panels[0].cells[4]", "pointerDown", "pointerUp")             # a click fixes the patch
         browser.point("panels[0].cells[0]")
-        assert "row 2, column 2" in browser.js(read) and "held" in browser.js(read)
+        assert "row 2, column 2" in browser.js(read) and "fixed" in browser.js(read)
         browser.keys(ESCAPE, RIGHT, DOWN)
         assert "row 3, column 3" in browser.js(read) and browser.js("document.activeElement === panels[0].cells[8]")
         browser.point("panels[1].cells[1]", "pointerDown", "pointerUp", pointer="touch")
@@ -297,7 +288,7 @@ def test_the_page_works_in_a_browser(tmp_path):
         browser.keys(HOME)
         assert browser.js("$('when').textContent") == "step 1" and browser.js(label) != late
         best = states[0]["modes"]["weights"]
-        assert vocab.show(best["words"][best["high"][0, 0]]) in browser.js(label)
+        assert vocab.show(best["words"][best["top"][0, 0]]) in browser.js(label)
         browser.keys(END)
         assert browser.js(label) == late
         browser.point("document.querySelectorAll('#modes label')[1]", "pointerDown", "pointerUp")
@@ -325,13 +316,13 @@ def checkpoints(tiny, world, tmp_path_factory):
         own = shared if kind == "langbridge" else None
         torch.manual_seed(0)
         vlm = checkpoint.build(model.Config(tiny.clip, llm, kind, 24, len(own or []), normalize), own)
-        checkpoint.save(vlm, str(root / name), "pretrain", with_llm=False, template="plain", image_mode="pad")
+        checkpoint.save(vlm, str(root / name), "pretrain", trained_parts=("connector",), template="plain", image_mode="pad")
     return root
 
 
 def arguments(checkpoints, image, out, **more):
     return types.SimpleNamespace(**{"checkpoints": [str(c) for c in checkpoints], "image": str(image), "out": str(out), "ask": None,
-                                    "top": 8, "overwrite": False, "device": "cpu", "dtype": "float32", **more})
+                                    "overwrite": False, "device": "cpu", "dtype": "float32", **more})
 
 
 def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
@@ -341,9 +332,9 @@ def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
     content = json.loads(Scripts((tmp_path / "out" / "words.html").read_text(encoding="utf-8")).scripts[0])
     modes = [panel["states"][0]["modes"] for panel in content["panels"]]
     assert [list(m) for m in modes] == [["weights", "cosine"], ["weights", "cosine"], ["cosine"]]
-    assert [m.get("weights", {}).get("kind") for m in modes] == ["softmax", "none", None]
+    assert [m.get("weights", {}).get("kind") for m in modes] == ["shares", "signed", None]
     assert all(isinstance(panel["states"][0]["answer"], str) for panel in content["panels"])
-    with pytest.raises(SystemExit, match="--overwrite"):
+    with pytest.raises(ValueError, match="--overwrite"):
         words.main(args)
 
 
@@ -353,74 +344,74 @@ def test_read_agrees_with_the_connector(checkpoints):
     mode = words.read(vlm, pixels)["weights"]
     w = vlm.connector.weights(vlm.patch_features(pixels[None]))[0]
     best = w.argmax(1)
-    assert [mode["words"][i] for i in mode["high"][:, 0].tolist()] == [vlm.words[i] for i in best.tolist()]
-    assert mode["low"] is not None and mode["size"] == len(vlm.words)
+    assert [mode["words"][i] for i in mode["top"][:, 0].tolist()] == [vlm.words[i] for i in best.tolist()]
+    assert mode["kind"] == "signed" and mode["size"] == len(vlm.words)
 
 
 def test_a_wrong_call_is_one_sentence(checkpoints, world, tmp_path):
     done = run("words.py", tmp_path, world / "images" / "0.png", check=False)
     assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and "no checkpoint" in done.stderr
-    with pytest.raises(SystemExit, match="--top"):
-        words.main(arguments([checkpoints / "soft"], world / "images" / "0.png", tmp_path, top=99))
+    done = run("words.py", "--study", tmp_path, "--data", "d", "--images", "i", check=False)
+    assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and "results/study.py" in done.stderr
 
 
 # --- the study
 
 def test_words_are_compared_as_a_reader_would():
-    assert [words.plain(w) for w in ("ĠRed", "red", "<", "Ġ")] == ["red", "red", "<", ""]
-    assert words.content_words("A large Red heart, and the star2 of it") == {"large", "red", "heart", "star"}
+    assert [study.plain(w) for w in ("ĠRed", "red", "<", "Ġ")] == ["red", "red", "<", ""]
+    assert study.content_words("A large Red heart, and the star2 of it") == {"large", "red", "heart", "star"}
 
 
 def test_a_patch_has_the_name_of_what_covers_it():
     box = lambda shape, *corners: {"shape": shape, "color": "Red", "box": list(corners)}
-    named = words.names_of_patches([box("circle", 0, 0, 26, 20), box("star", 26, 0, 47, 20)], (60, 60), 3, "pad")
+    named = study.names_of_patches([box("circle", 0, 0, 26, 20), box("star", 26, 0, 47, 20)], (60, 60), 3, "pad")
     assert named == [{"circle", "red"}, {"star", "red"}, {"star", "red"}] + [set()] * 6        # 6 and 14; 7 of 20 pixels
-    assert words.names_of_patches([box("star", 40, 40, 46, 60)], (60, 60), 3, "crop") == [set()] * 9       # 6 of 20: too little
+    assert study.names_of_patches([box("star", 40, 40, 46, 60)], (60, 60), 3, "crop") == [set()] * 9       # 6 of 20: too little
     # 80 x 40, two patches a side: cropped to the pixels from 20 to 60, or padded to 80 with 20 above and below
     wide = [box("star", 20, 0, 40, 20)]
-    assert words.names_of_patches(wide, (80, 40), 2, "crop") == [{"star", "red"}, set(), set(), set()]
-    assert words.names_of_patches([box("star", 0, 0, 40, 40)], (80, 40), 2, "pad") == [{"star", "red"}, set(), {"star", "red"}, set()]
-    assert words.names_of_patches([], (80, 40), 2, "pad") == [set()] * 4
+    assert study.names_of_patches(wide, (80, 40), 2, "crop") == [{"star", "red"}, set(), set(), set()]
+    assert study.names_of_patches([box("star", 0, 0, 40, 40)], (80, 40), 2, "pad") == [{"star", "red"}, set(), {"star", "red"}, set()]
+    assert study.names_of_patches([], (80, 40), 2, "pad") == [set()] * 4
 
 
 def test_found_counts_only_patches_with_a_name():
     tops, names = [["red", "x", "heart"], ["y", "z", "red"], ["red", "red", "red"]], [{"red", "heart"}, {"red"}, set()]
-    assert words.found(tops, names, 1) == (0.5, 0.5)
-    assert words.found(tops, names, 3) == pytest.approx(((2 / 3 + 1 / 3) / 2, 1.0))
-    assert all(math.isnan(x) for x in words.found(tops, [set()] * 3, 1) + words.found_by_chance(Counter("ab"), [set()], 1))
+    assert study.found(tops, names, 1) == (0.5, 0.5)
+    assert study.found(tops, names, 3) == pytest.approx(((2 / 3 + 1 / 3) / 2, 1.0))
+    assert all(math.isnan(x) for x in study.found(tops, [set()] * 3, 1) + study.found_by_chance(Counter("ab"), [set()], 1))
 
 
 def test_chance_is_the_mean_over_all_draws():
     vocabulary, names = ["red", "red", "a", "b", "star"], [{"red", "star"}, {"b"}]
     for k in (1, 2, 3):
         draws = [list(d) for d in itertools.combinations(vocabulary, k)]
-        want = np.mean([words.found([d, d], names, k) for d in draws], 0)
-        assert words.found_by_chance(Counter(vocabulary), names, k) == pytest.approx(tuple(want))
+        want = np.mean([study.found([d, d], names, k) for d in draws], 0)
+        assert study.found_by_chance(Counter(vocabulary), names, k) == pytest.approx(tuple(want))
 
 
 def test_names_are_borrowed_for_the_same_patches():
-    assert words.borrowed([{"a"}, set(), {"b"}, {"c"}], [set(), {"x"}, {"y"}]) == [{"x"}, set(), {"y"}, {"x"}]
-    assert words.borrowed([{"a"}, set()], [set()]) == [set(), set()]
+    assert study.borrowed([{"a"}, set(), {"b"}, {"c"}], [set(), {"x"}, {"y"}]) == [{"x"}, set(), {"y"}, {"x"}]
+    assert study.borrowed([{"a"}, set()], [set()]) == [set(), set()]
 
 
 def test_agreement_is_what_both_have_of_what_either_has():
-    assert words.agreement([["a", "b"], ["a", "b"]], [["b", "a"], ["c", "b"]], 2) == pytest.approx((1 + 1 / 3) / 2)
-    assert words.agreement([["a", "b"]], [["b", "a"]], 1) == 0
+    assert study.agreement([["a", "b"], ["a", "b"]], [["b", "a"], ["c", "b"]], 2) == pytest.approx((1 + 1 / 3) / 2)
+    assert study.agreement([["a", "b"]], [["b", "a"]], 1) == 0
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say():
-    assert words.interval([[0.25] * 9]) == [0.25] * 3 and words.interval([[math.nan] * 3]) is None
-    assert words.interval([[1, math.nan, 3]])[0] == 2
-    dice = np.random.default_rng(0)
-    held = [low <= 0.5 <= high for _, low, high in (words.interval([dice.random(50)], 400) for _ in range(300))]
+    assert study.interval([[0.25] * 9]) == [0.25] * 3 and study.interval([[math.nan] * 3]) is None
+    assert study.interval([[1, math.nan, 3]])[0] == 2
+    generator = np.random.default_rng(0)
+    held = [low <= 0.5 <= high for _, low, high in (study.interval([generator.random(50)], 400) for _ in range(300))]
     assert 0.90 <= np.mean(held) <= 0.98
-    one, two = (words.interval(v) for v in ([[0, 1] * 50] * 2, [[0, 1] * 50, [1, 2] * 50]))
+    one, two = (study.interval(v) for v in ([[0, 1] * 50] * 2, [[0, 1] * 50, [1, 2] * 50]))
     assert one[2] - one[1] < 0.25 and two[1:] == pytest.approx([0.45, 1.55], abs=0.1)          # seeds that differ count
 
 
 def test_a_snapshot_belongs_to_its_run():
-    assert words.of_run("a/seed1/LB/steps/000100", {"steps": 7}) == ("LB", 100)
-    assert words.of_run("a/seed1/LB/", {"steps": 7}) == ("LB", 7) and words.of_run("a/moved", {}) == ("moved", None)
+    assert study.run_of("a/seed1/LB/steps/000100", {"steps": 7}) == ("LB", 100)
+    assert study.run_of("a/seed1/LB/", {"steps": 7}) == ("LB", 7) and study.run_of("a/moved", {}) == ("moved", None)
 
 
 def test_a_connector_that_always_says_red(tiny, world, tmp_path, capsys):
@@ -430,15 +421,15 @@ def test_a_connector_that_always_says_red(tiny, world, tmp_path, capsys):
         vlm = checkpoint.build(model.Config(tiny.clip, llm, "langbridge", 24, len(shared), "softmax"), shared)
         with torch.no_grad():
             vlm.connector.to_scores.bias[shared.index("Ġred")] = 1e3
-        checkpoint.save(vlm, str(tmp_path / folder), stage, with_llm=False, image_mode="pad")
+        checkpoint.save(vlm, str(tmp_path / folder), stage, trained_parts=("connector",), image_mode="pad")
     torch.manual_seed(0)
-    checkpoint.save(checkpoint.build(model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0), None), str(tmp_path / "mlp"), "pretrain", with_llm=False, image_mode="pad")
+    checkpoint.save(checkpoint.build(model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0), None), str(tmp_path / "mlp"), "pretrain", trained_parts=("connector",), image_mode="pad")
     truth = {f"{i}.png": {"objects": [{"shape": "square", "color": c, "box": [0, 0, 8, 8]}]} for i, c in enumerate(["red", "green", "blue", "white"] * 10)}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     args = types.SimpleNamespace(checkpoints=[str(tmp_path / f) for f in ("seed1/red", "seed2/red", "moved", "mlp")], data=f"{world}/captions.json",
                                  images=f"{world}/images", truth=str(tmp_path / "truth.json"), number=8, out=str(tmp_path / "study"),
                                  overwrite=False, device="cpu", dtype="float32")
-    words.study_main(args)
+    study.main(args)
     assert sorted(os.listdir(tmp_path / "study")) == ["study.json", "study.md", "study.png"]
     result = json.loads((tmp_path / "study" / "study.json").read_text())
     red, moved, mlp = (row["values"] for row in result["rows"])
@@ -449,25 +440,25 @@ def test_a_connector_that_always_says_red(tiny, world, tmp_path, capsys):
         assert red[f"{how}, object, precision at 1, right"][0] == red[f"{how}, caption, hit at 1, right"][0] == 0.25
         assert red[f"{how}, object, precision at 1, wrong picture"][0] == 0.25
     assert red["weights, object, precision at 1, chance"][0] == pytest.approx(
-        np.mean([sum(words.plain(w) in ("square", c) for w in shared) / len(shared) for c in ("red", "green", "blue", "white")]))
+        np.mean([sum(study.plain(w) in ("square", c) for w in shared) / len(shared) for c in ("red", "green", "blue", "white")]))
     assert moved["weights, agreement at 1, same picture"] == [1, 1, 1] and "weights, agreement at 1, same picture" not in mlp
     assert "entropy" not in mlp and "weights, object, hit at 1, right" not in mlp and mlp["cosine, agreement at 1, same picture"][0] < 1
     table = (tmp_path / "study" / "study.md").read_text()
     assert table in capsys.readouterr().out and re.search(r"\| red \| 25\.0 \[[\d.]+, [\d.]+\] / 25\.0 / ", table)
-    with pytest.raises(SystemExit, match="--overwrite"):
-        words.study_main(args)
+    with pytest.raises(ValueError, match="--overwrite"):
+        study.main(args)
     truth.pop("3.png")
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match="3.png"):
-        words.study_records(args)
+        study.study_records(args)
 
 
-@pytest.mark.parametrize("argv", [["--study", "somewhere"], ["somewhere"], ["--study", "c", "--data", "d", "--images", "i", "--number=0"]])
-def test_arguments_that_do_not_fit(argv, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["words.py", *argv])
+@pytest.mark.parametrize("script,argv", [(words, ["somewhere"]), (study, ["somewhere"]), (study, ["c", "--data", "d", "--images", "i", "--number=0"])])
+def test_arguments_that_do_not_fit(script, argv, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["a.py", *argv])
     with pytest.raises(SystemExit) as stop:
-        words.read_arguments()
-    assert stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("words.py: error: ")
+        script.read_arguments()
+    assert stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("a.py: error: ")
 
 
 # --- results/ablations.py
@@ -513,3 +504,13 @@ def test_what_is_read_for_people_is_on_the_cpu(tiny, world, kind):
     found = {key: type(x) for mode in modes.values() for key, x in mode.items() if torch.is_tensor(x)}
     assert set(found.values()) == {torch.Tensor}, found
     words.page_mode(modes["weights"], {}, 10)
+
+
+def test_a_reader_that_keeps_the_cls_token_shows_the_grid(tiny, world):
+    shared = vocab.load_words(f"{world}/words.json")[:100]
+    vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, 100, "unit"), shared)
+    pixels, features = torch.rand(3, 24, 24), vlm.patch_features
+    plain_values = words.read(vlm, pixels)["weights"]["values"]
+    vlm.patch_features = lambda pixels: torch.cat([torch.zeros(1, 1, 32), features(pixels)], 1)
+    assert words.grid_patches(vlm, pixels[None]).shape == (1, 9, 32)
+    assert torch.equal(words.read(vlm, pixels)["weights"]["values"], plain_values)

@@ -8,7 +8,6 @@ data = "data/llava_v1_5_mix665k.json"                   # 665,298 records; the p
 images = "data"
 image_mode = "pad"                                      # LLaVA-1.5, stage 2
 template = "chat"                                       # the LLM's own; the released code has qwen_2 and llama3 strings
-mask = "answers"                                        # "official" is what the released code trains with Qwen
 max_length = 2048                                       # LLaVA-1.5
 group = True                                            # LLaVA-1.5: group_by_modality_length
 global_batch = 128                                      # LLaVA-1.5, stage 2: 8 GPUs x 8 x 2; 5,198 steps

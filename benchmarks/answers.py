@@ -1,0 +1,105 @@
+"""
+The files of answers in a result folder, so that a run that was stopped continues where it stopped.
+
+Each rank appends to <task>.rank<rank>.jsonl. At the end rank 0 joins these files to <task>.jsonl.
+<task>.settings.json says which checkpoint and which settings made them. `stem` is such a path
+without its ending.
+"""
+import hashlib
+import json
+import os
+from glob import escape, glob
+
+import common
+from benchmarks.reading import read_lines
+
+
+def question_key(question):
+    """Return what identifies a question. Several questions of TextVQA and MME share their id."""
+    return str(question["question_id"]), question["prompt"]
+
+
+def answer_record(question, text, task="", model_id=""):
+    """Return a line of the answer file in LLaVA's format."""
+    # LLaVA's answer_id is random. A hash lets the same run write the same file.
+    identity = json.dumps([model_id, task, *question_key(question)])
+    return {"question_id": question["question_id"], "prompt": question["prompt"], "text": text,
+            "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
+            "model_id": model_id, "metadata": {}, **question["extra"]}
+
+
+def answer_files(stem):
+    """Return the files of answers that exist: one for each rank, and that of a finished run."""
+    files = sorted(glob(f"{escape(stem)}.rank*.jsonl"))
+    return files + [path for path in [f"{stem}.jsonl"] if os.path.exists(path)]
+
+
+def read_answers(stem):
+    """Return {question_key: record} of all answers so far. The number of ranks may have changed."""
+    records = [record for path in answer_files(stem)
+               for record in read_lines(path, "question_id", "prompt", "text")]
+    return {question_key(record): record for record in records}
+
+
+def write_lines(records, path):
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    common.write_text(text, path)
+
+
+def join_answers(questions, stem):
+    """Write the answers of all ranks to <stem>.jsonl in question order, and return its path."""
+    answers = read_answers(stem)
+    path = f"{stem}.jsonl"
+    write_lines([answers[question_key(q)] for q in questions], path)
+    for file in answer_files(stem):
+        if file != path:
+            os.remove(file)
+    return path
+
+
+def prepare_files(stem, settings, overwrite):
+    """Make the files of an earlier run ready to be continued.
+
+    ValueError if they are of another checkpoint or other settings, unless `overwrite`.
+    """
+    path = f"{stem}.settings.json"
+    old = common.read_json(path) if os.path.exists(path) else {}
+    files = answer_files(stem)
+    if files and old != settings:
+        if not overwrite:
+            differing = ", ".join(k for k in settings if old.get(k) != settings[k])
+            raise ValueError(f"{stem}.jsonl is of another run (other {differing}): give another "
+                             "--out, or --overwrite")
+        for file in files:
+            os.remove(file)
+    elif files:
+        for name in files:
+            with open(name, "r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)             # half a line at the end
+    common.write_json(settings, path)
+
+
+def checkpoint_name(folder):
+    return os.path.basename(os.path.abspath(folder))
+
+
+def checkpoint_hash(folder, out):
+    """Return a hash of a checkpoint: names, sizes, first and last megabyte of each file.
+
+    Whole files of a large LLM would take minutes. Training state and results do not count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(glob(f"{escape(folder)}/**", recursive=True)):
+        name = os.path.relpath(path, folder)
+        is_result = os.path.abspath(path).startswith(out + os.sep)
+        suffixes = (".json", ".safetensors", ".model", ".txt", ".jinja")
+        if not os.path.isfile(path) or not name.endswith(suffixes) or is_result:
+            continue
+        if name.split(os.sep)[0] in ("state", "eval"):
+            continue
+        with open(path, "rb") as file:
+            size = os.path.getsize(path)
+            digest.update(f"{name} {size} ".encode() + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

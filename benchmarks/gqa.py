@@ -1,0 +1,58 @@
+"""GQA, testdev balanced: questions about real photographs, exact match."""
+import os
+
+from benchmarks.reading import (by_group, mean, pair, questions_from_lines, read_lines, require,
+                                stderr)
+from common import read_json
+
+COLUMN = "GQA"
+HEADLINE, SCALE = "accuracy", 1
+MAX_NEW_TOKENS = 128
+ASK = "gqa/llava_gqa_testdev_balanced.jsonl"
+QUESTIONS = "gqa/testdev_balanced_questions.json"
+TRUTH = None
+SOURCE = "GQA's site: questions v1.2, images"
+
+
+def questions(data):
+    return questions_from_lines(os.path.join(data, ASK), os.path.join(data, "gqa/images"))
+
+
+def normalize(text):
+    """Return the prediction in a text. Only case and periods at the very end are forgiven.
+
+    "yes. " keeps its period, because a space follows it.
+    """
+    return text.rstrip(".").lower()
+
+
+def score(questions, truth, predictions, partial=False):
+    """questions: testdev_balanced_questions.json, which holds the answers."""
+    official = require(read_json(questions), (), questions)
+    for k, q in official.items():
+        require(q, ("answer", "types"), f"{questions}: question {k}")
+        require(q["types"], ("structural",), f"{questions}: {k}")
+    answers = read_lines(predictions, "question_id", "text")
+    answers = pair(official, answers, predictions, partial=True)
+    # Only balanced questions count and need an answer.
+    balanced = {k: q for k, q in official.items() if q.get("isBalanced", True)}
+    answers = [answer for k, answer in answers.items() if k in balanced]
+    answers = pair(balanced, answers, predictions, partial)
+
+    right = {k: int(normalize(a["text"]) == balanced[k]["answer"]) for k, a in answers.items()}
+    types = [balanced[k]["types"] for k in right]
+    structural = [t["structural"] for t in types]
+    semantic = [str(t.get("semantic")) for t in types]
+    # The type "query" is open; all other types are binary.
+    open_questions = [r for r, kind in zip(right.values(), structural) if kind == "query"]
+    binary = [r for r, kind in zip(right.values(), structural) if kind != "query"]
+    return {
+        "accuracy": mean(right.values(), 100),
+        "binary": mean(binary, 100),
+        "open": mean(open_questions, 100),
+        "correct": sum(right.values()),
+        "total": len(right),
+        "stderr": stderr(right.values()),
+        "by_structural_type": by_group(structural, right.values()),
+        "by_semantic_type": by_group(semantic, right.values()),
+    }, right

@@ -1,0 +1,134 @@
+"""MMBench, dev file of 2023-07-12: single choice. All rotations of a question must be right."""
+import base64
+import csv
+import os
+import re
+from collections import defaultdict
+
+from benchmarks.reading import LETTER, by_group, mean, pair, question, read_lines, stderr, unique
+
+COLUMN = "MMBench"
+HEADLINE, SCALE = "circular", 1
+MAX_NEW_TOKENS = 1024
+ASK = "mmbench/mmbench_dev_20230712.tsv"    # the images are in it, in base64
+QUESTIONS = ASK
+TRUTH = None
+SOURCE = "MMBench's site: dev file of 2023-07-12, images inside"
+
+REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
+            "I'm sorry, but without the image provided", "Cannot determine the answer")
+
+
+def missing(value):
+    """Return whether an option or a hint is absent. pandas would also drop "NA" and "null"."""
+    return value is None or value.lower() in ("", "nan", "none")
+
+
+def options_of(row):
+    """Return {letter: text}. Reading stops at the first option that is missing."""
+    options = {}
+    for letter in "ABCD":
+        if missing(row.get(letter)):
+            break
+        options[letter] = row[letter]
+    return options
+
+
+def read_rows(path):
+    """Return the rows of the TSV as dicts. A field with a tab or a line break is quoted in it."""
+    csv.field_size_limit(1 << 30)
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        try:
+            for row in reader:
+                complete = None not in row and None not in row.values()
+                if not complete or not row.get("index", "").isdecimal() or "answer" not in row:
+                    raise ValueError("not a complete row with an index and an answer")
+                rows.append(row)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def questions(data):
+    path = os.path.join(data, ASK)
+    return [to_question(row, path) for row in read_rows(path)]
+
+
+def to_question(row, path):
+    if not {"question", "image"} <= row.keys():
+        raise ValueError(f"{path}: no column 'question' or 'image': it can be scored, not asked")
+    options = options_of(row)
+    hint = [] if missing(row.get("hint")) else [row["hint"]]
+    choices = [f"{letter}. {option}" for letter, option in options.items()]
+    prompt = "\n".join([*hint, row["question"], *choices])  # what is stored lacks the last line
+    try:
+        image = base64.b64decode(row["image"])
+    except ValueError:
+        raise ValueError(f"{path}: the image of question {row['index']} is not base64") from None
+    return question(int(row["index"]), f"{prompt}\n{LETTER}", image, prompt, round_id=0,
+                    options=list(options.values()), option_char=list(options))
+
+
+def match(text, options):
+    """Return an option's letter, "Z" for a refusal, or None: VLMEvalKit's rules without a judge."""
+    if any(refusal in text for refusal in REFUSALS):
+        return "Z"
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    letters = [letter for letter in options if letter in words]
+    # Before the last four words, "A" is more likely an article than a letter.
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - 4:
+        return letters[0]
+    if not letters and "Z" in words:
+        return "Z"
+    # The rule does not ask for the end of the word: "answer is a cat" gives A.
+    found = re.search(r"answer\s+is\s+\**([A-D])", text, re.IGNORECASE)
+    if found and found[1].upper() in options:
+        return found[1].upper()
+    # A long text may contain an option by chance.
+    if len(text) <= 2 * sum(map(len, options.values())):
+        contained = [k for k, option in options.items() if option.lower() in text.lower()]
+        if len(contained) == 1:
+            return contained[0]
+    return None
+
+
+def accuracies(groups, right):
+    """Return the three accuracies, and {base index: 1 if all rows of the group are right}.
+
+    groups: {base index: keys of its rows}. right: {key: 0 or 1}.
+    """
+    circular = {str(base): int(all(right[k] for k in keys)) for base, keys in groups.items()}
+    vanilla = [right[k] for k in right if int(k) < 1_000_000]   # without the rotated copies
+    return {
+        "circular": mean(circular.values(), 100),
+        "vanilla": mean(vanilla, 100),
+        "rows": mean(right.values(), 100),
+        "circular_correct": sum(circular.values()), "groups": len(circular),
+        "vanilla_correct": sum(vanilla), "vanilla_total": len(vanilla),
+        "rows_correct": sum(right.values()), "rows_total": len(right),
+    }, circular
+
+
+def score(questions, truth, predictions, partial=False):
+    """questions: mmbench_dev_20230712.tsv, which holds the answers."""
+    rows = unique(read_rows(questions), lambda row: str(int(row["index"])), questions)
+    answers = pair(rows, read_lines(predictions, "question_id", "text"), predictions, partial)
+    # The number of options does not give the size of a group: 53 groups of three have four.
+    groups = defaultdict(list)
+    for k in answers:
+        groups[int(k) % 1_000_000].append(k)
+    letters = {k: match(a["text"], options_of(rows[k])) for k, a in answers.items()}
+    right = {k: int(letters[k] == rows[k]["answer"]) for k in answers}
+    same_letter = {k: int(a["text"].strip() == rows[k]["answer"]) for k, a in answers.items()}
+    summary, circular = accuracies(groups, right)
+    summary["stderr"] = stderr(circular.values())
+    summary["unparsed"] = sum(letter is None for letter in letters.values())
+    summary["strict"] = accuracies(groups, same_letter)[0]
+    base_rows = [rows[min(keys, key=int)] for keys in groups.values()]
+    for column in ("category", "l2-category"):
+        if column in next(iter(rows.values()), {}):
+            names = [row[column] for row in base_rows]
+            summary[f"by_{column}"] = by_group(names, circular.values())
+    return summary, circular

@@ -1,0 +1,114 @@
+"""POPE: "Is there a ... in the image?" The score is the mean F1 of three splits."""
+import math
+import os
+from collections import defaultdict
+
+from benchmarks.reading import mean, pair, question_id, questions_from_lines, read_lines, unique
+
+COLUMN = "POPE"
+HEADLINE, SCALE = "mean_f1", 100
+MAX_NEW_TOKENS = 128
+ASK = "pope/llava_pope_test.jsonl"
+QUESTIONS = ASK
+TRUTH = "pope/coco"                         # coco_pope_<split>.json
+SOURCE = "AoiDragon/POPE at e3e3926, output/coco; COCO val2014"
+
+# question_id in ASK = id in the label file + this number
+OFFSETS = {"random": 10_000_000, "popular": 20_000_000, "adversarial": 0}
+
+
+def questions(data):
+    return questions_from_lines(os.path.join(data, ASK), os.path.join(data, "pope/val2014"))
+
+
+def parse(text):
+    """Return "no" if No, no or not is a word before the first period, else "yes".
+
+    So the empty text, "NO" and "Nope" are yes. Only spaces part words: "no\\n" is not "no".
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def read_labels(path, split, official):
+    """Return {question_id: label} of one split.
+
+    A label fits a question if id, image and text agree. If no id agrees, because the file is
+    numbered anew, image and text suffice. POPE's later random file fits neither way; paired by
+    position, as the official tool does, it would give 50 % without a warning.
+    """
+    records = read_lines(path, "question_id", "image", "text", "label")
+    for record in records:
+        if not question_id(record).isdecimal():
+            raise ValueError(f"{path}: question_id {record['question_id']!r} is no number")
+    labels = {k: (k, q["image"], q["text"].split("\n")[0]) for k, q in official.items()}
+    label_keys = [(str(int(question_id(r)) + OFFSETS[split]), r["image"], r["text"])
+                  for r in records]
+    for start in (0, 1):                    # with the id, then without it
+        found = {key[start:]: record["label"] for key, record in zip(label_keys, records)}
+        wanted = {k: key[start:] for k, key in labels.items()}
+        if len(found) == len(records) == len(wanted) and found.keys() == set(wanted.values()):
+            return {k: found[key] for k, key in wanted.items()}
+    raise ValueError(f"{path}: its {len(records)} labels do not match the {len(official)} "
+                     f"'{split}' questions one to one")
+
+
+def split_figures(outcomes):
+    """Return the figures of one split, from 0 to 1, and 0 where the definition divides by 0.
+
+    outcomes: list of "TP", "FP", "TN" and "FN"; yes is the positive class.
+    """
+    TP, FP, TN, FN = (outcomes.count(kind) for kind in ("TP", "FP", "TN", "FN"))
+    total = max(len(outcomes), 1)
+    return {
+        "accuracy": (TP + TN) / total,
+        "precision": TP / max(TP + FP, 1),
+        "recall": TP / max(TP + FN, 1),
+        "f1": 2 * TP / max(2 * TP + FP + FN, 1),
+        "yes_ratio": (TP + FP) / total,
+        "TP": TP, "FP": FP, "TN": TN, "FN": FN,
+    }
+
+
+def score(questions, truth, predictions, partial=False):
+    """questions: llava_pope_test.jsonl. truth: a folder with a label file for each split in it."""
+    official = read_lines(questions, "question_id", "image", "text", "category")
+    official = unique(official, question_id, questions)
+    for k, q in official.items():
+        if q["category"] not in OFFSETS:
+            raise ValueError(f"{questions}: question {k} has the unknown category "
+                             f"{q['category']!r}")
+    answers = read_lines(predictions, "question_id", "text")
+    answers = pair(official, answers, predictions, partial)
+    answered_splits = {official[k]["category"] for k in answers}
+    splits = {}
+    items = {}
+    # The splits share images, so the standard error sums over images how much the answers about
+    # an image move the mean F1, to first order.
+    influence = defaultdict(float)
+    for split in (name for name in OFFSETS if name in answered_splits):
+        members = {k: q for k, q in official.items() if q["category"] == split}
+        labels = read_labels(os.path.join(truth, f"coco_pope_{split}.json"), split, members)
+        outcomes = {}
+        for k in (k for k in members if k in answers):
+            label_is_yes = labels[k] != "no"
+            said_yes = parse(answers[k]["text"]) == "yes"
+            items[k] = int(label_is_yes == said_yes)
+            outcomes[k] = ("T" if items[k] else "F") + ("P" if said_yes else "N")
+        figures = splits[split] = split_figures(list(outcomes.values()))
+        weight = max(2 * figures["TP"] + figures["FP"] + figures["FN"], 1)
+        change = {"TP": 2 - 2 * figures["f1"], "TN": 0, "FP": -figures["f1"], "FN": -figures["f1"]}
+        for k, kind in outcomes.items():
+            image = members[k]["image"]
+            influence[image] += change[kind] / weight / len(answered_splits)
+    # Texts that are parsed as yes although they do not contain the word.
+    unparsed = sum(parse(a["text"]) == "yes" and "yes" not in a["text"].lower()
+                   for a in answers.values())
+    return {
+        "mean_f1": mean(figures["f1"] for figures in splits.values()),
+        "mean_accuracy": mean(figures["accuracy"] for figures in splits.values()),
+        "stderr": math.sqrt(sum(change * change for change in influence.values())),
+        "questions": len(items),
+        "unparsed": unparsed,
+        **splits,
+    }, items

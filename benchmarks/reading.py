@@ -1,0 +1,132 @@
+"""What the benchmarks share: reading files, pairing answers with questions, averages."""
+import json
+import math
+import os
+from collections import defaultdict
+
+# The sentences that LLaVA appends to a question.
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+# Types of the fields that the scores read. A field that is not listed may hold any value.
+TYPES = {
+    "text": str, "prompt": str, "question": str, "image": str, "category": str, "label": str,
+    "value": str, "structural": str, "types": dict, "data": list, "answers": list,
+    "capability": list, "score": list, "test": list, "conversations": list, "choices": list,
+}
+
+
+def require(record, fields, where):
+    """Return `record`. ValueError if it is no object, lacks a field or has one of a wrong type."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    for field in fields:
+        expected = TYPES.get(field, object)
+        if field not in record:
+            raise ValueError(f"{where}: no field '{field}'")
+        if not isinstance(record[field], expected):
+            kind = "text" if expected is str else expected.__name__
+            raise ValueError(f"{where}: no {kind} in '{field}'")
+    return record
+
+
+def read_lines(path, *fields):
+    """Return the objects of a file of JSON lines. ValueError names the line that is not complete.
+
+    Half a file must not become a score, so an incomplete line is an error.
+    """
+    records = []
+    # Read bytes, so that only \n ends a line. In text mode \x85 or \u2028 in an answer would, too.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError):
+                raise ValueError(f"{path}, line {number}: not complete JSON") from None
+            records.append(require(record, fields, f"{path}, line {number}"))
+    return records
+
+
+def key_text(key):
+    """Return a question's key, a string or a tuple of strings, as one string."""
+    return key if isinstance(key, str) else " / ".join(key)
+
+
+def unique(records, key, path):
+    """Return {key(record): record} in order. ValueError if two records have the same key."""
+    found = {}
+    for record in records:
+        if key(record) in found:
+            raise ValueError(f"{path}: question {key_text(key(record))} is there twice")
+        found[key(record)] = record
+    return found
+
+
+def question_id(record):
+    return str(record["question_id"])
+
+
+def pair(questions, answers, path, partial=False, key=question_id):
+    """Return {key: answer} in the order of `questions`, a dict with the same keys.
+
+    ValueError if an answer is double or unknown, or if one is missing and `partial` is False.
+    """
+    found = unique(answers, key, path)
+    for k in found:
+        if k not in questions:
+            raise ValueError(f"{path}: question {key_text(k)} is unknown: "
+                             "it is not in the question file")
+    for k in questions:
+        if k not in found and not partial:
+            raise ValueError(f"{path}: question {key_text(k)} has no answer")
+    return {k: found[k] for k in questions if k in found}
+
+
+def question(record_id, text, image=None, prompt=None, **extra):
+    """Return a question for the model.
+
+    text: what is sent, without <image>. image: a path, the bytes of an image file, or None.
+    prompt: what the answer file stores, by default the text. extra: more fields of the answer file.
+    """
+    prompt = text if prompt is None else prompt
+    return dict(question_id=record_id, prompt=prompt, text=text, image=image, extra=extra)
+
+
+def image_file(folder, name, where):
+    """Return the path of an image. ValueError if the name leads out of the folder."""
+    from data import inside
+    if not isinstance(name, str):
+        raise ValueError(f"{where} has an image that is no file name")
+    inside(folder, name)
+    return os.path.join(folder, name)
+
+
+def questions_from_lines(path, images):
+    """Return the questions of a file of JSON lines in LLaVA's format."""
+    return [question(record["question_id"], record["text"],
+                     image_file(images, record["image"], f"{path}: {record['question_id']}"))
+            for record in read_lines(path, "question_id", "text", "image")]
+
+
+def mean(values, scale=1):
+    """Return scale * mean, and 0 for no values."""
+    values = list(values)
+    return scale * sum(values) / len(values) if values else 0.0
+
+
+def stderr(values, scale=100):
+    """Return one standard error of the mean, in points."""
+    values = list(values)
+    if not values:
+        return 0.0
+    center = mean(values)
+    return scale * math.sqrt(sum((v - center) ** 2 for v in values)) / len(values)
+
+
+def by_group(groups, values):
+    """Return {group: {"accuracy": percent, "count": n}} for two parallel sequences."""
+    members = defaultdict(list)
+    for group, value in zip(groups, values):
+        members[group].append(value)
+    return {group: {"accuracy": mean(members[group], 100), "count": len(members[group])}
+            for group in sorted(members)}

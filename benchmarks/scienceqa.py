@@ -1,0 +1,96 @@
+"""ScienceQA, test split: single choice. The headline is the accuracy on questions with an image."""
+import os
+import re
+
+from benchmarks.reading import (LETTER, image_file, mean, pair, question, read_lines, require,
+                                stderr, unique)
+from common import read_json
+
+COLUMN = "SciQA"
+HEADLINE, SCALE = "img_accuracy", 1
+MAX_NEW_TOKENS = 1024
+ASK = "scienceqa/llava_test_CQM-A.json"
+QUESTIONS = ASK
+TRUTH = "scienceqa"                         # problems.json and pid_splits.json
+SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
+
+
+def read_records(path):
+    """Return the records of llava_test_CQM-A.json, each with a first turn that has a text."""
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: not a list of records")
+    for i, record in enumerate(records):
+        turns = require(record, ("id", "conversations"), f"{path}: record {i}")["conversations"]
+        require(turns[0] if turns else None, ("value",), f"{path}: record {i}, first turn")
+    return records
+
+
+def text_of(record):
+    return record["conversations"][0]["value"].replace("<image>", "").strip()
+
+
+def questions(data):
+    path = os.path.join(data, ASK)
+    return [to_question(record, data, path) for record in read_records(path)]
+
+
+def to_question(record, data, path):
+    text = f"{text_of(record)}\n{LETTER}"
+    if not record.get("image"):
+        return question(record["id"], text)
+    where = f"{path}: question {record['id']}"
+    image = image_file(os.path.join(data, "scienceqa/test"), record["image"], where)
+    # The stored prompt has the <image> line: the score looks for it there.
+    return question(record["id"], text, image, f"<image>\n{text}")
+
+
+def parse(text):
+    """Return a letter or "FAILED". Only "A", "A. ..." and "The answer is A." are understood.
+
+    "A." fails, and "The answer is Apple" is A, as in the official tool.
+    """
+    starts_with_letter = len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". "
+    if text in ("A", "B", "C", "D", "E") or starts_with_letter:
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else "FAILED"
+
+
+def score(questions, truth, predictions, partial=False):
+    """questions: llava_test_CQM-A.json. truth: a folder with problems.json and pid_splits.json."""
+    official = unique(read_records(questions), lambda q: str(q["id"]), questions)
+    splits_path = os.path.join(truth, "pid_splits.json")
+    problems_path = os.path.join(truth, "problems.json")
+    test_ids = require(read_json(splits_path), ("test",), splits_path)["test"]
+    test_ids = [str(k) for k in test_ids]
+    differ = sorted(set(test_ids) ^ set(official))
+    if differ or len(test_ids) != len(official):
+        raise ValueError(f"{splits_path}: its test ids are not those of the questions: "
+                         f"{', '.join(differ[:3]) or 'one is there twice'}")
+    problems = require(read_json(problems_path), official, problems_path)
+    answers = read_lines(predictions, "question_id", "prompt", "text")
+    answers = pair(official, answers, predictions, partial)
+
+    letters, right, with_image = {}, {}, {}
+    for k, answer in answers.items():
+        has_image = "<image>" in answer["prompt"]
+        same_text = text_of(official[k]) in answer["prompt"]
+        if has_image != ("image" in official[k]) or not same_text:
+            raise ValueError(f"{predictions}: the prompt of question {k} is not that of the "
+                             "question file")
+        require(problems[k], ("choices", "answer"), f"{problems_path}: question {k}")
+        letters[k] = parse(answer["text"])
+        # A letter beyond the choices counts as parsed, and as wrong.
+        choices = "ABCDE"[:len(problems[k]["choices"])]
+        right[k] = int(choices.find(letters[k]) == problems[k]["answer"])
+        if has_image:
+            with_image[k] = right[k]
+    return {
+        "accuracy": mean(right.values(), 100),
+        "correct": sum(right.values()), "total": len(right),
+        "img_accuracy": mean(with_image.values(), 100),
+        "img_correct": sum(with_image.values()), "img_total": len(with_image),
+        "stderr": stderr(with_image.values()),
+        "unparsed": sum(letter == "FAILED" for letter in letters.values()),
+    }, with_image or right

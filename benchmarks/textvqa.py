@@ -1,0 +1,107 @@
+"""TextVQA, val 0.5.1: text in photographs, soft accuracy against ten human answers."""
+import os
+import re
+
+from benchmarks.reading import (key_text, mean, pair, questions_from_lines, read_lines, require,
+                                stderr, unique)
+from common import read_json
+
+COLUMN = "TextVQA"
+HEADLINE, SCALE = "accuracy", 1
+MAX_NEW_TOKENS = 128
+ASK = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
+QUESTIONS = "textvqa/TextVQA_0.5.1_val.json"
+TRUTH = None
+SOURCE = "TextVQA's site: val 0.5.1, train_val_images.zip"
+
+
+def questions(data):
+    return questions_from_lines(os.path.join(data, ASK),
+                                os.path.join(data, "textvqa/train_images"))
+
+
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = {word: str(n) for n, word in enumerate(NUMBERS)} | {"none": "0"}
+CONTRACTIONS = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
+how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock
+oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's
+something'd something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't
+we've weren't what'll what're what's what've when's where'd where's where've who'd who'll who's
+who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've""".split()
+DOUBLES = """
+couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've
+""".split()
+CONTRACTED = {full.replace("'", ""): full for full in CONTRACTIONS}
+for full in DOUBLES:        # the official table has each spelling that lacks one apostrophe
+    CONTRACTED |= {full[:i] + full[i + 1:]: full for i, c in enumerate(full) if c == "'"}
+CONTRACTED |= {"somebody'd": "somebodyd", "'ows'at": "'ow's'at"}    # errors of the official table
+
+
+def normalize(text):
+    """Return a text as the EvalAI answer processor leaves it."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out = text
+    for c in ';/[]"{}()=+\\_-><@`,?!':
+        # If one such mark stands beside a space, all of them vanish; else each becomes a space.
+        # The official tool looks for this in the text before any change, not in `out`.
+        beside_space = c + " " in text or " " + c in text
+        out = out.replace(c, "" if beside_space else " ")
+    # The official tool passes re.UNICODE (32) where the count belongs.
+    out = re.sub(r"\.(?!\d)", "", out, count=32)
+    words = [DIGITS.get(word, word) for word in out.lower().split()]
+    words = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTED.get(word, word) for word in words)
+
+
+def soft_accuracy(text, humans):
+    """Return 0, .3, .6, .9 or 1 if 0, 1, 2, 3 or more of the ten human answers agree.
+
+    This is the mean over the ten of min(1, number of the other nine that agree / 3).
+    """
+    agree = [normalize(human) for human in humans].count(normalize(text))
+    return min(10, 3 * agree) / 10
+
+
+def question_in(prompt, where):
+    """Return the question, in lower case, of any prompt that LLaVA has used."""
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        match = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
+        if match:
+            return match[1].lower()
+    elif "Reference OCR token: " in prompt and len(lines) == 3:
+        ocr_first = prompt.startswith("Reference OCR token:")
+        return lines[1 if ocr_first else 0].lower()
+    elif len(lines) == 2:
+        return lines[0].lower()
+    raise ValueError(f"{where}: no question found in the prompt {prompt!r}")
+
+
+def score(questions, truth, predictions, partial=False):
+    """questions: TextVQA_0.5.1_val.json, which holds the answers.
+
+    LLaVA's question_id is the id of the image, so a question's key is (image, question).
+    """
+    data = require(read_json(questions), ("data",), questions)["data"]
+    for i, q in enumerate(data):
+        require(q, ("image_id", "question", "answers"), f"{questions}: record {i}")
+        humans = q["answers"]
+        if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
+            raise ValueError(f"{questions}: {q['question']!r} on {q['image_id']} has not ten "
+                             "answers")
+    official = unique(data, lambda q: (str(q["image_id"]), q["question"].lower()), questions)
+
+    def answer_key(answer):
+        image = str(answer["question_id"])
+        return image, question_in(answer["prompt"], f"{predictions}: question {image}")
+
+    answers = read_lines(predictions, "question_id", "prompt", "text")
+    answers = pair(official, answers, predictions, partial, answer_key)
+    items = {key_text(k): soft_accuracy(a["text"], official[k]["answers"])
+             for k, a in answers.items()}
+    tenths = [round(10 * value) for value in items.values()]    # integers: their sum is exact
+    summary = {"accuracy": mean(tenths, 10), "total": len(items), "stderr": stderr(items.values())}
+    return summary, items

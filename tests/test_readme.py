@@ -7,7 +7,9 @@ import pytest
 import train
 from conftest import ROOT
 
-README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+PAGES = {name: open(os.path.join(ROOT, name), encoding="utf-8").read()
+         for name in ("README.md", "docs/paper.md", "docs/results.md", "docs/cluster.md", "docs/promises.md")}
+README = "\n".join(PAGES.values())
 COMMANDS = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
             for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.strip().startswith("#")]
 
@@ -32,8 +34,13 @@ def test_a_command_names_scripts_configs_and_flags_that_exist(command):
 
 
 def test_every_file_named_in_the_text_is_in_the_tree():
-    text = re.sub(r"```.*?```", "", README, flags=re.S)
-    for path in re.findall(r"`((?:config|tests|results|docs)/[\w./-]+|[\w-]+\.(?:py|sh|txt|md))`", text):
-        assert os.path.exists(os.path.join(ROOT, path)), path
-    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert os.path.exists(os.path.join(ROOT, path)), path
+    for page, content in PAGES.items():
+        text = re.sub(r"```.*?```", "", content, flags=re.S)
+        for path in re.findall(r"`((?:config|tests|results|docs|benchmarks|tools)/[\w./-]+|[\w-]+\.(?:py|sh|txt|md))[` ]", text):
+            assert os.path.exists(os.path.join(ROOT, path)), (page, path)
+        for path in re.findall(r"\]\(((?!http)[^)#]+)\)", content):
+            assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), path)), (page, path)
+
+
+def test_the_readme_stays_short():
+    assert len(PAGES["README.md"].split()) < 1700

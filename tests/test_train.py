@@ -124,7 +124,7 @@ def test_a_torn_state_is_passed_over(tiny, world, tmp_path, pretrained, capsys):
     states = sorted(os.listdir(tmp_path / "torn" / "state"))
     assert len(states) == 2
     newest, = (tmp_path / "torn" / "state" / states[-1]).glob("shard-*.safetensors")
-    newest.write_bytes(newest.read_bytes()[:-9] + b"tampered!")
+    newest.write_bytes(newest.read_bytes()[:-9])
     assert train_here(argv) == 0
     assert "is not whole" in capsys.readouterr().out
     same(weights(tmp_path / "torn"), weights(pretrained), atol=0, rtol=0)
@@ -190,11 +190,46 @@ def test_the_schedule_is_the_recipes():
 
 
 def test_dry_run_tells_the_memory_of_a_sharded_llm(capsys):
-    train.dry_run(train.read_settings([f"{ROOT}/config/paper/qwen2-7b-sft.py", "--dry_run"]))
-    rows = {line[:44].strip(): [float(x) for x in line[44:].split()] for line in capsys.readouterr().out.splitlines()
-            if line[44:45] == " " and line.rstrip()[-1:].isdigit()}
+    train.dry_run(train.read_settings([f"{ROOT}/config/paper/sft.py", "--llm=Qwen/Qwen2-7B-Instruct", "--dry_run"]))
+    table = capsys.readouterr().out.split("GiB on each GPU")[1].splitlines()[1:]
+    rows = {line[:44].strip(): [float(x) for x in line[44:].split()] for line in table if line[44:45] == " "}
     state = rows["gradients and AdamW's moments (float32)"]
     llm, connector = 7_615_616_512, 129_790_720                     # Qwen2-7B's own count; model.py's
     assert state == [round(12 * (llm / n + connector) / 2**30, 2) for n in (1, 8, 64)]
     assert rows["gathered from the other ranks"][0] == 0 < rows["gathered from the other ranks"][1]
     assert rows["sum"][0] > 80 > rows["sum"][1] > rows["sum"][2]    # an 80 GB GPU holds its part
+
+
+def test_the_vision_tower_trains_is_saved_and_goes_on(tiny, world, tmp_path, capsys):
+    """With a rate of its own; the layer after vision_layer gets no gradient, stays as it is, and that is said."""
+    argv = settings(tiny, world, tmp_path / "x", "--stage=sft_tower", "--vision_tower_lr=1e-3", "--llm_lr=1e-3", "--max_steps=4",
+                    "--probe_every=0", "--save_every=2")
+    assert train_here(argv) == 0
+    assert "tensors stay frozen" in capsys.readouterr().out
+    trained = weights(tmp_path / "x")
+    old, new = (load_file(f"{folder}/model.safetensors") for folder in (tiny.clip, tmp_path / "x" / "vision_tower"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any(".layers.0." in name for name in changed) and not any(".layers.2." in name for name in changed)
+    assert any(name.startswith("vision_tower.") for name in trained)
+    again = checkpoint.load(str(tmp_path / "x"))
+    assert again.own_parts == {"llm", "vision_tower"}
+    os.remove(tmp_path / "x" / "config.json")                       # as if killed before the end
+    assert train_here(argv) == 0
+    same(weights(tmp_path / "x"), trained, atol=0, rtol=0)
+
+
+def test_a_part_of_the_llm_may_train_alone(tiny, world, tmp_path, monkeypatch, capsys):
+    """As LoRA by peft leaves it: what trains is what requires a gradient, and the rest keeps its bits."""
+    make = train.make_model
+
+    def with_few_parameters(cfg, device, ranks):
+        vlm = make(cfg, device, ranks)
+        for name, p in vlm.llm.named_parameters():
+            p.requires_grad_("layers.1.self_attn.q_proj" in name)
+        return vlm
+    monkeypatch.setattr(train, "make_model", with_few_parameters)
+    assert train_here(settings(tiny, world, tmp_path / "x", "--stage=sft", "--llm_lr=1e-2", "--max_steps=3")) == 0
+    old, new = (load_file(f"{folder}/model.safetensors") for folder in (tiny.qwen, tmp_path / "x" / "llm"))
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {
+        "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.bias"}
+    assert {name.split(".")[0] for name in weights(tmp_path / "x")} == {"connector", "llm"}

@@ -1,0 +1,116 @@
+"""
+The memory estimate of `python train.py CONFIG --dry_run`: sizes from configs, no weights.
+
+It takes the sizes of the paper's models from config/paper/sizes.json, so it works before anything
+is downloaded.
+"""
+import json
+import os
+from dataclasses import asdict, fields
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import checkpoint
+import fused
+import model
+import vocab
+
+SIZES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config/paper/sizes.json")
+RANKS = (1, 8, 64)
+
+
+def print_estimate(cfg, trained_parts, parts_table):
+    """Print which parts a run would train and what it would hold in memory on each GPU.
+
+    cfg: train.Settings. trained_parts: names of parts. parts_table: train.parts_table.
+    """
+    if os.path.isfile(f"{cfg.init}/config.json"):
+        for key, value in asdict(checkpoint.read_config(cfg.init)[0]).items():
+            setattr(cfg, key, value)
+    elif cfg.init:
+        print(f"{cfg.init} is not there yet: the sizes are those of the settings")
+    vlm, config = meta_model(cfg, trained_parts)
+    print(parts_table(vlm, cfg))
+    tower = vlm.vision_tower.config
+    P = ((cfg.image_size or tower.image_size) // tower.patch_size) ** 2
+    # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448.
+    T = P + 64 if cfg.stage == "pretrain" else min(cfg.max_length, P + 448)
+    tables = [memory(vlm, cfg, config, P, T, ranks) for ranks in RANKS]
+    heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in RANKS)
+    print(f"{'GiB on each GPU':44}{heads}")
+    for name in tables[0]:
+        print(f"{name:44}" + "".join(f"{table[name] / 2**30:10.2f}" for table in tables))
+    whole = "cut into pieces" if cfg.shard else "whole on each (--shard cuts it)"
+    print(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most "
+          f"{cfg.batch_size} at a time; from 2 GPUs on the LLM is {whole}")
+
+
+def meta_model(cfg, trained_parts):
+    """Return (a module with the VLM's three parts on the meta device, the model.Config)."""
+    with torch.device("meta"):
+        tower = AutoModel.from_config(find_config(cfg.vision_tower))
+        llm = AutoModelForCausalLM.from_config(find_config(cfg.llm))
+        config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
+        config.num_words = cfg.num_words
+        if not config.num_words:
+            has_words = os.path.isfile(cfg.words)
+            config.num_words = len(vocab.load_words(cfg.words)) if has_words else 19200
+        D = llm.get_input_embeddings().embedding_dim
+        vlm = torch.nn.Module()
+        vlm.vision_tower = tower
+        vlm.connector = model.make_connector(config, tower.config.hidden_size, D)
+        vlm.llm = llm
+    vlm.to(getattr(torch, cfg.dtype)).requires_grad_(False)
+    for part in trained_parts:
+        getattr(vlm, part).float().requires_grad_(True)
+    return vlm, config
+
+
+def find_config(name):
+    """Return a model's config: from sizes.json for the paper's models, else its own."""
+    with open(SIZES) as file:
+        sizes = json.load(file)
+    if name in sizes:
+        return AutoConfig.for_model(**sizes[name])
+    return checkpoint.vision_config(name)
+
+
+def memory(vlm, cfg, config, P, T, ranks):
+    """Return {kind: bytes} on one of `ranks` ranks, for samples of T tokens, P of them patches."""
+    llm = vlm.llm.config
+    shards = ranks if cfg.shard else 1
+    width = 2 if cfg.dtype == "bfloat16" else 4                     # bytes of a number
+    samples = min(cfg.batch_size, cfg.global_batch // ranks)
+    tokens, patches = samples * T, samples * P
+    D, inner, layers = llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers
+    weights = state = 0
+    for part in ("vision_tower", "connector", "llm"):
+        is_sharded = part == "llm" or part == "vision_tower" and cfg.shard_tower
+        pieces = shards if is_sharded else 1
+        for p in getattr(vlm, part).parameters():
+            weights += p.numel() * p.element_size() / pieces
+            state += 12 * p.numel() * p.requires_grad / pieces      # gradient and two moments
+    # What lies outside the blocks is gathered all the time, and two blocks, of which one is fetched
+    # ahead. If the LLM trains, its gradients come in this dtype and again in float32 for the sum.
+    block_size = sum(p.numel() for p in checkpoint.transformer_blocks(vlm.llm)[0].parameters())
+    rest = sum(p.numel() for p in vlm.llm.parameters()) - layers * block_size
+    trains = next(vlm.llm.parameters()).requires_grad
+    gathered = 0
+    if shards > 1:
+        gathered = (rest + 2 * block_size) * width + (rest + block_size) * (width + 4) * trains
+    # A block keeps for its backward pass: norms in float32; q, k, v and the attention's output; and
+    # three tensors of the inner width.
+    block = tokens * (2 * 4 * D + width * 6 * D + width * 3 * inner)
+    activations = layers * block
+    if cfg.checkpointing:
+        activations = layers * tokens * D * (width if shards > 1 else 4) + block
+    scores = E = 0
+    if config.connector == "langbridge":
+        scores = patches * min(config.num_words, fused.BLOCK) * 8
+        E = config.num_words * D * width
+    logits = min(model.LOSS_ROWS, tokens - patches) * llm.vocab_size * 12
+    table = {"weights": weights + E, "gradients and AdamW's moments (float32)": state,
+             "gathered from the other ranks": gathered, "activations of the LLM": activations,
+             "one block of scores and weights": scores, "logits": logits}
+    return {**table, "sum": sum(table.values())}

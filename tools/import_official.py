@@ -9,7 +9,7 @@ from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common import OFFLINE, go_offline, load_tokenizer, read_json, run_script, write_json  # noqa: E402
-from vocab import report, save_words, tokenizer_words, word_ids, words_hash  # noqa: E402
+from vocab import print_coverage, save_words, tokenizer_words, word_ids, words_hash  # noqa: E402
 
 
 def import_official(path, tokenizer) -> tuple[list[str], dict[str, int] | None]:
@@ -76,7 +76,7 @@ def main():
     assert word_ids(words, tokenizer) == [[table[word]] for word in words]
     print(f"kept         {len(words):,} of {len(imported):,}, sha256 {words_hash(words)}")
     if counts:
-        report(words, counts, sum(counts.values()))
+        print_coverage(words, counts, sum(counts.values()))
     if args.counts:
         write_json({word: counts[word] for word in imported if counts[word]}, args.counts, 0)
     save_words(words, args.out)

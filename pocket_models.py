@@ -1,0 +1,432 @@
+"""Train the models of the pocket world: two tokenizers, three LLMs that can read, a vision tower.
+
+pocket.py calls `make_model`. Letters: B rows of a batch, T tokens, P patches, N phrases, Dv width
+of the tower, V tokens of a tokenizer, D width of an LLM.
+"""
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+import data
+from common import read_json, write_json
+from pocket_world import (CELLS, COLORS, EASY_KINDS, SHAPES, SIZES, TRAIN_KINDS, WORDS, corpus,
+                          describe, document, sign_of)
+
+# Each LLM's family says which tokenizer and which architecture it has.
+LLMS = {"pocket-qwen-wide": {"family": "chatml", "width": 160, "layers": 5, "heads": 5, "mlp": 320},
+        "pocket-llama": {"family": "headers", "width": 144, "layers": 4, "heads": 4, "mlp": 320},
+        "pocket-qwen": {"family": "chatml", "width": 128, "layers": 4, "heads": 4, "mlp": 288}}
+TOWER = {"image_size": 96, "patch_size": 16, "hidden_size": 128, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "intermediate_size": 384}
+LLM_STEPS = 620
+TOWER_STEPS = 140
+LLM_BATCH = 16                              # rows of text a step
+TOWER_BATCH = 96                            # pictures a step
+LEARNING_RATE = 5e-3
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def make_model(name, settings):
+    """Make one model in a temporary folder and rename it when it is complete.
+
+    name: of an LLM, or "vision-tower". pocket.py calls this in a process of its own.
+    """
+    torch.set_num_threads(1)                # models this small do not gain from a second thread
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(settings["out"]) / name
+    unfinished = folder.with_name(name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    train = train_tower if name == "vision-tower" else train_llm
+    train(name, unfinished, settings)
+    os.replace(unfinished, folder)
+
+
+def train_model(name, model, steps, batch_loss):
+    """Train any of the models. batch_loss: function that returns the loss of the next batch.
+
+    The learning rate warms up, stays, and falls to zero over the second half. Muon for the matrices
+    inside the layers needs half as many steps here as AdamW for all.
+    """
+    in_layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
+    optimizers = [
+        torch.optim.Muon(in_layers, lr=LEARNING_RATE, weight_decay=0.01,
+                         adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
+    fast_bf16 = (torch.backends.cpu.get_cpu_capability() == "AVX512"
+                 and torch.cpu._is_avx512_bf16_supported())
+    start = last = time.time()
+    for step in range(steps):
+        for optimizer in optimizers:
+            factor = min(1, (step + 1) / 20, 2 * (steps - step) / steps)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16):
+            loss = batch_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if time.time() - last > 5 or step == steps - 1:
+            last = time.time()
+            eta = (last - start) / (step + 1) * (steps - step - 1)
+            print(f"{name:17} {step + 1:>4}/{steps}  loss {loss.item():.3f}  eta {eta:.0f} s",
+                  flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# tokenizers: two that share most words and nothing else
+
+FORMS = {
+    "chatml": {
+        "bos": None, "eos": "<|im_end|>", "pad": "<|endoftext|>", "more": ["<|im_start|>"],
+        "template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+                    "<|im_end|>\n{% endfor %}"
+                    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"},
+    "headers": {
+        "bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "pad": "<|pad|>",
+        "more": ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
+        "template": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
+                    "<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
+                    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
+                    "\n\n{% endif %}"}}
+# Words that a tokenizer has only in pieces, because it never saw them.
+SPLIT = {"chatml": ("jazz",), "headers": ("pizza", "zoo")}
+
+
+def make_tokenizer(family, lines):
+    """Return a Hugging Face tokenizer that is trained on lines of text.
+
+    "chatml" is a byte-level BPE; "headers" writes a space as "▁" and has tokens for single bytes.
+    """
+    rare = SPLIT[family]
+    lines = [" ".join(word for word in line.split(" ") if not any(r in word.lower() for r in rare))
+             for line in lines]
+    train = {"chatml": train_byte_level, "headers": train_byte_fallback}[family]
+    form = FORMS[family]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=train(lines), eos_token=form["eos"], pad_token=form["pad"],
+        bos_token=form["bos"], additional_special_tokens=form["more"], model_max_length=2048,
+        padding_side="right", clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = form["template"]
+    return tokenizer
+
+
+def train_byte_level(lines):
+    tokenizer = tokenizers.Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(lines, BpeTrainer(
+        vocab_size=1100, min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def train_byte_fallback(lines):
+    tokenizer = tokenizers.Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(r"\n+|[0-9]|[^\w\s]"), "isolated"),
+        pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.train_from_iterator(lines, BpeTrainer(
+        vocab_size=1000, min_frequency=12, show_progress=False))
+    # The trainer does not make tokens for bytes, so put these 256 in front of what it has learnt.
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    learnt = sorted(vocabulary, key=vocabulary.get)
+    pieces = ["<unk>"] + [f"<0x{i:02X}>" for i in range(256)] + learnt
+    state["model"]["vocab"] = {piece: i for i, piece in enumerate(pieces)}
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+# --------------------------------------------------------------------------------------------------
+# LLMs
+
+def train_llm(name, folder, settings):
+    """Write one LLM and its tokenizer into `folder`."""
+    recipe = LLMS[name]
+    lines = corpus(settings["seed"], settings["corpus"])
+    tokenizer = make_tokenizer(recipe["family"], lines)
+    torch.manual_seed(settings["seed"])
+    model = make_llm(recipe, tokenizer)
+    steps = int(LLM_STEPS * settings["effort"]) + 1
+    rng = random.Random(f"text {settings['seed']}")
+    losses = []
+    batches = text_batches(name, tokenizer, steps, losses, rng)
+
+    def batch_loss():
+        ids, labels = pad_batch(next(batches), tokenizer.pad_token_id)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]                                     # (B, T-1)
+        is_trained = targets != data.IGNORE
+        logits = model.lm_head(hidden[is_trained]).float()
+        loss = F.cross_entropy(logits, targets[is_trained])
+        losses.append(loss.item())
+        return loss
+
+    train_model(name, model, steps, batch_loss)
+    model.eval()
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, token, getattr(tokenizer, token))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def text_batches(name, tokenizer, steps, losses, rng):
+    """Yield one batch for each step: a list of rows (ids, labels) of about the same length.
+
+    The first third of the steps has easy questions about at most two objects. It ends earlier if
+    the last `losses`, which the caller appends, are low. Chats come mostly near the end.
+    """
+    batches = []
+    is_easy = True
+    for step in range(steps):
+        if step >= 0.35 * steps:
+            is_easy = False
+        elif is_easy and step >= 100 and sorted(losses[-32:])[16] < 0.1:
+            is_easy = False
+            batches.clear()
+            print(f"{name:17} knows the easy questions after {step} steps", flush=True)
+        if not batches:
+            chats = 0.15 if is_easy else 0.2 if step < 0.6 * steps else 0.7
+            most, kinds = (2, EASY_KINDS) if is_easy else (3, TRAIN_KINDS)
+            rows = [encode(document(rng, most, chats, kinds), tokenizer)
+                    for _ in range(8 * LLM_BATCH)]
+            rows.sort(key=lambda row: len(row[0]))
+            batches = [rows[i:i + LLM_BATCH] for i in range(0, len(rows), LLM_BATCH)]
+            rng.shuffle(batches)
+        yield batches.pop()
+
+
+def encode(text, tokenizer):
+    """Return (ids, labels) of what `document` makes: two lists of equal length."""
+    if isinstance(text[0], dict):
+        return data.encode(text, tokenizer, num_patches=0)
+    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    labels = [data.IGNORE] * len(ids)
+    for piece, is_trained in text:
+        new = tokenizer.encode(piece, add_special_tokens=False)
+        ids += new
+        labels += new if is_trained else [data.IGNORE] * len(new)
+    return ids, labels
+
+
+def pad_batch(rows, pad_id):
+    """Return rows (ids, labels), padded on the right: ids int64[B, T], labels int64[B, T]."""
+    longest = max(len(ids) for ids, _ in rows)
+    T = -(-longest // 16) * 16              # few different lengths, so that torch keeps less memory
+    ids = [ids + [pad_id] * (T - len(ids)) for ids, _ in rows]
+    labels = [labels + [data.IGNORE] * (T - len(labels)) for _, labels in rows]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def make_llm(recipe, tokenizer):
+    """Return an untrained Qwen2 (tied embeddings) or Llama (untied) of the recipe's size."""
+    is_qwen = recipe["family"] == "chatml"
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=recipe["width"],
+                 num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
+                 num_key_value_heads=recipe["heads"], intermediate_size=recipe["mlp"],
+                 max_position_embeddings=2048, tie_word_embeddings=is_qwen,
+                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                 pad_token_id=tokenizer.pad_token_id)
+    if is_qwen:
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    else:
+        config = transformers.LlamaConfig(attention_bias=True, **sizes)
+        model = transformers.LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # twice as fast as "sdpa" for short rows on a CPU
+    with torch.no_grad():
+        initialize_embeddings(model, tokenizer)
+        for index, layer in enumerate(model.model.layers):
+            initialize_attention(model.config, layer.self_attn, index)
+    return model
+
+
+def initialize_embeddings(model, tokenizer):
+    """Start "red", " red" and "Red" with similar embeddings, as training would make them."""
+    embeddings = model.model.embed_tokens.weight                    # (V, D)
+    stems = {}
+    for i in range(len(tokenizer)):
+        stems.setdefault(tokenizer.decode([i]).strip().lower(), []).append(i)
+    # A word must not drown in what attention adds to it, so these are larger than usual.
+    embeddings.normal_(0, 0.3)
+    for ids in stems.values():
+        embeddings[ids] += 0.4 * torch.randn(embeddings.shape[1])
+    model.lm_head.weight.copy_(embeddings)
+    model.model.norm.weight.fill_(0.2)      # without this the first logits would be too large
+
+
+def initialize_attention(config, attention, layer_index):
+    """Start attention where training would lead only after minutes: find an equal word and copy it.
+
+    Queries equal keys, so that equal words attend to each other, and the output projection is the
+    transpose of the values, so that what is found is copied (after Trockman and Kolter, "Mimetic
+    initialization of self-attention layers", 2023). In every second layer three heads look one, two
+    and three tokens back: their constant queries and keys are in the biases, and the rotary
+    embedding turns them. Training may change all of it.
+    """
+    head_size = config.hidden_size // config.num_attention_heads
+    half = head_size // 2
+    turn = 10000.0 ** (-torch.arange(half) / half)      # the rotary embedding's radians a token
+    strength = 4.0 * (turn > 0.05)                      # slow turns do not separate neighbours
+    query, key = attention.q_proj, attention.k_proj
+    query.weight.copy_(key.weight.mul_(4))
+    nn.init.orthogonal_(attention.v_proj.weight)
+    attention.o_proj.weight.copy_(0.4 * attention.v_proj.weight.T)
+    if layer_index % 2 == 1:
+        return
+    for back in (1, 2, 3):
+        head = slice((back - 1) * head_size, back * head_size)
+        query.weight[head] *= 0.1
+        key.weight[head] *= 0.1
+        angle = back * turn
+        query.bias[head] = torch.cat([strength * angle.cos(), -strength * angle.sin()])
+        key.bias[head] = torch.cat([strength, 0 * strength])
+
+
+# --------------------------------------------------------------------------------------------------
+# vision tower
+
+def train_tower(name, folder, settings):
+    """Write the vision tower into `folder`. It is trained to match pictures and captions.
+
+    Beside the other captions of the batch, a picture must reject captions with one fact changed
+    (after NegCLIP, Yuksekgonul et al., 2022). Without these, colour and shape would be enough, and
+    the tower would never learn to see written words. The text side is not kept.
+    """
+    out = Path(settings["out"])
+    truth = read_json(out / "truth.json")
+    names = [name for name in truth if name.startswith("train")]
+    pixels = load_pixels(out, names)                                # (pictures, 3, S, S)
+    torch.manual_seed(settings["seed"])
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER))
+    initialize_positions(tower)
+    dim = 128                               # of the space in which pictures and captions meet
+    model = nn.ModuleDict({"tower": tower, "text": nn.EmbeddingBag(6000, dim, mode="sum"),
+                           "patches": nn.Linear(TOWER["hidden_size"], dim),
+                           "image": nn.Linear(TOWER["hidden_size"], dim)})
+    model.register_parameter("scale", nn.Parameter(torch.tensor(2.5)))
+    rng = random.Random(f"tower {settings['seed']}")
+    size = min(TOWER_BATCH, len(names))
+    order, word_ids = [], {}
+
+    def batch_loss():
+        if len(order) < size:
+            order[:] = rng.sample(range(len(names)), len(names))
+        picked = [order.pop() for _ in range(size)]
+        scenes = [truth[names[i]] for i in picked]
+        scenes += [altered(scene, rng) for scene in scenes]
+        captions = [phrases_of(describe(scene, rng, "keys"), word_ids) for scene in scenes]
+        return contrastive_loss(model, pixels[picked], captions)
+
+    train_model(name, model, int(TOWER_STEPS * settings["effort"]) + 1, batch_loss)
+    tower.eval()
+    tower.save_pretrained(folder)
+    S = TOWER["image_size"]
+    write_json({"image_processor_type": "CLIPImageProcessor", "do_resize": True,
+                "size": {"shortest_edge": S}, "resample": 3, "do_center_crop": True,
+                "crop_size": {"height": S, "width": S}, "do_rescale": True,
+                "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
+                "image_std": CLIP_STD, "do_convert_rgb": True},
+               folder / "preprocessor_config.json")
+
+
+def contrastive_loss(model, pixels, captions):
+    """Return the loss of B pictures against 2 B captions, of which the first B are the right ones.
+
+    pixels float32[B, 3, S, S]; captions: 2 B lists of phrases, which are lists of ids, N phrases in
+    all. The similarity of a picture and a caption is a mean over the caption's phrases of the most
+    similar patch (after FILIP, Yao et al., 2021), plus that of CLS and the caption's mean phrase.
+    """
+    B = len(pixels)
+    phrases = [torch.tensor(phrase) for caption in captions for phrase in caption]
+    owner = torch.tensor([n for n, caption in enumerate(captions) for _ in caption])        # (N,)
+    offsets = torch.tensor([0] + [len(phrase) for phrase in phrases[:-1]]).cumsum(0)
+    # phrases (N, dim), patches (B, P, dim), image (B, dim), all of length 1
+    phrases = F.normalize(model["text"](torch.cat(phrases), offsets).float(), dim=-1)
+    seen = model["tower"](pixel_values=pixels)
+    patches = F.normalize(model["patches"](seen.last_hidden_state[:, 1:]).float(), dim=-1)
+    image = F.normalize(model["image"](seen.pooler_output).float(), dim=-1)
+    best = (patches @ phrases.T).amax(1)                                    # (B, P, N) -> (B, N)
+    mean = F.one_hot(owner, 2 * B).float()
+    mean = mean / mean.sum(0)                                               # (N, 2B)
+    captions = F.normalize(mean.T @ phrases, dim=-1)                        # (2B, dim)
+    similarity = best @ mean + image @ captions.T                           # (B, 2B)
+    logits = model.scale.exp() * similarity / 2
+    target = torch.arange(B)
+    # Each picture chooses among all captions, each right caption among the pictures.
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)) / 2
+
+
+def load_pixels(out, names):
+    """Return pictures as the tower takes them: float32[N, 3, S, S]."""
+    S = TOWER["image_size"]
+    pictures = [np.asarray(Image.open(out / "images" / name).convert("RGB")
+                           .resize((S, S), Image.BICUBIC)) for name in names]
+    mean = torch.tensor(CLIP_MEAN)[:, None, None]
+    std = torch.tensor(CLIP_STD)[:, None, None]
+    return (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+def altered(scene, rng):
+    """Return the scene with one fact of one object changed, often the word of a sign."""
+    things = [dict(t) for t in scene["objects"]]
+    sign = sign_of({"objects": things})
+    thing = sign if sign and rng.random() < 0.5 else rng.choice(things)
+    if thing is sign:
+        fact = "word"
+    else:
+        fact = rng.choice(("color", "shape", "shape", "cell", "cell", "size"))
+    values = {"word": WORDS, "color": list(COLORS), "shape": list(SHAPES)[:-1], "size": SIZES,
+              "cell": range(len(CELLS))}[fact]
+    thing[fact] = rng.choice([value for value in values if value != thing[fact]])
+    return {"objects": things}
+
+
+def phrases_of(caption, word_ids):
+    """Return the phrases of a caption in style "keys": each a list of ids of words and word pairs.
+
+    word_ids: {word or pair: id}. New ones are added.
+    """
+    phrases = []
+    for phrase in caption.split(", "):
+        words = phrase.replace("top left", "topleft").replace("top right", "topright").split()
+        words = [word for word in words if word not in ("at", "saying")]
+        words += [f"{a} {b}" for i, a in enumerate(words) for b in words[i + 1:]]
+        phrases.append([word_ids.setdefault(word, len(word_ids)) for word in words])
+    return phrases
+
+
+def initialize_positions(tower):
+    """Start the position embeddings at sines and cosines of row and column.
+
+    MAE (He et al., 2022) fixes them so. From the library's small noise the tower would take long to
+    tell left from right.
+    """
+    across = TOWER["image_size"] // TOWER["patch_size"]
+    width = TOWER["hidden_size"] // 4
+    angles = torch.arange(across)[:, None] * 10 ** (-torch.arange(width) / width)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)              # (across, Dv/2)
+    rows = waves.repeat_interleave(across, 0)                       # (P, Dv/2)
+    columns = waves.repeat(across, 1)                               # (P, Dv/2)
+    parameters = dict(tower.named_parameters())
+    name = next(n for n in parameters if n.endswith("position_embedding.weight"))
+    with torch.no_grad():
+        parameters[name][1:] = 0.3 * torch.cat([rows, columns], 1)  # row 0 belongs to CLS

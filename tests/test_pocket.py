@@ -1,5 +1,8 @@
-"""The pocket world on its tiny setting: files parse, answers are balanced, splits are apart, models load, runs repeat."""
+"""The tiny pocket world: files are well formed, answers balanced, splits disjoint, runs repeat."""
+import base64
+import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -9,21 +12,32 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import pocket  # noqa: E402
+import pocket_models  # noqa: E402
+import pocket_world  # noqa: E402
+from pocket_world import SUFFIX  # noqa: E402
+
+
+# The JSON files of the tiny world: how many, and a hash of their hashes. With another hash the world
+# is another one, and the tables in results/ belong to the old one.
+DATA_FILES = (23, "5c44adcb5334790104e591712fb8497e84901ba055cadb29eea418b2dcb03f4f")
 
 
 def run(out, *more):
-    """python pocket.py --tiny into out."""
+    """Run python pocket.py --tiny into `out`."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run([sys.executable, str(ROOT / "pocket.py"), "--tiny", "--out", str(out), *more], capture_output=True, text=True, env=env)
+    command = [sys.executable, str(ROOT / "pocket.py"), "--tiny", "--out", str(out), *more]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """Two runs with the same seed, side by side."""
+    """Two runs with the same seed."""
     folders = [tmp_path_factory.mktemp("pocket") / name for name in ("a", "b")]
     for folder in folders:
         done = run(folder)
@@ -39,50 +53,65 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def sums(folder, pattern="*"):
+    """Return {path in the folder: SHA-256} of its files."""
+    files = sorted(p for p in folder.rglob(pattern) if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
 def test_same_seed_same_bytes(worlds):
-    sums = []
-    for folder in worlds:
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        assert any(p.name == "model.safetensors" for p in files)
-        sums.append({str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
-    assert sums[0] == sums[1]
+    first, second = map(sums, worlds)
+    assert "pocket-qwen/model.safetensors" in first
+    assert first == second
+
+
+def test_the_world_is_the_one_that_the_results_were_made_in(worlds):
+    """Scenes and texts depend only on the order of random numbers, so no machine changes them."""
+    files = {name: digest for name, digest in sums(worlds[0], "*.json*").items()
+             if not name.startswith(("pocket-", "vision-tower", "pocket.json"))}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    assert (len(files), digest) == DATA_FILES
 
 
 def test_second_run_reuses_and_other_settings_are_refused(worlds):
     weights = worlds[0] / "pocket-qwen" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     again = run(worlds[0])
-    assert again.returncode == 0 and again.stdout.count("reused") == 5 and weights.stat().st_mtime_ns == before
+    assert again.returncode == 0 and again.stdout.count("reused") == 5
+    assert weights.stat().st_mtime_ns == before
     other = run(worlds[0], "--seed", "1")
-    assert other.returncode != 0 and "--overwrite" in other.stderr and "Traceback" not in other.stderr
+    assert other.returncode != 0
+    assert "--overwrite" in other.stderr and "Traceback" not in other.stderr
 
 
-def test_llava_records(worlds):
+@pytest.mark.parametrize("name", ["pretrain", "sft", "captions_val", "captions_test"])
+def test_llava_records(worlds, name):
     out = worlds[0]
-    for name in ("pretrain.json", "sft.json", "captions_val.json", "captions_test.json"):
-        records = read(out / name)
-        assert len({r["id"] for r in records}) == len(records)
-        for r in records:
-            turns = r["conversations"]
-            assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
-            assert all(t["value"].strip() for t in turns)
-            assert sum(t["value"].count("<image>") for t in turns) == turns[0]["value"].count("<image>") == ("image" in r)
-            assert "image" not in r or (out / "images" / r["image"]).exists()
-    sft = read(out / "sft.json")
-    without = [r for r in sft if "image" not in r]
-    assert 0.05 < len(without) / len(sft) < 0.15
-    assert all("train" in r["image"] for r in read(out / "pretrain.json") + [r for r in sft if "image" in r])
-    assert all("test" in r["image"] for r in read(out / "captions_test.json"))
+    records = read(out / f"{name}.json")
+    assert len({r["id"] for r in records}) == len(records)
+    for r in records:
+        turns = r["conversations"]
+        assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert turns and all(t["value"].strip() for t in turns)
+        num_images = sum(t["value"].count("<image>") for t in turns)
+        assert num_images == turns[0]["value"].count("<image>") == ("image" in r)
+        assert "image" not in r or (out / "images" / r["image"]).exists()
+    split = {"captions_val": "val", "captions_test": "test"}.get(name, "train")
+    assert all(split in r["image"] for r in records if "image" in r)
+    share = sum("image" not in r for r in records) / len(records)
+    assert 0.05 < share < 0.15 if name == "sft" else share == 0
 
 
 def test_no_scene_is_in_training_and_in_evaluation(worlds):
     truth = read(worlds[0] / "truth.json")
-    train = {pocket.scene_key(s) for n, s in truth.items() if n.startswith("train")}
-    val, test = ({pocket.scene_key(s) for n, s in truth.items() if n.startswith(split)} for split in ("val", "test"))
-    assert len(train) == 60 and len(val) == len(test) == 24 and not train & (val | test) and not val & test
-    assert all(pocket.is_held_out(s) == (not n.startswith("train")) for n, s in truth.items())
+    keys = {split: {pocket_world.scene_key(s) for n, s in truth.items() if n.startswith(split)}
+            for split in ("train", "val", "test")}
+    assert {split: len(k) for split, k in keys.items()} == {"train": 60, "val": 24, "test": 24}
+    assert len(set().union(*keys.values())) == 60 + 24 + 24
+    for name, scene in truth.items():
+        assert pocket_world.is_held_out(scene) == (not name.startswith("train"))
     for folder, split in (("val", "val"), ("eval", "test")):
-        names = {n[:-4] for n in os.listdir(worlds[0] / folder / "textvqa/train_images")}
+        names = os.listdir(worlds[0] / folder / "textvqa/train_images")
         assert names and all(n.startswith(split) for n in names)
 
 
@@ -90,72 +119,87 @@ def test_pope(worlds):
     out = worlds[0] / "eval/pope"
     asked = lines(out / "llava_pope_test.jsonl")
     truth = read(worlds[0] / "truth.json")
-    for category, first in (("adversarial", 0), ("random", 10_000_000), ("popular", 20_000_000)):
+    starts = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+    for category, start in starts.items():
         labels = lines(out / f"coco/coco_pope_{category}.json")
         mine = [q for q in asked if q["category"] == category]
-        assert Counter(r["label"] for r in labels) == {"yes": len(labels) // 2, "no": len(labels) // 2}
+        half = len(labels) // 2
+        assert Counter(r["label"] for r in labels) == {"yes": half, "no": half}
         for label, question in zip(labels, mine, strict=True):
-            assert question["question_id"] == first + label["question_id"] and question["image"] == label["image"]
-            assert question["text"] == label["text"] + "\n" + pocket.SUFFIX
+            assert question["question_id"] == start + label["question_id"]
+            assert question["image"] == label["image"]
+            assert question["text"] == label["text"] + "\n" + SUFFIX
             assert (out / "val2014" / label["image"]).exists()
-            shapes = {t["shape"] for t in truth[f"{label['image'][7:-4]}.png"]["objects"]}
+            scene = truth[f"{label['image'][7:-4]}.png"]
+            shapes = {t["shape"] for t in scene["objects"]}
             assert (label["text"].split()[3] in shapes) == (label["label"] == "yes")
-    assert [q["category"] for q in asked] == sorted((q["category"] for q in asked), key=["adversarial", "random", "popular"].index)
+    categories = [q["category"] for q in asked]
+    assert categories == sorted(categories, key=list(starts).index)
 
 
 def test_gqa(worlds):
     out = worlds[0] / "eval/gqa"
-    truth, asked = read(out / "testdev_balanced_questions.json"), lines(out / "llava_gqa_testdev_balanced.jsonl")
+    truth = read(out / "testdev_balanced_questions.json")
+    asked = lines(out / "llava_gqa_testdev_balanced.jsonl")
     assert [q["question_id"] for q in asked] == list(truth)
     for q in asked:
         t = truth[q["question_id"]]
-        assert q["text"] == t["question"] + "\n" + pocket.SUFFIX and q["image"] == t["imageId"] + ".jpg"
-        assert (out / "images" / q["image"]).exists() and t["isBalanced"] is True
-        assert t["answer"] == t["answer"].lower()
-        assert t["types"]["structural"] in ("query", "verify", "logical", "choose", "compare") and "global" in t["groups"]
+        assert q["text"] == t["question"] + "\n" + SUFFIX
+        assert q["image"] == t["imageId"] + ".jpg" and (out / "images" / q["image"]).exists()
+        assert t["answer"] == t["answer"].lower() and t["isBalanced"] is True
+        structural = t["types"]["structural"]
+        assert structural in ("query", "verify", "logical", "choose", "compare")
+        assert "global" in t["groups"]
 
 
-def test_mme(worlds):
+@pytest.mark.parametrize("task", ["existence", "count", "position", "color", "OCR"])
+def test_mme(worlds, task):
     out = worlds[0] / "eval/mme"
-    asked = lines(out / "llava_mme.jsonl")
-    for task in ("existence", "count", "position", "color", "OCR"):
-        rows = [line.split("\t") for line in (out / f"ground_truth/{task}.txt").read_text(encoding="utf-8").splitlines()]
-        mine = [q for q in asked if q["category"] == task]
-        assert rows and [r[2] for r in rows] == ["Yes", "No"] * (len(rows) // 2)
-        for (image, question, said), q in zip(rows, mine, strict=True):
-            assert q["question_id"] == q["image"] == f"{task}/{image}"
-            assert q["text"] == question.removesuffix(" Please answer yes or no.") + "\n" + pocket.SUFFIX
-            folder = out / "MME_Benchmark_release_version" / task
-            assert (folder / image).exists() and f"{question}\t{said}\n" in (folder / f"{image[:-4]}.txt").read_text(encoding="utf-8")
+    mine = [q for q in lines(out / "llava_mme.jsonl") if q["category"] == task]
+    text = (out / f"ground_truth/{task}.txt").read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.splitlines()]
+    assert rows and [r[2] for r in rows] == ["Yes", "No"] * (len(rows) // 2)
+    for (image, question, answer), q in zip(rows, mine, strict=True):
+        assert q["question_id"] == q["image"] == f"{task}/{image}"
+        plain = question.removesuffix(" Please answer yes or no.")
+        assert q["text"] == plain + "\n" + SUFFIX
+        folder = out / "MME_Benchmark_release_version" / task
+        assert (folder / image).exists()
+        beside = (folder / f"{image[:-4]}.txt").read_text(encoding="utf-8")
+        assert f"{question}\t{answer}\n" in beside
 
 
 def test_textvqa(worlds):
     out = worlds[0] / "eval/textvqa"
-    truth, asked = read(out / "TextVQA_0.5.1_val.json")["data"], lines(out / "llava_textvqa_val_v051_ocr.jsonl")
+    truth = read(out / "TextVQA_0.5.1_val.json")["data"]
+    asked = lines(out / "llava_textvqa_val_v051_ocr.jsonl")
     scenes = read(worlds[0] / "truth.json")
     assert asked
     for t, q in zip(truth, asked, strict=True):
-        word = next(o["word"] for o in scenes[f"{t['image_id']}.png"]["objects"] if "word" in o)
-        assert t["answers"] == [word] * 10 and q["question_id"] == t["image_id"] and word not in q["text"].lower()
-        assert q["text"] == f"{t['question']}\n{pocket.SUFFIX}" and (out / "train_images" / q["image"]).exists()
+        word = pocket_world.sign_of(scenes[f"{t['image_id']}.png"])["word"]
+        assert t["answers"] == [word] * 10 and q["question_id"] == t["image_id"]
+        assert q["text"] == f"{t['question']}\n{SUFFIX}" and word not in q["text"].lower()
+        assert (out / "train_images" / q["image"]).exists()
 
 
 def test_mmbench_has_every_rotation(worlds):
-    import base64
-    import csv
-    import io
-    from PIL import Image
-    with open(worlds[0] / "eval/mmbench/mmbench_dev_20230712.tsv", encoding="utf-8", newline="") as f:
-        rows = list(csv.DictReader(f, delimiter="\t"))
+    path = worlds[0] / "eval/mmbench/mmbench_dev_20230712.tsv"
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    indices = [int(row["index"]) for row in rows]
+    assert indices == sorted(indices)
     groups = {}
     for row in rows:
         groups.setdefault(int(row["index"]) % 1_000_000, []).append(row)
-    assert [int(r["index"]) for r in rows] == sorted(int(r["index"]) for r in rows) and len(groups) > 5
+    assert len(groups) > 5
     for group in groups.values():
         options = [[row[letter] for letter in "ABCD" if row[letter]] for row in group]
-        assert [int(row["index"]) // 1_000_000 for row in group] == list(range(len(options[0])))
-        assert len({row[row["answer"]] for row in group}) == 1 and len(set(options[0])) == len(options[0])
-        assert len({row["answer"] for row in group}) == len(group), "the answer stands under every letter once"
+        turns = [int(row["index"]) // 1_000_000 for row in group]
+        assert turns == list(range(len(options[0])))
+        assert len(set(options[0])) == len(options[0])
+        assert len({row[row["answer"]] for row in group}) == 1
+        # The answer stands under every letter once.
+        assert len({row["answer"] for row in group}) == len(group)
         for before, after in zip(options, options[1:]):
             assert after == before[-1:] + before[:-1]
     assert Image.open(io.BytesIO(base64.b64decode(rows[0]["image"]))).format == "JPEG"
@@ -163,41 +207,58 @@ def test_mmbench_has_every_rotation(worlds):
 
 def test_a_blind_guess_of_yes_or_no_is_half_right():
     rng = random.Random(0)
-    said = {}
+    answers = {}
     for _ in range(6000):
-        for kind, _, answer in pocket.questions(pocket.some_scene(rng), rng, 5, pocket.TRAIN_KINDS):
-            said.setdefault(kind, Counter())[answer] += 1
-    for kind, counts in said.items():
+        scene = pocket_world.random_scene(rng)
+        for kind, _, answer in pocket_world.questions(scene, rng, 5, pocket_world.TRAIN_KINDS):
+            answers.setdefault(kind, Counter())[answer] += 1
+    for kind, counts in answers.items():
         if set(counts) == {"Yes", "No"}:
             assert 0.4 < counts["Yes"] / counts.total() < 0.6, (kind, counts)
-        assert counts.total() > 50 and max(counts.values()) / counts.total() < 0.62, (kind, counts)
+        assert counts.total() > 50, (kind, counts)
+        assert max(counts.values()) / counts.total() < 0.62, (kind, counts)
 
 
-def test_models_load_and_tokenizers_round_trip(worlds):
-    import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+def test_the_tower_loads(worlds):
     tower = AutoModel.from_pretrained(worlds[0] / "vision-tower")
     tower = getattr(tower, "vision_model", tower)
     seen = tower(pixel_values=torch.zeros(1, 3, 96, 96), output_hidden_states=True)
     assert seen.hidden_states[-2].shape == (1, 37, 128) and len(seen.hidden_states) == 5
+
+
+@pytest.mark.parametrize("name", pocket_models.LLMS)
+def test_an_llm_loads_and_its_tokenizer_round_trips(worlds, name):
+    recipe = pocket_models.LLMS[name]
+    form = pocket_models.FORMS[recipe["family"]]
+    tokenizer = AutoTokenizer.from_pretrained(worlds[0] / name)
+    llm = AutoModelForCausalLM.from_pretrained(worlds[0] / name)
+
+    def ids_of(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
     text = 'There is a red diamond in the top left.\nIs the word "jazz"? é 7 books'
-    talk = pocket.chat([("Is there a star?", "Yes"), ("What color is it?", "Red")], text)
-    words, widths = {}, set()
-    for name, recipe in pocket.LLMS.items():
-        tokenizer, model = (auto.from_pretrained(worlds[0] / name) for auto in (AutoTokenizer, AutoModelForCausalLM))
-        form = {"chatml": pocket.CHATML, "headers": pocket.HEADERS}[recipe["family"]]
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        assert tokenizer.decode(ids) == text
-        assert pocket.make_encoder(tokenizer, form)(talk)[0] == tokenizer.apply_chat_template(talk, return_dict=False)
-        assert tokenizer.eos_token == form["end"] and len(tokenizer.encode(form["end"], add_special_tokens=False)) == 1
-        eos = model.generation_config.eos_token_id
-        assert tokenizer.eos_token_id in (eos if isinstance(eos, list) else [eos]) and tokenizer.pad_token_id != tokenizer.eos_token_id
-        assert model.get_input_embeddings().weight.shape == (len(tokenizer), recipe["width"])
-        assert model.config.tie_word_embeddings == (recipe["family"] == "chatml")
-        for word in (*pocket.COLORS, *pocket.SIZES, "circle", "square", "image"):
-            assert len(tokenizer.encode(f"a {word}", add_special_tokens=False)) == 2, f"{name} splits {word!r}"
-        for word in pocket.SPLIT[recipe["family"]]:
-            assert len(tokenizer.encode(f"a {word}", add_special_tokens=False)) > 2, f"{name} has {word!r} whole"
-        words[recipe["family"]] = {tokenizer.decode([i]) for i in range(len(tokenizer))}
-        widths.add(recipe["width"])
-    assert len(widths) == 3 and len(words["chatml"] & words["headers"]) > 250
+    assert tokenizer.decode(ids_of(text)) == text
+    talk = pocket_world.chat([("Is there a star?", "Yes"), ("What color is it?", "Red")], text)
+    ids, labels = pocket_models.encode(talk, tokenizer)
+    assert ids == tokenizer.apply_chat_template(talk, return_dict=False)
+    trained = tokenizer.decode([i for i in labels if i != -100])
+    assert trained == f"Yes{form['eos']}Red{form['eos']}"
+    assert tokenizer.eos_token == form["eos"] and len(ids_of(form["eos"])) == 1
+    eos = llm.generation_config.eos_token_id
+    assert tokenizer.eos_token_id in (eos if isinstance(eos, list) else [eos])
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert llm.get_input_embeddings().weight.shape == (len(tokenizer), recipe["width"])
+    assert llm.config.tie_word_embeddings == (recipe["family"] == "chatml")
+    for word in (*pocket_world.COLORS, *pocket_world.SIZES, "circle", "square", "image"):
+        assert len(ids_of(f"a {word}")) == 2, f"{name} splits {word!r}"
+    for word in pocket_models.SPLIT[recipe["family"]]:
+        assert len(ids_of(f"a {word}")) > 2, f"{name} has {word!r} as one token"
+
+
+def test_the_families_share_words_and_the_widths_differ(worlds):
+    assert len({recipe["width"] for recipe in pocket_models.LLMS.values()}) == 3
+    words = []
+    for name in ("pocket-qwen", "pocket-llama"):
+        tokenizer = AutoTokenizer.from_pretrained(worlds[0] / name)
+        words.append({tokenizer.decode([i]) for i in range(len(tokenizer))})
+    assert len(words[0] & words[1]) > 250

@@ -356,6 +356,7 @@ def read_config(folder):
     found = metadata.get("format") if isinstance(metadata, dict) else metadata
     if not isinstance(metadata, dict) or found != FORMAT:
         raise ValueError(f"{path}: format {str(found)[:60]!r}; this code reads format {FORMAT}")
+    metadata = {"pool": 1, **metadata}              # checkpoints from before `pool`
     types = {field.name: field.type for field in fields(Config)}
     required = types | {"stage": str, "tokenizer_hash": str, "embeddings_hash": str}
     for name, kind in required.items():

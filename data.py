@@ -11,6 +11,7 @@ that no text can produce. A label is IGNORE wherever the model does not learn.
 """
 import argparse
 import functools
+import hashlib
 import json
 import os
 import re
@@ -470,18 +471,24 @@ class Conversations:
 
     image: {"size", "mean", "std"[, "mode"]} for transform.
     max_length: a sample keeps its first max_length tokens; None keeps all.
-    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "images": float32[n, 3, S, S]},
-        or a BadSample that names file, record and id. train.py decides what to do with it.
+    word_of_id: {id: index of the shared word that the id is}, for "words".
+    features: a folder with the patches of each picture, see train.cache_features. They then take
+        the place of pixels.
+    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
+        "images": float32[n, 3, S, S]}, or a BadSample that names file, record and id. train.py
+        decides what to do with it. "words" is the shared word of each trained token, or -1.
     """
 
     def __init__(self, paths, image_folder, tokenizer, num_patches, image, template="chat",
-                 max_length=2048):
+                 max_length=2048, word_of_id=None, features=""):
         self.image_folder = str(image_folder)
         self.tokenizer = tokenizer
         self.num_patches = num_patches
         self.image = image
         self.template = template
         self.max_length = max_length
+        self.word_of_id = word_of_id or {}
+        self.features = features
         self.records, self.names = [], []
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             for i, record in enumerate(read_records(path)):
@@ -510,15 +517,44 @@ class Conversations:
             messages, names = messages_of(self.records[i], image_first=self.template == "chat")
             ids, labels = self.encode(messages) if self.tokenizer else ([], [])
             paths = [image_path(self.image_folder, name) for name in names]
-            images = [transform(open_image(path), **self.image) for path in paths]
+            images = [self.image_tensor(path) for path in paths]
         except ValueError as error:
             kind = getattr(error, "kind", "untrainable")
             raise BadSample(kind, f"{self.names[i]}: {error}") from None
+        words = [self.word_of_id.get(label, -1) for label in labels]
         size = self.image["size"]
         return {"id": str(self.records[i].get("id", i)),
                 "input_ids": torch.tensor(ids, dtype=torch.int64),
                 "labels": torch.tensor(labels, dtype=torch.int64),
+                "words": torch.tensor(words, dtype=torch.int64),
                 "images": torch.stack(images) if images else torch.zeros(0, 3, size, size)}
+
+    def image_tensor(self, path):
+        """Return a picture's pixels float32[3, S, S], or its cached patches float16[P, Dv]."""
+        if self.features:
+            from safetensors.torch import load_file
+
+            return load_file(features_path(self.features, path))["patches"]
+        return transform(open_image(path), **self.image)
+
+    def word_frequencies(self, num_words, limit=10_000):
+        """Return which part of all words in the answers each shared word is: float32[num_words].
+
+        At most `limit` records are read. They are spread evenly, so that the result depends on
+        nothing but the data.
+        """
+        import torch
+
+        counts = torch.zeros(num_words)
+        for record in self.records[::len(self.records) // limit + 1]:
+            try:
+                messages, _ = messages_of(record, image_first=self.template == "chat")
+                labels = self.encode(messages)[1]
+            except ValueError:                      # sample() reports it when its turn comes
+                continue
+            words = [self.word_of_id[label] for label in labels if label in self.word_of_id]
+            counts += torch.bincount(torch.tensor(words, dtype=torch.int64), minlength=num_words)
+        return counts / counts.sum().clamp(min=1)
 
     def encode(self, messages):
         """Return (ids, labels), at most max_length of each.
@@ -532,6 +568,12 @@ class Conversations:
         if all(label == IGNORE for label in labels[1:T]):       # the first token is never predicted
             raise ValueError(f"no trained token among the first {T} of {len(ids)}")
         return ids[:T], labels[:T]
+
+
+def features_path(folder, path):
+    """Return the file that holds the cached patches of the picture `path`."""
+    digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()
+    return f"{folder}/{digest[:2]}/{digest}.safetensors"
 
 
 def _num_words(record):
@@ -548,7 +590,7 @@ def _num_words(record):
 def collate(samples, pad_id):
     """Return a batch of samples, padded on the right.
 
-    {"ids": [str], "input_ids", "labels", "attention_mask", "position_ids": int64[B, T],
+    {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
      "pixel_values": float32[N, 3, S, S], "bad": [str]}
     Images are in the order of their places in input_ids. A BadSample is left out, and its sentence
     is in "bad". The mask comes from lengths and not from values, because "!" is id 0 for Qwen.
@@ -560,14 +602,17 @@ def collate(samples, pad_id):
     T = max([len(s["input_ids"]) for s in good], default=0)
     ids = torch.full((B, T), pad_id)                                    # (B, T)
     labels = torch.full((B, T), IGNORE)                                 # (B, T)
+    words = torch.full((B, T), -1)                                      # (B, T)
     mask = torch.zeros(B, T, dtype=torch.int64)                         # (B, T)
     for b, s in enumerate(good):
         n = len(s["input_ids"])
         ids[b, :n] = s["input_ids"]
         labels[b, :n] = s["labels"]
+        words[b, :n] = s["words"]
         mask[b, :n] = 1
-    images = torch.cat([s["images"] for s in good]) if good else torch.zeros(0, 3, 0, 0)
-    return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels,
+    images = [s["images"] for s in good if len(s["images"])]
+    images = torch.cat(images) if images else torch.zeros(0, 3, 0, 0)
+    return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels, "words": words,
             "attention_mask": mask, "position_ids": torch.arange(T).repeat(B, 1),
             "pixel_values": images,                                     # (N, 3, S, S)
             "bad": [str(s) for s in samples if isinstance(s, BadSample)]}

@@ -66,10 +66,13 @@ class LangBridge(nn.Module):
         combination = fused.combine if self.normalize in fused.NORMALIZE else combine
         return combination(z, W, b, E, self.normalize)              # (N, P, H) -> (N, P, D)
 
+    def scores(self, patches):
+        """Return each word's score in each patch: float[N, P, Dv] -> float32[N, P, K]."""
+        return self.to_scores(self.mlp(patches)).float()            # (N, P, K)
+
     def weights(self, patches):
         """Return each word's weight in each patch: float[N, P, Dv] -> float32[N, P, K]."""
-        scores = self.to_scores(self.mlp(patches)).float()          # (N, P, K)
-        return word_weights(scores, self.normalize)
+        return word_weights(self.scores(patches), self.normalize)
 
 
 def word_weights(scores, normalize):
@@ -97,6 +100,33 @@ def combine(z, W, b, E, normalize):
         w = w / w.norm(dim=-1, keepdim=True)
         E = E - E.mean(dim=0)
     return w @ E                                                    # (..., K) x (K, D) -> (..., D)
+
+
+def words_loss(scores, targets, background):
+    """Return -log of the probability that an image says each word of its answer, summed.
+
+    scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
+    answer. background float[K]: how often any answer contains each word, with a sum of 1.
+    This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
+
+    The images are one mixture of words, the mean of what their patches say, so that each patch is
+    free to say what stands there. Every answer contains words such as "a" and "the" that no patch
+    should say. The background explains these, because each word comes from it half of the time.
+    """
+    p = scores.float().softmax(dim=-1).mean(dim=(0, 1))             # (N, P, K) -> (K,)
+    return -((p + background) / 2)[targets].log().sum()
+
+
+@torch.no_grad()
+def initial_scores(E, H):
+    """Return a W in which words of like meaning have like rows: float[K, D] -> float32[K, H].
+
+    The rows are the centred embeddings in H random directions, as long as rows of torch's default.
+    Only the start of W depends on an LLM. Training changes W, and no dimension of it is D.
+    """
+    directions = nn.init.orthogonal_(torch.empty(E.shape[1], H))    # (D, H)
+    W = (E.float().cpu() - E.float().cpu().mean(dim=0)) @ directions
+    return F.normalize(W, dim=1) / 3 ** 0.5                         # default rows have this length
 
 
 @torch.no_grad()
@@ -156,6 +186,7 @@ class Config:
     normalize: str = "unit"             # one of NORMALIZE
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size
+    pool: int = 1                       # so many x so many patches become one, their mean
 
 
 def make_connector(config, Dv, D, gain=1.0):
@@ -186,10 +217,11 @@ class VLM(nn.Module):
         self.sharded = False                # checkpoint.shard_vlm sets it
         self.own_parts = set()              # parts that the checkpoint folder holds itself
         patch_size = vision_tower.config.patch_size
-        self.num_patches = (image_settings["size"] // patch_size) ** 2
-        if self.num_patches == 0:
-            size = image_settings["size"]
-            raise ValueError(f"image_size {size} is less than a patch of {patch_size} pixels")
+        side = image_settings["size"] // patch_size
+        if side == 0 or side % config.pool:
+            raise ValueError(f"image_size {image_settings['size']} gives {side} x {side} patches "
+                             f"of {patch_size} pixels, which pool {config.pool} does not divide")
+        self.num_patches = (side // config.pool) ** 2
         self.eos_ids = eos_ids(llm, tokenizer)
         # Padding is known by lengths, so any id can serve. Id 0 would be "!" in many LLMs.
         self.pad_id = tokenizer.pad_token_id
@@ -205,8 +237,11 @@ class VLM(nn.Module):
         """Return the tower's patches: float32[N, 3, S, S] -> float[N, P, Dv].
 
         They are the hidden state `vision_layer` without CLS and register tokens. To keep the CLS
-        token, change the last line here and add one to num_patches above.
+        token, change the end of this function and add one to num_patches above.
+        Patches that were computed before, float[N, P, Dv], come back as they are.
         """
+        if pixel_values.dim() == 3:
+            return pixel_values.to(self.vision_tower.device)
         tower = self.vision_tower
         options = {}
         # DINOv2 always interpolates its position embeddings and does not know the argument.
@@ -219,10 +254,16 @@ class VLM(nn.Module):
             pixel_values = pixel_values.to(tower.device, tower.dtype)
             output = tower(pixel_values, output_hidden_states=True, **options)
         hidden = output.hidden_states[self.config.vision_layer]     # (N, extra + P, Dv)
-        return hidden[:, -self.num_patches:]                        # CLS and registers come first
+        pool = self.config.pool
+        hidden = hidden[:, -self.num_patches * pool ** 2:]          # CLS and registers come first
+        if pool == 1:
+            return hidden
+        side = int(self.num_patches ** 0.5)
+        cells = hidden.unflatten(1, (side, pool, side, pool))       # (N, side, pool, side, pool, Dv)
+        return cells.mean(dim=(2, 4)).flatten(1, 2)                 # (N, P, Dv)
 
     def encode(self, pixel_values):
-        """Return the image embeds: float32[N, 3, S, S] -> float[N, P, D]."""
+        """Return the image embeds: pixels or patches, see patch_features, -> float[N, P, D]."""
         patches = self.patch_features(pixel_values)                 # (N, P, Dv)
         dtype = next(self.connector.parameters()).dtype
         return self.connector(patches.to(dtype))                    # (N, P, Dv) -> (N, P, D)
@@ -259,7 +300,7 @@ class VLM(nn.Module):
         """Return the summed cross-entropy of the trained tokens (float32) and their number (int).
 
         batch: as data.collate makes it. The caller divides, because only the caller knows the
-        number of trained tokens in the whole global batch.
+        number of trained tokens in the whole global batch. `words_loss` is another loss.
         """
         embeds = self.splice(batch["input_ids"], batch["pixel_values"])     # (B, T, D)
         # Attention is causal, so padding on the right needs no mask, and attention without a mask
@@ -275,6 +316,24 @@ class VLM(nn.Module):
         # Logits of all positions would be the largest tensor of the run.
         loss = self.token_loss(hidden[trained], targets[trained])
         return loss, int(trained.sum())
+
+    def words_loss(self, batch):
+        """Return the words loss summed over the words of all answers, and their number (int).
+
+        batch: as for forward. Its "words" int64[B, T] holds for each trained token which shared
+        word it is, or -1. Samples without an image or without a word do not count.
+        """
+        patches = self.patch_features(batch["pixel_values"])        # (N, P, Dv)
+        dtype = next(self.connector.parameters()).dtype
+        scores = self.connector.scores(patches.to(dtype))           # (N, P, K)
+        counts = (batch["input_ids"] == IMAGE_ID).sum(dim=1) // self.num_patches
+        loss, number = scores.sum() * 0, 0
+        for row, images in zip(batch["words"], scores.split(counts.tolist())):
+            targets = row[row >= 0]
+            if len(images) and len(targets):
+                loss = loss + words_loss(images, targets, self.background)
+                number += len(targets)
+        return loss, number
 
     def logits(self, hidden):
         """Return the logits of hidden states: float[n, D] -> float32[n, V]."""

@@ -29,6 +29,7 @@ from common import print_rank0
 
 # What each stage trains. All other parts are frozen. The rate of a part is the setting PART_lr.
 STAGES = {
+    "words": ("connector",),            # by the words loss alone: the LLM gives its tokenizer and E
     "pretrain": ("connector",),
     "sft": ("connector", "llm"),
     "sft_tower": ("connector", "llm", "vision_tower"),
@@ -59,8 +60,11 @@ class Settings:
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
     normalize: str = setting("unit", "how scores become weights, see model.NORMALIZE")
     gain: float = setting(1.0, "initial spread of the scores; 1 is torch's default")
+    words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
+                              choices=("random", "embeds"))
     vision_layer: int = setting(-2, "the hidden state of the tower that the connector reads")
     image_size: int = setting(0, "pixels; 0 means the tower's own", low=0)
+    pool: int = setting(1, "pool x pool patches become one before the connector", low=1)
     # The data.
     data: str = setting("", "LLaVA-format JSON; several files with commas between them")
     images: str = setting("", "the folder that the records' image paths start from")
@@ -74,6 +78,7 @@ class Settings:
                           choices=("stop", "skip"))
     bad_limit: int = setting(100, "the run stops when more samples than this are skipped", low=0)
     workers: int = setting(2, "processes that load data, for each rank", low=0)
+    features: str = setting("", "folder to keep a frozen tower's patches in: 2 P Dv bytes a picture")
     # The optimisation.
     global_batch: int = setting(256, "samples of a step, over all ranks", low=1)
     batch_size: int = setting(32, "samples that one rank computes at a time", low=1)
@@ -82,6 +87,7 @@ class Settings:
     connector_lr: float = setting(1e-3, "learning rate of the connector", low=0)
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
+    words_loss: float = setting(0.0, "weight of the words loss in stages with an LLM", low=0)
     warmup: float = setting(0.03, "part of all steps in which the rate rises", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
     beta1: float = setting(0.9, "AdamW's")
@@ -181,6 +187,11 @@ def check(cfg):
             sys.exit(f"{f.name} is {value}, it must be at most {allowed['high']}")
     if cfg.gain <= 0:
         sys.exit(f"gain is {cfg.gain}, it must be above 0")
+    needs_words = cfg.words_loss or cfg.stage == "words"
+    if needs_words and cfg.connector == "mlp":
+        sys.exit("the words loss needs the words of a LangBridge, and connector is mlp")
+    if cfg.features and "vision_tower" in STAGES[cfg.stage]:
+        sys.exit(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
         sys.exit("hidden is 0, the width of the LLM, but a LangBridge does not know its LLM")
     if cfg.init and os.path.abspath(cfg.init) == os.path.abspath(cfg.out):
@@ -309,6 +320,10 @@ def make_model(cfg, device, world):
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = len(words or ())
         vlm = checkpoint.build(config, words, device, llm_dtype, gain=cfg.gain, **options)
+        if cfg.words_init == "embeds":
+            W = model.initial_scores(vlm.connector.vocab_embeds, cfg.hidden) * cfg.gain
+            vlm.connector.to_scores.weight.data.copy_(W)
+            vlm.connector.to_scores.bias.data.zero_()
     for part in trained_parts:
         getattr(vlm, part).requires_grad_(True).train()
     if "vision_tower" in trained_parts:
@@ -332,7 +347,7 @@ def check_init(cfg, config):
         if key in cfg.given and key not in ("llm", "vision_tower") and getattr(cfg, key) != value:
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
     # A config file may name these for its --dry_run. On the command line they are a mistake.
-    for key in ("llm", "vision_tower", "words", "gain"):
+    for key in ("llm", "vision_tower", "words", "gain", "words_init"):
         if cfg.given.get(key) == "the command line":
             sys.exit(f"--{key} does not go with init, which has its own; transfer.py moves a "
                      "connector to another LLM")
@@ -426,6 +441,35 @@ def make_loader(dataset, batches, vlm, cfg, device):
         collate_fn=lambda samples: data.collate(samples, vlm.pad_id),
         multiprocessing_context="fork" if cfg.workers else None)
     return iter(loader)
+
+
+@torch.no_grad()
+def cache_features(vlm, dataset, cfg):
+    """Write the patches of every picture that cfg.features does not hold yet, in float16.
+
+    The folder belongs to one tower, layer, size and pool; SystemExit for another one.
+    """
+    what = {"tower": cfg.vision_tower or vlm.config.vision_tower, "layer": vlm.config.vision_layer,
+            "pool": vlm.config.pool, **dataset.image}
+    path = f"{cfg.features}/settings.json"
+    if os.path.isfile(path) and common.read_json(path) != what:
+        sys.exit(f"{cfg.features} holds the patches of {common.read_json(path)}, not of {what}")
+    os.makedirs(cfg.features, exist_ok=True)
+    common.write_json(what, path)
+    names = {name for record in dataset.records for name in data.messages_of(record)[1]}
+    paths = sorted(data.image_path(cfg.images, name) for name in names)
+    paths = [p for p in paths if not os.path.isfile(data.features_path(cfg.features, p))]
+    start = time.time()
+    for i in range(0, len(paths), cfg.batch_size):
+        batch = paths[i:i + cfg.batch_size]
+        pixels = torch.stack([data.transform(data.open_image(p), **dataset.image) for p in batch])
+        for p, patches in zip(batch, vlm.patch_features(pixels).to("cpu", torch.float16)):
+            file = data.features_path(cfg.features, p)
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            checkpoint.write_safetensors({"patches": patches.contiguous()}, file)
+        if i // cfg.batch_size % 10 == 0:
+            print(f"features: {i} of {len(paths)} pictures, {time.time() - start:.0f} s",
+                  flush=True)
 
 
 def inputs_hash(dataset, cfg):
@@ -595,9 +639,10 @@ def log_step(log, row, steps, seconds, is_printed):
     if not is_printed:
         return
     blind = f" (blind {row['blind']:.4f})" if "blind" in row else ""
+    words = f"  words {row['words_loss']:.4f}" if "words_loss" in row else ""
     skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
     minutes = seconds * (steps - row["step"] - 1) / 60
-    print(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}{blind}"
+    print(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}{blind}{words}"
           f"  trained {row['trained']:6d} tok  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
           f"  {row['tok_s']:7.0f} tok/s{skipped}  eta {minutes:5.1f} min", flush=True)
 
@@ -638,10 +683,19 @@ def main(cfg):
     # what requires a gradient.
     optimizer = make_optimizer(vlm, cfg)
     trained = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
+    word_of_id = {}
+    if cfg.words_loss or cfg.stage == "words":
+        pieces = vocab.word_ids(vlm.words, vlm.tokenizer)
+        word_of_id = {ids[0]: k for k, ids in enumerate(pieces) if len(ids) == 1}
     dataset = data.Conversations(
         cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
-        {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length)
+        {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
+        word_of_id, cfg.features)
     inputs = {"data": inputs_hash(dataset, cfg), **vlm.llm_fingerprint}
+    if word_of_id:
+        vlm.background = dataset.word_frequencies(len(vlm.words)).to(device)
+    if cfg.features:
+        on_all_ranks(lambda: cache_features(vlm, dataset, cfg) if rank == 0 else None, world)
     start, skipped = resume(vlm, optimizer, inputs, cfg, rank, world)
     print_rank0(parts_table(vlm, cfg))
     steps = plan(dataset, cfg)
@@ -682,7 +736,7 @@ def main(cfg):
 
         # 3. Compute the gradients of the summed loss, and add the sums up over all ranks.
         probe = cfg.probe_every and step % cfg.probe_every == 0
-        sums, bad = accumulate(vlm, loader, len(batches[step]), autocast, device, probe)
+        sums, bad = accumulate(vlm, loader, len(batches[step]), autocast, device, probe, cfg)
         sums["stop"] = len(signals_received)
         totals = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
         sums = dict(zip(sums, reduce_sum(totals, world).tolist()))
@@ -717,6 +771,8 @@ def main(cfg):
                    "trained": int(sums["trained"]), "lr": optimizer.param_groups[0]["lr"],
                    "grad_norm": norm, "tok_s": sums["tokens"] / (time.time() - step_time),
                    "skipped": skipped}
+            if sums["num_words"]:
+                row["words_loss"] = sums["words_loss"] / sums["num_words"]
             if sums["blind_trained"]:
                 row["blind"] = sums["blind_loss"] / sums["blind_trained"]
             is_printed = step % cfg.log_every == 0 or step == len(steps) - 1 or "blind" in row
@@ -745,7 +801,7 @@ def prepare_out(cfg):
         os.remove(f"{cfg.out}/config.json")         # the last one: it says that there is a run
 
 
-def accumulate(vlm, loader, count, autocast, device, probe):
+def accumulate(vlm, loader, count, autocast, device, probe, cfg):
     """Compute forward and backward of this rank's `count` micro-batches.
 
     -> (sums over them, {name: number}; one sentence for each sample that cannot be used). The loss
@@ -753,7 +809,8 @@ def accumulate(vlm, loader, count, autocast, device, probe):
     probe: compute the first micro-batch's loss once more without its images. If it is close to the
     real loss, the model ignores the images.
     """
-    names = ("loss", "trained", "tokens", "bad", "images", "blind_loss", "blind_trained")
+    names = ("loss", "trained", "words_loss", "num_words", "tokens", "bad", "images", "blind_loss",
+             "blind_trained")
     sums, bad = dict.fromkeys(names, 0), []
     for i in range(count):
         batch = next(loader)
@@ -769,12 +826,15 @@ def accumulate(vlm, loader, count, autocast, device, probe):
                 continue
             batch = dummy_batch(batch, device)      # other ranks wait for this rank's pieces
         with autocast:
-            loss, trained = vlm(batch)
-        if loss.requires_grad:                      # text alone does not reach the connector
-            loss.backward()
+            loss, trained, words_loss, num_words = losses(vlm, batch, cfg)
+        total = loss + cfg.words_loss * words_loss
+        if total.requires_grad:                     # text alone does not reach the connector
+            total.backward()
         sums["loss"] += loss.item()
         sums["trained"] += trained
-        if probe and i == 0 and (images or vlm.sharded):
+        sums["words_loss"] += float(torch.as_tensor(words_loss).detach())
+        sums["num_words"] += num_words
+        if probe and i == 0 and cfg.stage != "words" and (images or vlm.sharded):
             with torch.no_grad(), autocast:
                 blind_loss, blind_trained = vlm(data.without_images(batch))
             if vlm.sharded:
@@ -783,6 +843,20 @@ def accumulate(vlm, loader, count, autocast, device, probe):
                 sums["blind_loss"] = blind_loss.item()
                 sums["blind_trained"] = blind_trained
     return sums, bad
+
+
+def losses(vlm, batch, cfg):
+    """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
+
+    In stage "words" the words loss is the only loss, and its words are the trained tokens.
+    """
+    if cfg.stage == "words":
+        return *vlm.words_loss(batch), 0, 0
+    if not (cfg.words_loss and len(batch["pixel_values"])):
+        return *vlm(batch), 0, 0
+    # Both losses need the patches, so they are computed here, once.
+    batch["pixel_values"] = vlm.patch_features(batch["pixel_values"])
+    return *vlm(batch), *vlm.words_loss(batch)
 
 
 def dummy_batch(batch, device):

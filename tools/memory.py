@@ -33,9 +33,9 @@ def print_estimate(cfg, trained_parts, parts_table):
     vlm, config = meta_model(cfg, trained_parts)
     print(parts_table(vlm, cfg))
     tower = vlm.vision_tower.config
-    P = ((cfg.image_size or tower.image_size) // tower.patch_size) ** 2
+    P = ((cfg.image_size or tower.image_size) // tower.patch_size // cfg.pool) ** 2
     # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448.
-    T = P + 64 if cfg.stage == "pretrain" else min(cfg.max_length, P + 448)
+    T = P + 64 if cfg.stage in ("words", "pretrain") else min(cfg.max_length, P + 448)
     tables = [memory(vlm, cfg, config, P, T, ranks) for ranks in RANKS]
     heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in RANKS)
     print(f"{'GiB on each GPU':44}{heads}")

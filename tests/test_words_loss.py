@@ -1,0 +1,172 @@
+"""The words loss, stage "words", W from the words' embeddings, pooled patches, cached features."""
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import checkpoint
+import data
+import model
+from conftest import settings, train_here
+
+
+def log_of(out):
+    return [json.loads(line) for line in open(f"{out}/log.jsonl")]
+
+
+def test_words_loss_is_what_a_slow_loop_gives():
+    torch.manual_seed(0)
+    N, P, K = 2, 5, 7
+    scores = torch.randn(N, P, K, dtype=torch.float64)
+    background = torch.rand(K).double()
+    background /= background.sum()
+    targets = [3, 0, 3]
+    expected = 0
+    for k in targets:
+        said = 0
+        for n in range(N):
+            for i in range(P):
+                total = sum(math.exp(scores[n, i, j]) for j in range(K))
+                said += math.exp(scores[n, i, k]) / total / (N * P)
+        expected -= math.log(0.5 * said + 0.5 * background[k])
+    got = model.words_loss(scores.float(), torch.tensor(targets), background.float())
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_word_of_every_answer_teaches_less_than_a_rare_word():
+    """The gradient on the word "a", which the background explains, is the smaller one."""
+    scores = torch.zeros(1, 4, 10, requires_grad=True)
+    background = torch.full((10,), 0.01)
+    background[0] = 0.91
+    model.words_loss(scores, torch.tensor([0, 5]), background).backward()
+    gradient = scores.grad.abs().sum(dim=(0, 1))
+    assert gradient[5] > 3 * gradient[0]
+
+
+@pytest.mark.parametrize("H", [6, 40])
+def test_initial_scores_keep_the_angles_of_the_words(H):
+    torch.manual_seed(0)
+    E = torch.randn(30, 16) + 5
+    W = model.initial_scores(E, H)
+    default = torch.nn.Linear(H, 4000).weight.norm(dim=1).mean()
+    assert W.shape == (30, H)
+    assert torch.allclose(W.norm(dim=1), default, rtol=0.02)
+    if H > 16:                                  # in fewer dimensions angles are kept only roughly
+        centred = F.normalize(E - E.mean(dim=0), dim=1)
+        assert torch.allclose(F.normalize(W, dim=1) @ F.normalize(W, dim=1).T, centred @ centred.T,
+                              atol=1e-5)
+
+
+@pytest.mark.parametrize("tower", ["clip", "dino"])
+def test_pooled_patches_are_means_of_neighbours(tiny, world, tower):
+    words = json.load(open(world / "words.json"))
+    plain = model.Config(getattr(tiny, tower), tiny.qwen, hidden=24, num_words=len(words),
+                         image_size=32)
+    pooled = model.Config(**{**vars(plain), "pool": 2})
+    a, b = checkpoint.build(plain, words), checkpoint.build(pooled, words)
+    pixels = torch.randn(2, 3, 32, 32)
+    grid = a.patch_features(pixels).unflatten(1, (4, 4)).permute(0, 3, 1, 2)    # (N, Dv, 4, 4)
+    expected = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)                 # (N, 4, Dv)
+    assert (a.num_patches, b.num_patches) == (16, 4)
+    torch.testing.assert_close(b.patch_features(pixels), expected)
+
+
+def test_a_pool_that_does_not_divide_is_refused(tiny, world):
+    with pytest.raises(ValueError, match="3 x 3 patches of 8 pixels, which pool 2 does not divide"):
+        checkpoint.build(model.Config(tiny.clip, tiny.qwen, connector="mlp", hidden=8, pool=2), None)
+
+
+@pytest.fixture(scope="module")
+def words_stage(tiny, world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("words") / "run"
+    argv = settings(tiny, world, out, "--stage=words", f"--features={out}-features",
+                    "--normalize=softmax", "--words_init=embeds", "--epochs=8")
+    assert train_here(argv) == 0
+    return out, argv
+
+
+def test_stage_words_learns_which_colour_a_picture_has(tiny, world, words_stage):
+    """The pictures are of one colour, and "red", "green" and "blue" are shared words."""
+    out, _ = words_stage
+    rows = log_of(out)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    vlm = checkpoint.load(str(out))
+    dataset = data.Conversations([f"{world}/captions.json"], f"{world}/images", vlm.tokenizer,
+                                 vlm.num_patches, {**vlm.image_settings, "mode": "crop"}, "plain")
+    right = 0
+    for i, colour in enumerate(["red", "green", "blue"]):
+        with torch.no_grad():
+            weights = vlm.connector.weights(vlm.patch_features(dataset[i]["images"]))[0].mean(dim=0)
+        k = {c: vlm.words.index(f"Ġ{c}") for c in ["red", "green", "blue"] if f"Ġ{c}" in vlm.words}
+        right += colour in k and max(k, key=lambda c: weights[k[c]]) == colour
+    assert right == 3
+
+
+def test_cached_features_give_what_the_tower_gives(tiny, world, words_stage):
+    out, _ = words_stage
+    vlm = checkpoint.load(str(out))
+    image = {**vlm.image_settings, "mode": "crop"}
+    path = data.image_path(f"{world}/images", "3.png")
+    cached = load_file(data.features_path(f"{out}-features", path))["patches"]
+    pixels = data.transform(data.open_image(path), **image)
+    with torch.no_grad():
+        expected = vlm.patch_features(pixels[None])[0]
+    torch.testing.assert_close(cached.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_cached_features_of_another_layer_are_refused(tiny, world, words_stage, tmp_path):
+    out, _ = words_stage
+    code = train_here(settings(tiny, world, tmp_path / "other", "--stage=words",
+                               f"--features={out}-features", "--vision_layer=-1"))
+    assert "holds the patches of" in code and "'layer': -2" in code
+
+
+def test_pretraining_starts_from_stage_words_and_logs_both_losses(tiny, world, words_stage,
+                                                                  tmp_path):
+    out, _ = words_stage
+    argv = settings(tiny, world, tmp_path / "next", f"--init={out}", "--words_loss=0.1",
+                    "--max_steps=3", "--probe_every=1")
+    assert train_here(argv) == 0
+    row = log_of(tmp_path / "next")[0]
+    # The answer's words were learned already, the captions were not.
+    assert row["words_loss"] == pytest.approx(log_of(out)[-1]["loss"], rel=0.3)
+    assert row["loss"] > row["words_loss"] / 3 and "blind" in row
+
+
+def test_the_words_loss_adds_its_gradient(tiny, world, tmp_path):
+    """Weight 0 is the paper: the same bits as without the setting."""
+    runs = {}
+    for name, more in (("none", []), ("zero", ["--words_loss=0.0"]), ("some", ["--words_loss=0.3"])):
+        train_here(settings(tiny, world, tmp_path / name, "--max_steps=3", *more))
+        runs[name] = load_file(tmp_path / name / "connector.safetensors")["to_scores.weight"]
+    assert torch.equal(runs["none"], runs["zero"]) and not torch.equal(runs["none"], runs["some"])
+
+
+def test_words_loss_does_not_depend_on_accumulation(tiny, world, tmp_path):
+    rows = []
+    for batch_size in (8, 2):
+        out = tmp_path / str(batch_size)
+        train_here(settings(tiny, world, out, "--words_loss=0.3", "--max_steps=3",
+                            f"--batch_size={batch_size}", f"--data={world}/chats.json",
+                            "--template=chat"))
+        rows.append([(r["loss"], r["words_loss"]) for r in log_of(out)])
+    for one, other in zip(*rows, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--connector=mlp", "--words_loss=0.1"], "the words loss needs the words of a LangBridge"),
+    (["--connector=mlp", "--stage=words"], "the words loss needs the words of a LangBridge"),
+    (["--stage=sft_tower", "--features=x"], "trains it"),
+    (["--words_init=none"], "it must be one of random, embeds"),
+    (["--pool=0"], "pool is 0, it must be at least 1"),
+])
+def test_settings_that_cannot_work(tiny, world, tmp_path, more, words):
+    with pytest.raises(SystemExit) as stop:
+        train_here(settings(tiny, world, tmp_path / "out", *more))
+    assert words in str(stop.value)
+    assert not os.path.exists(tmp_path / "out/config.json")

@@ -608,7 +608,7 @@ def collate(samples, pad_id):
         n = len(s["input_ids"])
         ids[b, :n] = s["input_ids"]
         labels[b, :n] = s["labels"]
-        words[b, :n] = s["words"]
+        words[b, :n] = s.get("words", words[b, :n])
         mask[b, :n] = 1
     images = [s["images"] for s in good if len(s["images"])]
     images = torch.cat(images) if images else torch.zeros(0, 3, 0, 0)

@@ -31,6 +31,8 @@ from vocab import word_ids
 
 NORMALIZE = ("unit", "softmax", "none")     # what `word_weights` and `combine` know
 
+BACKGROUND = 0.9                            # part of an answer's words that no image has to explain
+
 # So many trained tokens have their logits in memory at one time. 2048 x 151,936 float32 are 1.2 GB.
 LOSS_ROWS = 2048
 
@@ -111,10 +113,12 @@ def words_loss(scores, targets, background):
 
     The images are one mixture of words, the mean of what their patches say, so that each patch is
     free to say what stands there. Every answer contains words such as "a" and "the" that no patch
-    should say. The background explains these, because each word comes from it half of the time.
+    should say. They are left to the background, from which most words of an answer come. What pays
+    for a patch is a word that is frequent in this answer and rare in others.
     """
     p = scores.float().softmax(dim=-1).mean(dim=(0, 1))             # (N, P, K) -> (K,)
-    return -((p + background) / 2)[targets].log().sum()
+    p = (1 - BACKGROUND) * p + BACKGROUND * background
+    return -p[targets].log().sum()
 
 
 @torch.no_grad()
@@ -259,7 +263,7 @@ class VLM(nn.Module):
         if pool == 1:
             return hidden
         side = int(self.num_patches ** 0.5)
-        cells = hidden.unflatten(1, (side, pool, side, pool))       # (N, side, pool, side, pool, Dv)
+        cells = hidden.unflatten(1, (side, pool, side, pool))      # (N, side, pool, side, pool, Dv)
         return cells.mean(dim=(2, 4)).flatten(1, 2)                 # (N, P, Dv)
 
     def encode(self, pixel_values):

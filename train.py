@@ -78,7 +78,7 @@ class Settings:
                           choices=("stop", "skip"))
     bad_limit: int = setting(100, "the run stops when more samples than this are skipped", low=0)
     workers: int = setting(2, "processes that load data, for each rank", low=0)
-    features: str = setting("", "folder to keep a frozen tower's patches in: 2 P Dv bytes a picture")
+    features: str = setting("", "folder to keep a frozen tower's patches in, 2 P Dv bytes each")
     # The optimisation.
     global_batch: int = setting(256, "samples of a step, over all ranks", low=1)
     batch_size: int = setting(32, "samples that one rank computes at a time", low=1)

@@ -32,7 +32,7 @@ def test_words_loss_is_what_a_slow_loop_gives():
             for i in range(P):
                 total = sum(math.exp(scores[n, i, j]) for j in range(K))
                 said += math.exp(scores[n, i, k]) / total / (N * P)
-        expected -= math.log(0.5 * said + 0.5 * background[k])
+        expected -= math.log(0.1 * said + 0.9 * background[k])
     got = model.words_loss(scores.float(), torch.tensor(targets), background.float())
     assert got.item() == pytest.approx(expected, rel=1e-5)
 
@@ -44,7 +44,7 @@ def test_a_word_of_every_answer_teaches_less_than_a_rare_word():
     background[0] = 0.91
     model.words_loss(scores, torch.tensor([0, 5]), background).backward()
     gradient = scores.grad.abs().sum(dim=(0, 1))
-    assert gradient[5] > 3 * gradient[0]
+    assert gradient[5] > 10 * gradient[0]
 
 
 @pytest.mark.parametrize("H", [6, 40])
@@ -92,8 +92,8 @@ def words_stage(tiny, world, tmp_path_factory):
 def test_stage_words_learns_which_colour_a_picture_has(tiny, world, words_stage):
     """The pictures are of one colour, and "red", "green" and "blue" are shared words."""
     out, _ = words_stage
-    rows = log_of(out)
-    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    losses = [row["loss"] for row in log_of(out)]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     vlm = checkpoint.load(str(out))
     dataset = data.Conversations([f"{world}/captions.json"], f"{world}/images", vlm.tokenizer,
                                  vlm.num_patches, {**vlm.image_settings, "mode": "crop"}, "plain")

@@ -1,16 +1,236 @@
-"""Write words.json from a published vocabulary file, checked against the tokenizer it was made for.
+"""Bring files of other projects here: a published list of words, a connector or a checkpoint.
 
     python tools/import_official.py FILE --tokenizer A --out words.json [--counts F]
+    python tools/import_official.py FILE_OR_FOLDER --llm NAME --words words.json --out DIR
+
+The first line reads a vocabulary file and checks it against the tokenizer it was made for. The
+second makes a checkpoint from the release's mm_projector.bin, from a folder of LLaVA-1.5,
+LLaVA-NeXT or LangBridge, or from a LLaVA or LLaVA-NeXT folder of transformers. --llm is the LLM
+before any visual training: its tokenizer and its E are taken. An MLP needs no --words.
 """
 import argparse
 import os
+import re
 import sys
 from collections import Counter
+from glob import escape, glob
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import vocab
 
+# torch and checkpoint are imported inside functions, because --offline must come before them.
+
+# What a tensor's name starts with in other projects, and here. The first pattern that fits counts.
+NAMES = [
+    (r".*mm_projector\.([02])\.", r"connector.mlp.\1."),
+    (r".*mm_projector\.3\.", "connector.to_scores."),
+    (r"(model\.)?multi_modal_projector\.linear_1\.", "connector.mlp.0."),
+    (r"(model\.)?multi_modal_projector\.linear_2\.", "connector.mlp.2."),
+    (r"(model\.)?image_newline$", "newline.image_newline"),
+    (r"(model\.)?(vision_tower\.)+(vision_model\.)?", "vision_tower."),
+    (r"language_model\.(?=model\.|lm_head\.)", "llm."),         # transformers, on disk
+    (r"model\.language_model\.", "llm.model."),                 # transformers, in memory
+    (r"(?=model\.|lm_head\.)", "llm."),                         # LLaVA
+]
+NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|position_ids$")    # old files hold these constants
+
+
+# --------------------------------------------------------------------------------------------------
+# a connector or a checkpoint
+
+def read_tensors(path):
+    """Return {part: {name here: (name in the file, tensor)}} of a file or of a folder's shards.
+
+    The parts are "connector", "llm", "vision_tower" and "newline". ValueError if a file is torn,
+    holds other things than tensors, or if there is no connector.
+    """
+    files = [path]
+    if os.path.isdir(path):
+        patterns = ("*.safetensors", "pytorch_model*.bin", "mm_projector.bin")
+        shards = (sorted(glob(f"{escape(path)}/{pattern}")) for pattern in patterns)
+        files = next(filter(None, shards), [])
+    parts = {"connector": {}, "llm": {}, "vision_tower": {}, "newline": {}}
+    for file in files:
+        for name, tensor in read_file(file).items():
+            if NOT_WEIGHTS.search(name):
+                continue
+            for pattern, ours in NAMES:
+                renamed, count = re.subn("^" + pattern, ours, name, count=1)
+                if count:
+                    break
+            else:
+                raise ValueError(f"{file}: {name} is the name of no tensor of a LLaVA")
+            part, renamed = renamed.split(".", 1)
+            parts[part][renamed] = name, tensor
+    if "mlp.0.weight" not in parts["connector"]:
+        raise ValueError(f"{path} holds no connector: no tensor mm_projector.0.weight or "
+                         "multi_modal_projector.linear_1.weight")
+    return parts
+
+
+def read_file(path):
+    """Return what a file holds: {name: tensor}, or one tensor. A pickle may hold nothing else."""
+    import pickle
+    import torch
+    import checkpoint
+    if path.endswith(".safetensors"):
+        return checkpoint.read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is torn, or it holds other things than tensors") from None
+    values = content.values() if isinstance(content, dict) else [content]
+    if not all(torch.is_tensor(value) for value in values):
+        raise ValueError(f"{path} holds other things than tensors")
+    return content
+
+
+def read_settings(path):
+    """Return what config.json says of the connector; {} without the file. ValueError if it differs.
+
+    It stands in the folder, or beside the file. LLaVA and transformers use different keys.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    file = os.path.join(folder, "config.json")
+    settings = common.read_json(file) if os.path.isfile(file) else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is no config of a model")
+    known = {"mm_vision_select_feature": ("patch",), "vision_feature_select_strategy": ("default",),
+             "mm_use_im_start_end": (False,), "projector_hidden_act": ("gelu",),
+             "multimodal_projector_bias": (True,)}
+    for key, allowed in known.items():
+        if settings.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{file}: {key} is {settings[key]!r}, and this code knows "
+                             f"{allowed[0]!r} only")
+    layer = settings.get("mm_vision_select_layer", settings.get("vision_feature_layer", -2))
+    if type(layer) is not int:
+        raise ValueError(f"{file}: the connector reads the layers {layer}, and this code reads one")
+    return {**settings, "layer": layer}
+
+
+def fill(module, tensors, path, source):
+    """Copy {name: (name in the file, tensor)} into a module.
+
+    ValueError names the first tensor of another shape, as it is called in the file. source: the
+    flags that the module was made from.
+    """
+    import torch
+    import checkpoint
+    allowed = module.state_dict()
+    # A tied head may be in the file or not.
+    for name in sorted(checkpoint.stored_tensors(module).keys() | tensors.keys()):
+        theirs, tensor = tensors.get(name, (name, None))
+        found = "missing" if tensor is None else tuple(tensor.shape)
+        want = tuple(allowed[name].shape) if name in allowed else "no such tensor"
+        if found != want:
+            raise ValueError(f"{path}: {theirs} is {found}; {source} want {want}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {theirs} has numbers that are not finite")
+    module.load_state_dict({name: tensor for name, (_, tensor) in tensors.items()}, strict=False)
+    for name, (theirs, tensor) in tensors.items():
+        if not torch.equal(allowed[name], tensor.to(allowed[name].dtype)):
+            raise ValueError(f"{path}: {theirs} differs from the tensor that it is tied to in "
+                             "--llm")
+
+
+def fill_llm(vlm, tensors, path):
+    """Copy an LLM that was trained, and give the embedding the rows that it has in the file.
+
+    Others add rows for <image> or <pad>, or cut rows that no token uses. ValueError if a token has
+    no row, or if the embeddings are not those of --llm after some training.
+    """
+    import torch.nn.functional as F
+    base = vlm.llm.get_input_embeddings().weight
+    name, embed = tensors.get("model.embed_tokens.weight", (None, base))
+    last_id = max(vlm.tokenizer.get_vocab().values())
+    if embed.shape[0] <= last_id or embed.shape[1] != base.shape[1]:
+        raise ValueError(f"{path}: {name} is {tuple(embed.shape)}; --llm wants "
+                         f"(at least {last_id + 1}, {base.shape[1]})")
+    rows = min(len(base), len(embed))
+    similarity = F.cosine_similarity(base[:rows].float(), embed[:rows].float()).median()
+    if similarity < 0.9:
+        raise ValueError(f"{path}: {name} is not a trained copy of the embedding of --llm (median "
+                         f"cosine {similarity:.2f}), so this is another LLM")
+    if len(embed) != len(base):
+        vlm.llm.resize_token_embeddings(len(embed), mean_resizing=False)
+    fill(vlm.llm, tensors, path, "the sizes of --llm")
+
+
+def check_matrix(path, E, words):
+    """Raise ValueError if a file, the release's E, is not the E of these words and this LLM."""
+    matrix = read_file(path)
+    if matrix.shape != E.shape:
+        raise ValueError(f"{path} is {tuple(matrix.shape)}; --words and --llm want "
+                         f"{tuple(E.shape)}")
+    distance = (matrix.float() - E.float()).norm(dim=1)
+    wrong = (distance > 0.02 * E.float().norm(dim=1)).nonzero()         # bfloat16 has 8 bits
+    if len(wrong):
+        k = int(wrong[0])
+        raise ValueError(f"{path}: row {k} is not the embedding of {words[k]!r} in --llm: the "
+                         "words are in another order, or the LLM is another one")
+
+
+def import_checkpoint(args):
+    """Write the checkpoint at args.out and print what it is made of."""
+    import torch
+    import checkpoint
+    import model
+
+    tensors, settings = read_tensors(args.file), read_settings(args.file)
+    connector = tensors["connector"]
+    is_langbridge = "to_scores.weight" in connector
+    if is_langbridge and not args.words:
+        raise ValueError(f"{args.file} holds a LangBridge: --words, its list of words, is missing")
+    words = vocab.load_words(args.words) if is_langbridge else None
+    config = model.Config(
+        vision_tower=(args.vision_tower or settings.get("mm_vision_tower")
+                      or "openai/clip-vit-large-patch14-336"),
+        llm=args.llm, connector="langbridge" if is_langbridge else "mlp", normalize="none",
+        hidden=len(connector["mlp.0.weight"][1]), num_words=len(words or ()),
+        vision_layer=settings["layer"])
+    has_llm = bool(tensors["llm"])
+    dtype = next(iter(tensors["llm"].values()))[1].dtype if has_llm else torch.bfloat16
+    vlm = checkpoint.build(config, words, dtype=dtype)
+    fill(vlm.connector, connector, args.file, "the sizes of --vision_tower, --words and --llm")
+    if args.vocab_matrix and is_langbridge:
+        check_matrix(args.vocab_matrix, vlm.connector.vocab_embeds, words)
+    trained = ["connector"]
+    if has_llm:
+        fill_llm(vlm, tensors["llm"], args.file)
+        trained.append("llm")
+    if tensors["vision_tower"]:
+        tower = getattr(vlm.vision_tower, "vision_model", vlm.vision_tower)
+        before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+        fill(tower, tensors["vision_tower"], args.file, "the sizes of --vision_tower")
+        # A tower that stayed frozen is not written: it is the one that --vision_tower names.
+        if any(not torch.equal(before[name].to(tensor.dtype), tensor)
+               for name, (_, tensor) in tensors["vision_tower"].items()):
+            trained.append("vision_tower")
+    D = vlm.llm.get_input_embeddings().embedding_dim
+    name, newline = tensors["newline"].get("image_newline", (None, None))
+    if newline is not None and newline.shape != (D,):
+        raise ValueError(f"{args.file}: {name} is {tuple(newline.shape)}; --llm wants {(D,)}")
+    pads = settings.get("image_aspect_ratio", "pad" if has_llm else "square") != "square"
+    checkpoint.save(vlm, args.out, "sft" if has_llm else "pretrain", trained,
+                    template="chat" if has_llm else "plain", image_mode="pad" if pads else "crop")
+    newline_file = f"{args.out}/llm/image_newline.safetensors"
+    if os.path.exists(newline_file):                # of the checkpoint that is overwritten
+        os.remove(newline_file)
+    if has_llm and newline is not None:             # it belongs to the LLM's embedding space
+        checkpoint.write_safetensors({"image_newline": newline}, newline_file)
+        print("note         image_newline lies beside vocab_embeds in llm/, for models with tiles")
+    print(f"connector    {config.connector}, H = {config.hidden}"
+          + (f", {len(words):,} words, raw scores" if words else ""))
+    print(f"read         {', '.join(part for part, found in tensors.items() if found)}")
+    print(f"written      {', '.join(trained)}")
+    if words and not args.vocab_matrix:
+        print("note         no tensor tells the order of the words: it is that of --words; "
+              "--vocab_matrix checks it by the release's file of E")
+
+
+# --------------------------------------------------------------------------------------------------
+# a list of words
 
 def import_official(path, tokenizer):
     """Return (words in order, {word: count} or None) of a published file.
@@ -60,26 +280,8 @@ def is_id_and_rank(value):
     return isinstance(value, list) and [type(x) for x in value] == [int, int]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("file", metavar="FILE", help="a published {token: id} or {token: count}")
-    parser.add_argument("--tokenizer", required=True, help="the tokenizer that FILE was made for")
-    parser.add_argument("--size", type=int, help="how many words (default: all)")
-    parser.add_argument("--out", required=True, metavar="words.json")
-    parser.add_argument("--counts", metavar="FILE", help="also write {word: count}")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument("--offline", action="store_true", help=common.OFFLINE)
-    args = parser.parse_args()
-    if args.offline:
-        common.go_offline()
-    if args.size is not None and args.size < 1:
-        parser.error("--size must be at least 1")
-    for path in filter(None, (args.out, args.counts)):
-        if os.path.exists(path) and not args.overwrite:
-            raise ValueError(f"{path} exists; --overwrite replaces it")
-    if not os.path.isfile(args.file):
-        raise ValueError(f"there is no file {args.file}")
-
+def write_words(args):
+    """Write words.json at args.out, and the counts at args.counts."""
     tokenizer = common.load_tokenizer(args.tokenizer)
     imported, counts = import_official(args.file, tokenizer)
     if args.counts and not counts:
@@ -93,6 +295,40 @@ def main():
     if args.counts:
         common.write_json({word: counts[word] for word in imported if counts[word]}, args.counts, 0)
     vocab.save_words(words, args.out)
+
+
+# --------------------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("file", metavar="FILE_OR_FOLDER", help="what to read")
+    add("--out", required=True, help="words.json, or the folder of the checkpoint")
+    add("--tokenizer", help="a list of words: the tokenizer that it was made for")
+    add("--size", type=int, help="a list of words: how many (default: all)")
+    add("--counts", metavar="FILE", help="a list of words: also write {word: count}")
+    add("--llm", help="a checkpoint: the LLM before visual training, hub name or folder")
+    add("--words", metavar="words.json", help="a checkpoint: the words of a LangBridge")
+    add("--vision_tower", help="a checkpoint: default what its config names, else CLIP-L/14-336")
+    add("--vocab_matrix", metavar="FILE.pt", help="a checkpoint: the release's E, to check --words")
+    add("--overwrite", action="store_true", help="replace existing files")
+    add("--offline", action="store_true", help=common.OFFLINE)
+    args = parser.parse_args()
+    if args.offline:
+        common.go_offline()
+    if args.size is not None and args.size < 1:
+        parser.error("--size must be at least 1")
+    if bool(args.tokenizer) == bool(args.llm):
+        parser.error("give --tokenizer for a list of words, or --llm for a checkpoint")
+    for path in filter(None, (args.counts, f"{args.out}/config.json" if args.llm else args.out)):
+        if os.path.exists(path) and not args.overwrite:
+            raise ValueError(f"{path} exists; --overwrite replaces it")
+    if not (os.path.exists if args.llm else os.path.isfile)(args.file):
+        raise ValueError(f"there is no file {args.file}")
+    if os.path.realpath(args.file) == os.path.realpath(args.out):
+        raise ValueError(f"--out is {args.out}, too: what is read is not overwritten")
+    import_checkpoint(args) if args.llm else write_words(args)
     print(f"wrote        {args.out}")
 
 

@@ -1,0 +1,290 @@
+"""tools/get_data.sh against a server on 127.0.0.1 that is slow, cuts, refuses, lies and sends other things than pictures."""
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from tools import get_data
+
+HUB = "huggingface.co/datasets"
+PICTURES = "ecx.images-amazon.com/images/I"
+
+
+def picture(kind="JPEG", mode="RGB", size=(8, 6)):
+    data = io.BytesIO()
+    Image.new(mode, size, 3 if mode in "LP" else (200, 30, 30, 0)[:len(mode)]).save(data, kind)
+    return data.getvalue()
+
+
+def archive(files, link=None):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as z:
+        for name, body in files.items():
+            z.writestr(name, body)
+        if link:
+            info = zipfile.ZipInfo(link)
+            info.external_attr = 0o120777 << 16
+            z.writestr(info, "/etc/passwd")
+    return data.getvalue()
+
+
+def record(i, image):
+    turns = [{"from": "human", "value": ("<image>\n" if image else "") + "what?"}, {"from": "gpt", "value": "this"}]
+    return {"id": str(i), **({"image": image} if image else {}), "conversations": turns}
+
+
+BOOKS = {"good": "jpg", "gif": "gif", "cmyk": "jpg", "grey": "jpg", "png": "jpg", "gone": "jpg", "forbidden": "jpg", "page": "jpg",
+         "pixel": "gif", "text": "jpg", "busy": "jpg", "down": "jpg", "cut": "jpg", "unknown": "jpg"}
+NEVER = {"gone": "answers 404", "forbidden": "answers 403", "page": "sends a web page", "pixel": "one pixel", "text": "cannot be read",
+         "unknown": "does not name it"}
+MIX = [record(0, "coco/train2017/1.jpg"), record(1, "gqa/images/1.jpg"), record(2, "textvqa/train_images/1.jpg"),
+       record(3, "vg/VG_100K/1.jpg"), record(4, "vg/VG_100K_2/2.jpg"), record(5, "coco/train2017/lost.jpg"), record(6, None),
+       *(record(10 + i, f"ocr_vqa/images/{name}.jpg") for i, name in enumerate(BOOKS))]
+
+
+class Server(ThreadingHTTPServer):
+    """files: {path: bytes}. behaviour: {path: name of what it does at first}. seen: every (method, path, Range)."""
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.behaviour, self.seen, self.sizes, self.sums = {}, {}, [], {}, {}
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, *_):                         # a client that goes away is no news
+        pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path, server = self.path.lstrip("/"), self.server
+        before = sum(seen[1] == path and seen[0] == "GET" for seen in server.seen)
+        server.seen.append((self.command, path, self.headers.get("Range")))
+        how = server.behaviour.get(path, "")
+        if self.command == "HEAD":
+            how = ""
+        if how.startswith("always ") or how.startswith("first ") and before < 1 or how.startswith("twice ") and before < 2:
+            code = int(how.split()[1])
+            self.send_response(code)
+            if code == 302:
+                self.send_header("Location", f"/cdn/{path}")
+                self.send_header("X-Linked-Etag", f'"{server.sums.get(path, "")}"')
+            if code in (429, 503):
+                self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if how == "slow" and before < 1:
+            time.sleep(1.5)
+        body = server.files.get(path.removeprefix("cdn/"))
+        if body is None:
+            return self.send_error(404)
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if "no ranges" not in how else 0
+        if start >= len(body) > 0:
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if how == "page" else "application/octet-stream")
+        self.send_header("Content-Length", str(server.sizes.get(path, len(body) - start)))
+        self.end_headers()
+        if self.command == "GET":
+            cuts = how in ("cuts", "no ranges") and before < 2 or how == "no ranges, cuts"
+            end = start + max(1, len(body) // 3) if cuts else len(body)
+            self.wfile.write(body[start:end])
+        self.close_connection = True
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    books = {name: f"{PICTURES}/{name}.{end}" for name, end in BOOKS.items() if name != "unknown"}
+    server.books = json.dumps({name: {"imageURL": f"http://{path}"} for name, path in books.items()})
+    kinds = {"gif": picture("GIF", "P"), "cmyk": picture("JPEG", "CMYK"), "grey": picture("JPEG", "L"), "png": picture("PNG", "RGBA"),
+             "pixel": picture("GIF", "P", (1, 1)), "text": b"not a picture at all", "page": b"<html>robot?</html>"}
+    server.files = {path: kinds.get(name, picture()) for name, path in books.items()}
+    server.behaviour = {books["gone"]: "always 404", books["forbidden"]: "always 403", books["page"]: "page", books["busy"]: "twice 429",
+                        books["down"]: "first 503", books["cut"]: "cuts"}
+    jpeg = picture()
+    server.files |= {
+        f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json": json.dumps(MIX).encode(),
+        f"{HUB}/liuhaotian/LLaVA-Pretrain/resolve/main/blip_laion_cc_sbu_558k.json": json.dumps([record(0, "00000/1.jpg")]).encode(),
+        f"{HUB}/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip": archive({"00000/1.jpg": jpeg}),
+        f"{HUB}/Lin-Chen/ShareGPT4V/resolve/main/share-captioner_coco_lcs_sam_1246k_1107.json": b"[]",
+        f"{HUB}/Lin-Chen/ShareGPT4V/resolve/main/sharegpt4v_instruct_gpt4-vision_cap100k.json": b"[]",
+        f"{HUB}/liuhaotian/LLaVA-CC3M-Pretrain-595K/resolve/main/chat.json": b"[]",
+        f"{HUB}/weizhiwang/llava_v15_instruction_images/resolve/main/ocr_vqa_images_llava_v15.zip": archive(
+            {"images/good.jpg": jpeg, "images/gif.jpg": picture("GIF", "P"), "images/png.gif": picture("PNG", "RGBA"), "images/cut.jpg": jpeg[:-40]}),
+        "images.cocodataset.org/zips/train2017.zip": archive({"train2017/": b"", "train2017/1.jpg": jpeg}),
+        "downloads.cs.stanford.edu/nlp/data/gqa/images.zip": archive({"images/1.jpg": jpeg}),
+        "dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip": archive({"train_images/1.jpg": jpeg}),
+        "cs.stanford.edu/people/rak248/VG_100K_2/images.zip": archive({"VG_100K/1.jpg": jpeg}),
+        "cs.stanford.edu/people/rak248/VG_100K_2/images2.zip": archive({"VG_100K_2/2.jpg": jpeg})}
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def get(server, tmp_path, monkeypatch, capsys):
+    """get(*flags) -> (exit status, what it prints), in this process and without waiting."""
+    monkeypatch.setattr(get_data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(get_data, "TIMEOUT", 1)
+    coco = server.files["images.cocodataset.org/zips/train2017.zip"]
+    address, folder, gb, _ = get_data.SOURCES["coco"][0]
+    monkeypatch.setitem(get_data.SOURCES, "coco", [(address, folder, gb, hashlib.md5(coco).hexdigest())])
+
+    def call(*flags):
+        status = get_data.main(["--root", str(tmp_path / "data"), "--mirror", server.address, *flags])
+        return status, capsys.readouterr().out
+    return call
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_everything_arrives_and_a_second_run_does_nothing(server, get, tmp_path):
+    """With the addresses of dataset.json. Hosts cut, are busy and redirect; what cannot be had is listed and left out."""
+    root = tmp_path / "data"
+    (root / "ocr_vqa").mkdir(parents=True)
+    (root / "ocr_vqa" / "dataset.json").write_text(server.books)
+    server.behaviour |= {"images.cocodataset.org/zips/train2017.zip": "cuts", "downloads.cs.stanford.edu/nlp/data/gqa/images.zip": "no ranges",
+                         "dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip": "slow"}
+    hub = f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json"
+    server.behaviour[hub], server.sums[hub] = "always 302", hashlib.sha256(server.files[hub]).hexdigest()
+    status, text = get()
+    assert status == 0, text
+    for name in ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images/00000/1.jpg", "coco/train2017/1.jpg", "gqa/images/1.jpg",
+                 "textvqa/train_images/1.jpg", "vg/VG_100K/1.jpg", "vg/VG_100K_2/2.jpg", "LLaVA-CC3M-Pretrain-595K/chat.json",
+                 "share-captioner_coco_lcs_sam_1246k_1107.json", "sharegpt4v_instruct_gpt4-vision_cap100k.json"):
+        assert (root / name).is_file(), name
+    images = {p.name for p in (root / "ocr_vqa" / "images").iterdir()}
+    assert images == {f"{name}.jpg" for name in BOOKS if name not in NEVER}
+    for name in images:
+        with Image.open(root / "ocr_vqa" / "images" / name) as image:
+            assert image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == (8, 6)
+    assert (root / "ocr_vqa" / "images" / "good.jpg").read_bytes() == picture()             # as sent, not compressed again
+    assert not list(root.rglob("*.zip")) + list(root.rglob("*.part")) + list(root.rglob("*.raw")) + list(root.rglob("*.tmp"))
+    assert [r for _, p, r in server.seen if p.endswith("train2017.zip") and r]              # the rest of it was asked for
+
+    left_out = {r["image"]: r["reason"] for r in json.loads((root / "llava_v1_5_mix665k_missing.json").read_text())}
+    assert left_out.keys() == {"coco/train2017/lost.jpg"} | {f"ocr_vqa/images/{name}.jpg" for name in NEVER}
+    for name, reason in NEVER.items():
+        assert reason in left_out[f"ocr_vqa/images/{name}.jpg"]
+    kept = json.loads((root / "llava_v1_5_mix665k_filtered.json").read_text())
+    assert kept == [r for r in MIX if r.get("image") not in left_out] and f"{len(kept)} of {len(MIX)} records" in text
+
+    before, server.seen = tree(root), []
+    status, text = get()
+    assert status == 0 and tree(root) == before and server.seen == [] and "finished" in text
+
+
+def test_without_the_list_the_archive_is_taken_and_mended(server, get, tmp_path):
+    status, text = get("--only", "ocr_vqa")
+    images = tmp_path / "data" / "ocr_vqa" / "images"
+    assert status == 0 and {p.name for p in images.iterdir()} == {"good.jpg", "gif.jpg", "png.jpg"}
+    assert {Image.open(p).format for p in images.iterdir()} == {"JPEG"}
+    assert "filtered.json is not written yet: coco, gqa, textvqa, vg" in text
+    assert not (tmp_path / "data" / "llava_v1_5_mix665k_filtered.json").exists()
+    state = json.loads((tmp_path / "data" / "get_data.json").read_text())
+    assert "cannot be read" in state["missing"]["ocr_vqa/images/cut.jpg"] and "archive" in state["missing"]["ocr_vqa/images/busy.jpg"]
+
+
+def test_a_host_that_is_down_for_a_while_is_asked_again_by_the_next_run(server, get, tmp_path):
+    (tmp_path / "data" / "ocr_vqa").mkdir(parents=True)
+    (tmp_path / "data" / "ocr_vqa" / "dataset.json").write_text(server.books)
+    down = f"{PICTURES}/down.jpg"
+    server.behaviour[down] = "always 503"
+    status, text = get("--only", "ocr_vqa")
+    assert status == 1 and "1 pictures are still to be had" in text and "answers 503" in text
+    assert sum(path == down for _, path, _ in server.seen) == get_data.TRIES
+    server.behaviour.pop(down)
+    server.seen = []
+    status, text = get("--only", "ocr_vqa")
+    assert status == 0 and [path for _, path, _ in server.seen] == [down]                   # and nothing else
+    assert (tmp_path / "data" / "ocr_vqa" / "images" / "down.jpg").is_file()
+
+
+GQA = "downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
+COCO = "images.cocodataset.org/zips/train2017.zip"
+FAILS = {"404": (GQA, "always 404", None, "answers 404"), "403": (GQA, "always 403", None, "answers 403"),
+         "a page": (GQA, "page", None, "sends a web page"), "no zip": (GQA, "", b"error: quota", "is no whole zip archive"),
+         "out of the root": (GQA, "", archive({"../../evil.jpg": b"x"}), "is not inside"),
+         "an absolute name": (GQA, "", archive({"/tmp/evil.jpg": b"x"}), "is not inside"),
+         "a link": (GQA, "", archive({"images/1.jpg": picture()}, link="images/out"), "holds the link"),
+         "other bytes": (COCO, "", archive({"train2017/9.jpg": b"x"}), "published is")}
+
+
+@pytest.mark.parametrize("case", FAILS)
+def test_one_bad_host_is_named_and_the_others_go_on(case, server, get, tmp_path):
+    path, behaviour, body, sentence = FAILS[case]
+    server.behaviour[path] = behaviour
+    if body:
+        server.files[path] = body
+    status, text = get("--only", "coco,gqa,textvqa")
+    failed = "gqa" if path == GQA else "coco"
+    root = tmp_path / "data"
+    line, = [line for line in text.splitlines() if line.startswith(f"{failed} ") and "failed" in line]
+    assert status == 1 and sentence in line and (root / "textvqa" / "train_images" / "1.jpg").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"data"} and not os.path.exists("/tmp/evil.jpg")
+    assert not [p for p in (root / failed).rglob("*") if p.suffix == ".jpg"]
+
+
+def test_other_bytes_than_the_hub_told_are_refused(server, get, tmp_path):
+    hub = f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json"
+    server.behaviour[hub], server.sums[hub] = "always 302", "0" * 64
+    status, text = get("--only", "mix665k")
+    assert status == 1 and f"the sha256 is {hashlib.sha256(server.files[hub]).hexdigest()}" in text
+    assert not list((tmp_path / "data").rglob("*mix665k*"))
+
+
+def test_a_kill_in_the_middle_is_gone_on_from(server, get, tmp_path):
+    """What the part file holds is not asked for again; a part that is longer than the file is thrown away."""
+    whole = server.files[GQA]
+    (tmp_path / "data" / "gqa").mkdir(parents=True)
+    part = tmp_path / "data" / "gqa" / "images.zip.part"
+    part.write_bytes(whole[:40])
+    assert get("--only", "gqa")[0] == 0
+    assert [r for method, _, r in server.seen if method == "GET"] == ["bytes=40-"]
+    assert (tmp_path / "data" / "gqa" / "images" / "1.jpg").read_bytes() == picture()
+    part = tmp_path / "data" / "vg" / "images.zip.part"
+    part.parent.mkdir()
+    part.write_bytes(whole * 9)
+    assert get("--only", "vg")[0] == 0 and (tmp_path / "data" / "vg" / "VG_100K" / "1.jpg").is_file()
+
+
+def test_too_small_a_disk_is_found_before(server, get, tmp_path):
+    server.sizes[GQA] = 10 ** 16
+    with pytest.raises(ValueError, match=r"needs 20,000,000\.0 GB and its disk has"):
+        get("--only", "gqa")
+    assert not [path for method, path, _ in server.seen if method == "GET"]
+
+
+def test_the_command(server, tmp_path):
+    """--dry-run asks for sizes only; a wrong name is one sentence; then the real thing."""
+    def bash(*flags):
+        env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+        return subprocess.run(["bash", "tools/get_data.sh", "--root", str(tmp_path / "d"), "--mirror", server.address, *flags],
+                              cwd=ROOT, capture_output=True, text=True, env=env)
+    dry = bash("--dry-run")
+    assert dry.returncode == 0 and "GB" in dry.stdout and not (tmp_path / "d").exists(), dry.stderr
+    assert {method for method, _, _ in server.seen} == {"HEAD"}
+    wrong = bash("--only", "imagenet")
+    assert wrong.returncode == 1 and "there is no source 'imagenet'" in wrong.stderr and "Traceback" not in wrong.stderr
+    done = bash("--only", "textvqa")
+    assert done.returncode == 0 and (tmp_path / "d" / "textvqa" / "train_images" / "1.jpg").is_file(), done.stderr

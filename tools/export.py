@@ -1,0 +1,231 @@
+"""Write a checkpoint in a form that other tools run.
+
+    python tools/export.py CHECKPOINT DIR
+    python tools/export.py CHECKPOINT FILE.safetensors --prompt_embeds --image F --ask QUESTION
+
+DIR becomes a LLaVA folder of transformers with its processor and chat template. A LangBridge with
+raw scores is folded for it, and its words can no longer be read there. FILE gets {"prompt_embeds":
+[T, D]}, what vLLM takes as prompt embeddings in place of image and question. This works with any
+connector and an unchanged LLM: after stage 2 the folder CHECKPOINT/llm, else the LLM itself.
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common
+
+# The messages of transformers have lists as contents. These lines make strings of them, with the
+# image first, and the LLM's own template goes on from there. The library drops the newline after
+# the last of them.
+FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set flat.text = message.content if message.content is string else '' -%}
+{%- if message.content is not string -%}
+{%- for part in message.content if part.type == 'image' -%}
+{%- set flat.text = flat.text + '<image>\\n' -%}
+{%- endfor -%}
+{%- for part in message.content if part.type == 'text' -%}
+{%- set flat.text = flat.text + part.text -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [{'role': message.role, 'content': flat.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.messages %}
+"""
+
+
+def two_layers(connector):
+    """Return (first, second), the connector as the two Linears of the library, [D, Dv] and [D, D].
+
+    The library's hidden layer is as wide as the LLM. Rows of zeros fill up a narrower one: they
+    reach the second layer as GELU(0) = 0. ValueError if the connector does not fit.
+    """
+    import torch
+    from model import LangBridge
+    from tools.fold import fold
+    if isinstance(connector, LangBridge):
+        if connector.normalize != "none":
+            raise ValueError(f"a connector with normalize={connector.normalize} is no two-layer "
+                             "MLP, because its softmax does not fold; --prompt_embeds exports its "
+                             "outputs")
+        connector = fold(connector)
+    first, _, second = connector.mlp
+    H, D = first.out_features, second.out_features
+    if H > D:
+        raise ValueError(f"the connector has H = {H}, more than the LLM's D = {D}, and a LLaVA of "
+                         "transformers has H = D; --prompt_embeds exports its outputs")
+    padded = [torch.nn.Linear(first.in_features, D), torch.nn.Linear(D, D)]
+    with torch.no_grad():
+        for layer in padded:
+            layer.to(first.weight).weight.zero_()
+            layer.bias.zero_()
+        padded[0].weight[:H] = first.weight
+        padded[0].bias[:H] = first.bias
+        padded[1].weight[:, :H] = second.weight
+        padded[1].bias.copy_(second.bias)
+    return padded
+
+
+def add_image_token(vlm):
+    """Return the id of "<image>", which is new in the tokenizer, and in the embedding if needed."""
+    import data
+    tokenizer, llm = vlm.tokenizer, vlm.llm
+    tokenizer.add_tokens([data.IMAGE], special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(data.IMAGE)
+    if image_id >= llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(image_id + 1, mean_resizing=False)
+    # Its row is of no training, and no answer may hold it.
+    llm.generation_config.suppress_tokens = [image_id]
+    return image_id
+
+
+def chat_template(tokenizer):
+    """Return a Jinja template that writes what data.encode writes, from strings or from lists."""
+    import data
+    if tokenizer.chat_template:
+        return FLATTEN + tokenizer.chat_template
+    starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    lines = data.TEMPLATES["chat"]
+    template = tokenizer.bos_token if starts_with_bos else ""
+    template += "{% for message in messages %}"
+    for role, (before, after) in lines.items():
+        end = tokenizer.eos_token if role == "assistant" else ""
+        template += (f"{{% if message.role == '{role}' %}}{{{{ {before!r} + message.content + "
+                     f"{end + after!r} }}}}{{% endif %}}")
+    opening = lines["assistant"][0]
+    return FLATTEN + (template + "{% endfor %}"
+                      f"{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}")
+
+
+def to_llava(vlm):
+    """Return (LlavaForConditionalGeneration, LlavaProcessor) with the parts of a VLM.
+
+    ValueError where the library's LLaVA computes something else than this VLM.
+    """
+    import torch
+    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor,
+                              LlavaProcessor)
+    tower, llm, settings = vlm.vision_tower, vlm.llm, vlm.image_settings
+    size, patch_size = settings["size"], tower.config.patch_size
+    if getattr(vlm.config, "tiles", None):
+        raise ValueError("a checkpoint with tiles cannot be exported yet; --prompt_embeds can")
+    first, second = two_layers(vlm.connector)
+    if vlm.softcap or llm.get_output_embeddings().bias is not None:
+        raise ValueError(f"{vlm.config.llm} caps its logits or adds a bias to them, which a LLaVA "
+                         "of transformers does not; --prompt_embeds needs no LLaVA")
+    with torch.no_grad():
+        blank = torch.zeros(1, 3, size, size, device=tower.device, dtype=tower.dtype)
+        resized = size != tower.config.image_size and tower.config.model_type != "dinov2"
+        tokens = 0 if resized else tower(blank).last_hidden_state.shape[1]
+    extra = tokens - (size // patch_size) ** 2              # CLS and registers
+    reason = (f"takes pictures of {size} pixels here" if resized else
+              f"has {extra} tokens before the patches" if extra > 1 else
+              "has its patches pooled" if vlm.config.pool > 1 else None)
+    if reason:
+        raise ValueError(f"{vlm.config.vision_tower} {reason}, which a LLaVA of transformers does "
+                         "not know; --prompt_embeds needs no LLaVA")
+    strategy = "default" if extra else "full"               # "default" drops one token, CLS
+    image_id = add_image_token(vlm)
+    config = LlavaConfig(
+        vision_config=tower.config, text_config=llm.config, image_token_id=image_id,
+        projector_hidden_act="gelu", vision_feature_layer=vlm.config.vision_layer,
+        vision_feature_select_strategy=strategy, image_seq_length=vlm.num_patches,
+        tie_word_embeddings=llm.config.tie_word_embeddings)
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    if type(llava.model.language_model) is not type(llm.get_decoder()):
+        raise ValueError(f"{vlm.config.llm} is a {type(llm).__name__}, whose decoder is not the "
+                         "one that a LLaVA of transformers would make; --prompt_embeds needs no "
+                         "LLaVA")
+    llava.model.vision_tower = tower
+    llava.model.multi_modal_projector.linear_1 = first
+    llava.model.multi_modal_projector.linear_2 = second
+    llava.model.language_model = llm.get_decoder()
+    llava.lm_head = llm.get_output_embeddings()
+    llava.generation_config = llm.generation_config
+    # do_pad centres the image on a square of the mean colour, as evaluation does here.
+    images = LlavaImageProcessor(
+        do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+        image_mean=list(settings["mean"]), image_std=list(settings["std"]))
+    processor = LlavaProcessor(
+        images, vlm.tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=extra, chat_template=chat_template(vlm.tokenizer))
+    return llava, processor
+
+
+def check_prompt(processor, ours):
+    """Raise ValueError if the processor writes other ids than this project.
+
+    ours: (question, ids) with IMAGE_ID once for each patch.
+    """
+    import data
+    from PIL import Image
+    question, ids = ours
+    content = [{"type": "image", "image": Image.new("RGB", (8, 8))},
+               {"type": "text", "text": question}]
+    theirs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
+                                           add_generation_prompt=True, return_dict=True)
+    theirs = [data.IMAGE_ID if i == processor.image_token_id else i for i in theirs["input_ids"][0]]
+    if theirs != ids:
+        at = len(os.path.commonprefix([theirs, ids]))
+        raise ValueError(f"the processor of transformers writes {theirs[at:at + 3]} where this "
+                         f"project writes {ids[at:at + 3]}, so the answers would differ; "
+                         "--prompt_embeds exports what this project writes")
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT")
+    add("out", metavar="DIR_OR_FILE", help="what to write")
+    add("--prompt_embeds", action="store_true", help="write the embeds of one prompt")
+    add("--image", help="with --prompt_embeds: an image file")
+    add("--ask", metavar="QUESTION", help="with --prompt_embeds: a question about it")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--overwrite", action="store_true", help="replace what is there")
+    add("--offline", action="store_true", help=common.OFFLINE)
+    args = parser.parse_args()
+    if args.prompt_embeds != bool(args.ask):
+        parser.error("--prompt_embeds and --ask QUESTION belong together")
+    return args
+
+
+def main():
+    args = read_arguments()
+    if args.offline:
+        common.go_offline()
+    if os.path.exists(args.out) and not args.overwrite:
+        raise ValueError(f"{args.out} exists; --overwrite replaces it")
+    import torch
+    import checkpoint
+    import data
+    from eval import prompt_ids
+
+    vlm = checkpoint.load(args.checkpoint, dtype=getattr(torch, args.dtype))
+    question = args.ask or "What is in the image?"
+    ids = prompt_ids(vlm, {"image": args.image or not args.ask, "text": question})
+    if not args.prompt_embeds:
+        llava, processor = to_llava(vlm)
+        check_prompt(processor, (question, ids))
+        llava.save_pretrained(args.out)
+        processor.save_pretrained(args.out)
+        print(f"wrote {args.out}: LlavaForConditionalGeneration.from_pretrained reads it")
+        return
+    pixel_values = None
+    if args.image:
+        settings = vlm.image_settings
+        image = data.transform(data.open_image(args.image), settings["size"], settings["mean"],
+                               settings["std"], mode="pad")
+        pixel_values = image[None]
+    with torch.no_grad():
+        embeds = vlm.splice(torch.tensor([ids]), pixel_values)[0]           # (T, D)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    checkpoint.write_safetensors({"prompt_embeds": embeds}, args.out)
+    print(f"wrote {args.out}: prompt_embeds {tuple(embeds.shape)} for {vlm.config.llm}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,132 @@
+"""A model for lmms-eval (EvolvingLMMs-Lab, version 0.7): its benchmarks asked of a checkpoint.
+
+    python tools/lmms_eval_model.py --model_args checkpoint=out/paper/sft --tasks mme --batch_size 8
+
+All flags are those of `python -m lmms_eval`; this script adds --model langbridge. In another
+program, register "lmms_eval_model.LangBridge" as the class of a simple model.
+"""
+import os
+import sys
+from itertools import groupby
+
+TOOLS = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [TOOLS, os.path.dirname(TOOLS)]
+
+import torch
+from lmms_eval.api.model import lmms
+
+import common
+import data
+from checkpoint import load
+from generate import generate
+
+
+class LangBridge(lmms):
+    """A checkpoint of this project. Images are padded to a square, as in eval.py.
+
+    Arguments of --model_args: checkpoint, dtype (default bfloat16 on a GPU, else float32).
+    """
+
+    def __init__(self, checkpoint, batch_size=1, device=None, dtype=None, max_batch_size=None):
+        super().__init__()
+        self._rank = int(os.environ.get("RANK", 0))
+        self._world_size = int(os.environ.get("WORLD_SIZE", 1))
+        device = common.choose_device(device)
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        self.batch_size = int(batch_size)
+        self.vlm = load(checkpoint, device, getattr(torch, dtype))
+
+    def prompt(self, context, doc_to_visual, doc):
+        """Return (messages, pixels): a user's turn and its images, a list of float32[3, S, S]."""
+        visuals = list(doc_to_visual(doc) or []) if doc_to_visual else []
+        if any(isinstance(visual, (str, dict)) for visual in visuals):
+            raise ValueError("this model sees images only, no video and no sound")
+        if data.IMAGE not in context:
+            context = f"{data.IMAGE}\n" * len(visuals) + context
+        s = self.vlm.image_settings
+        pixels = [data.transform(image.convert("RGB"), s["size"], s["mean"], s["std"], "pad")
+                  for image in visuals]
+        return [{"role": "user", "content": context}], pixels
+
+    def generate_until(self, requests):
+        """Return the answer to each request, a list of strings in the requests' order."""
+        prepared = []
+        for index, request in enumerate(requests):
+            context, settings, doc_to_visual, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            messages, pixels = self.prompt(context, doc_to_visual, doc)
+            ids = data.encode_prompt(messages, self.vlm.tokenizer, self.vlm.num_patches)
+            is_sampled = settings.get("do_sample", bool(settings.get("temperature")))
+            temperature = (settings.get("temperature") or 1.0) if is_sampled else 0.0
+            shared = settings.get("max_new_tokens", 1024), temperature      # by a batch
+            prepared.append((shared, -len(ids), index, ids, pixels))
+        answers = [""] * len(requests)
+        prepared.sort(key=lambda p: p[:3])                                  # longest first
+        for (max_new_tokens, temperature), group in groupby(prepared, key=lambda p: p[0]):
+            group = list(group)
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start:start + self.batch_size]
+                pixels = [image for *_, images in batch for image in images]
+                new = generate(self.vlm, [ids for *_, ids, _ in batch],
+                               torch.stack(pixels) if pixels else None, max_new_tokens,
+                               temperature=temperature)
+                for (_, _, index, _, _), ids in zip(batch, new):
+                    context, settings = requests[index].args[:2]
+                    text = self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
+                    answers[index] = cut_at(text, settings.get("until") or [])
+                    self.cache_hook.add_partial("generate_until", (context, settings),
+                                                answers[index])
+        return answers
+
+    def loglikelihood(self, requests):
+        """Return (loss, whether greedy decoding would say it) of each continuation.
+
+        lmms-eval takes the choice of the lowest number. The number is therefore the mean loss of a
+        token, as its own models return it, and not a log-likelihood.
+        """
+        results = []
+        for request in requests:
+            context, continuation, doc_to_visual, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            if callable(continuation):
+                continuation = continuation(doc)
+            messages, pixels = self.prompt(context, doc_to_visual, doc)
+            messages.append({"role": "assistant", "content": str(continuation).strip()})
+            ids, labels = data.encode(messages, self.vlm.tokenizer, self.vlm.num_patches)
+            pixels = torch.stack(pixels) if pixels else None
+            with torch.no_grad():
+                embeds = self.vlm.splice(torch.tensor([ids]), pixels)
+                hidden = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
+                targets = torch.tensor(labels[1:], device=embeds.device)
+                trained = targets != data.IGNORE
+                logits = self.vlm.logits(hidden.last_hidden_state[0, :-1][trained])
+            targets = targets[trained]
+            loss = torch.nn.functional.cross_entropy(logits, targets).item()
+            results.append((loss, bool((logits.argmax(dim=-1) == targets).all())))
+        return results
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("this model answers one round only")
+
+
+def cut_at(text, ends):
+    """Return the text up to the first of the strings that end it."""
+    for end in [ends] if isinstance(ends, str) else ends:
+        text = text.split(end)[0] if end else text
+    return text.strip()
+
+
+def main():
+    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.models.registry_v2 import ModelManifest
+    MODEL_REGISTRY_V2.register_manifest(
+        ModelManifest("langbridge", simple_class_path="lmms_eval_model.LangBridge"))
+    sys.argv[1:1] = ["--model", "langbridge"]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,180 @@
+"""
+Train the pocket's two stages for 20 steps at two commits and say whether the losses are the same.
+
+    python tools/compare_runs.py main .                     # a commit, and the working tree
+    python tools/compare_runs.py --log results/compare.json         # the working tree and the log
+    python tools/compare_runs.py --log results/compare.json --write     # write the log anew
+
+Both sides train in one small world, which the working tree's pocket.py makes, with the configs of
+their own commit. Losses and gradient norms are compared. It takes less than a minute on two CPU
+cores. The exit status is 0 if all are the same to the bit, or within --tolerance.
+
+A commit that changes a sum writes the log anew and says why in its message. CPUs round sums
+differently, so against a log of another machine only --tolerance can hold.
+"""
+import argparse
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from common import read_json, run_script, write_json  # noqa: E402
+
+STEPS = 20
+STAGES = ("pretrain", "sft")
+NUMBERS = ("loss", "grad_norm")             # of log.jsonl
+# One thread, because the number of threads changes the order of sums.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "",
+               "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description="Compare the losses of two commits.")
+    parser.error = lambda message: sys.exit(f"compare_runs.py: {message}")
+    parser.add_argument("refs", nargs="*", metavar="REF",
+                        help='a commit, branch or tag, or "." for the working tree')
+    parser.add_argument("--log", help="compare one REF (default .) with this file")
+    parser.add_argument("--write", action="store_true", help="write --log instead of comparing")
+    parser.add_argument("--tolerance", type=float, default=0.0,
+                        help="the largest relative difference that is accepted (default 0)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                        help="of both runs (default float32; bfloat16 is slow on most CPUs)")
+    args = parser.parse_args()
+    if args.log and not args.refs:
+        args.refs = ["."]
+    if len(args.refs) != (1 if args.log else 2):
+        parser.error("give two REFs, or --log FILE and at most one REF")
+    if args.write and not args.log:
+        parser.error("--write needs --log FILE")
+    return args
+
+
+def main():
+    args = read_arguments()
+    os.environ |= ENVIRONMENT
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # else each start compiles torch anew
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [tree_of(ref, Path(folder) / f"tree{i}") for i, ref in enumerate(args.refs)]
+        world = Path(folder) / "world"
+        make_world(world)
+        with ThreadPoolExecutor(2) as pool:
+            outs = [Path(folder) / f"out{i}" for i in range(len(trees))]
+            runs = list(pool.map(lambda tree, out: train(tree, world, out, args.dtype),
+                                 trees, outs))
+    new = {"commit": commit_of(args.refs[-1]), "cpu": cpu_name(), "torch": torch_version(),
+           "dtype": args.dtype, "stages": runs[-1]}
+    if args.write:
+        write_json(new, args.log)
+        print(f"wrote {args.log}")
+        return 0
+    if args.log:
+        log = read_json(args.log)
+        print(f"{args.log}: commit {log['commit']}, {log['cpu']}, torch {log['torch']}")
+        print(f"this run: commit {new['commit']}, {new['cpu']}, torch {new['torch']}")
+        runs.insert(0, log["stages"])
+    largest = 0
+    for stage in STAGES:
+        for number in NUMBERS:
+            sentence, difference = compare(runs[0][stage][number], runs[1][stage][number])
+            print(f"{stage:9} {number:10} {sentence}")
+            largest = max(largest, difference)
+    if largest > args.tolerance:
+        print(f"The largest relative difference is {largest:.1e}, more than {args.tolerance:g}. If "
+              "a sum was to change, write the log anew and say why in the commit.")
+        return 1
+    return 0
+
+
+def compare(before, after):
+    """Return (a sentence about two lists of numbers, the largest relative difference).
+
+    The difference is infinite if a number is missing or not finite.
+    """
+    if before == after:
+        return f"the same to the bit in {len(before)} steps", 0.0
+    if len(before) != len(after):
+        return f"{len(before)} steps and {len(after)} steps", float("inf")
+    differences = [0.0 if a == b else abs(a - b) / max(abs(a), abs(b))
+                   for a, b in zip(before, after)]
+    differences = [d if d == d else float("inf") for d in differences]          # nan
+    first = next(i for i, d in enumerate(differences) if d)
+    largest = max(differences)
+    return (f"differs from step {first} on: there by {differences[first]:.1e}, at most by "
+            f"{largest:.1e} at step {differences.index(largest)} (relative)"), largest
+
+
+def tree_of(ref, folder):
+    """Return a folder with the files of a commit; the working tree itself for "."."""
+    if ref == ".":
+        return ROOT
+    done = subprocess.run(["git", "-C", str(ROOT), "archive", ref], capture_output=True)
+    if done.returncode:
+        raise ValueError(f"git does not know {ref!r}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def commit_of(ref):
+    """Return the short hash of a ref; for the working tree that of HEAD, "-dirty" if changed."""
+    name = ["--dirty"] if ref == "." else [ref]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", *name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def cpu_name():
+    import torch
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def torch_version():
+    import torch
+    return torch.__version__
+
+
+def make_world(out):
+    """Make what the two stages need of a pocket world: pictures, records, one LLM, the tower."""
+    import pocket
+    import pocket_models
+    import vocab
+    from pocket_world import CELLS, COLORS, SHAPES, SIZES, WORDS
+    settings = {"seed": 0, "corpus": 100, "effort": 0, "out": str(out)}
+    with ThreadPool(1) as pool:
+        pocket.make_world(out, 40, 20, settings["seed"], pool)
+    for name in ("pocket-qwen", "vision-tower"):
+        pocket_models.make_model(name, settings)
+    words = [*COLORS, *SHAPES, *SIZES, *WORDS, *CELLS]
+    vocab.save_words([vocab.to_word(f" {word}".encode()) for word in words], out / "words.json")
+
+
+def train(tree, world, out, dtype):
+    """Run both stages of a tree. Return {stage: {number: list of STEPS floats}}."""
+    options = [f"--images={world}/images", "--epochs=20", f"--max_steps={STEPS}", "--seed=1",
+               "--global_batch=4", "--batch_size=2", f"--dtype={dtype}", "--device=cpu"]
+    start = {"pretrain": [f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",
+                          f"--words={world}/words.json"],
+             "sft": [f"--init={out}/pretrain"]}
+    numbers = {}
+    for stage in STAGES:
+        command = [sys.executable, "train.py", f"config/pocket/{stage}.py", *start[stage], *options,
+                   f"--data={world}/{stage}.json", f"--out={out}/{stage}"]
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"stage {stage} fails in {tree}: {done.stderr.strip()[-600:]!r}")
+        rows = [json.loads(line) for line in open(out / stage / "log.jsonl")]
+        numbers[stage] = {number: [row[number] for row in rows] for number in NUMBERS}
+    return numbers
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,9 +1,8 @@
 """GQA, testdev balanced: questions about real photographs, exact match."""
 import os
 
-from benchmarks.reading import (by_group, mean, pair, questions_from_lines, read_lines, require,
-                                stderr)
-from common import read_json
+from benchmarks.reading import (by_group, mean, questions_from_lines, read_answers, read_objects,
+                                require, stderr)
 
 COLUMN = "GQA"
 HEADLINE, SCALE = "accuracy", 1
@@ -28,21 +27,20 @@ def normalize(text):
 
 def score(questions, truth, predictions, partial=False):
     """questions: testdev_balanced_questions.json, which holds the answers."""
-    official = require(read_json(questions), (), questions)
+    official = read_objects(questions, "answer", "types")
     for k, q in official.items():
-        require(q, ("answer", "types"), f"{questions}: question {k}")
-        require(q["types"], ("structural",), f"{questions}: {k}")
-    answers = read_lines(predictions, "question_id", "text")
-    answers = pair(official, answers, predictions, partial=True)
+        require(q["types"], ("structural",), f"{questions}: question {k}")
     # Only balanced questions count and need an answer.
     balanced = {k: q for k, q in official.items() if q.get("isBalanced", True)}
-    answers = [answer for k, answer in answers.items() if k in balanced]
-    answers = pair(balanced, answers, predictions, partial)
-
-    right = {k: int(normalize(a["text"]) == balanced[k]["answer"]) for k, a in answers.items()}
-    types = [balanced[k]["types"] for k in right]
-    structural = [t["structural"] for t in types]
-    semantic = [str(t.get("semantic")) for t in types]
+    answers = read_answers(predictions, official, partial=True)
+    right = {}
+    for k, q in balanced.items():
+        if k in answers:
+            right[k] = int(normalize(answers[k]["text"]) == q["answer"])
+        elif not partial:
+            raise ValueError(f"{predictions}: question {k} has no answer")
+    structural = [balanced[k]["types"]["structural"] for k in right]
+    semantic = [str(balanced[k]["types"].get("semantic")) for k in right]
     # The type "query" is open; all other types are binary.
     open_questions = [r for r, kind in zip(right.values(), structural) if kind == "query"]
     binary = [r for r, kind in zip(right.values(), structural) if kind != "query"]

@@ -3,9 +3,8 @@ import base64
 import csv
 import os
 import re
-from collections import defaultdict
 
-from benchmarks.reading import LETTER, by_group, mean, pair, question, read_lines, stderr, unique
+from benchmarks.reading import LETTER, by_group, group, mean, question, read_answers, stderr, unique
 
 COLUMN = "MMBench"
 HEADLINE, SCALE = "circular", 1
@@ -35,7 +34,7 @@ def options_of(row):
 
 
 def read_rows(path):
-    """Return the rows of the TSV as dicts. A field with a tab or a line break is quoted in it."""
+    """Return {index: row} of the TSV. A field with a tab or a line break is quoted in it."""
     csv.field_size_limit(1 << 30)
     rows = []
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -48,12 +47,12 @@ def read_rows(path):
                 rows.append(row)
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    return rows
+    return unique(rows, lambda row: str(int(row["index"])), path)
 
 
 def questions(data):
     path = os.path.join(data, ASK)
-    return [to_question(row, path) for row in read_rows(path)]
+    return [to_question(row, path) for row in read_rows(path).values()]
 
 
 def to_question(row, path):
@@ -87,10 +86,9 @@ def match(text, options):
     if found and found[1].upper() in options:
         return found[1].upper()
     # A long text may contain an option by chance.
-    if len(text) <= 2 * sum(map(len, options.values())):
-        contained = [k for k, option in options.items() if option.lower() in text.lower()]
-        if len(contained) == 1:
-            return contained[0]
+    contained = [k for k, option in options.items() if option.lower() in text.lower()]
+    if len(contained) == 1 and len(text) <= 2 * sum(map(len, options.values())):
+        return contained[0]
     return None
 
 
@@ -113,12 +111,10 @@ def accuracies(groups, right):
 
 def score(questions, truth, predictions, partial=False):
     """questions: mmbench_dev_20230712.tsv, which holds the answers."""
-    rows = unique(read_rows(questions), lambda row: str(int(row["index"])), questions)
-    answers = pair(rows, read_lines(predictions, "question_id", "text"), predictions, partial)
+    rows = read_rows(questions)
+    answers = read_answers(predictions, rows, partial)
     # The number of options does not give the size of a group: 53 groups of three have four.
-    groups = defaultdict(list)
-    for k in answers:
-        groups[int(k) % 1_000_000].append(k)
+    groups = group([int(k) % 1_000_000 for k in answers], answers)
     letters = {k: match(a["text"], options_of(rows[k])) for k, a in answers.items()}
     right = {k: int(letters[k] == rows[k]["answer"]) for k in answers}
     same_letter = {k: int(a["text"].strip() == rows[k]["answer"]) for k, a in answers.items()}
@@ -128,7 +124,7 @@ def score(questions, truth, predictions, partial=False):
     summary["strict"] = accuracies(groups, same_letter)[0]
     base_rows = [rows[min(keys, key=int)] for keys in groups.values()]
     for column in ("category", "l2-category"):
-        if column in next(iter(rows.values()), {}):
+        if base_rows and column in base_rows[0]:
             names = [row[column] for row in base_rows]
             summary[f"by_{column}"] = by_group(names, circular.values())
     return summary, circular

@@ -1,9 +1,8 @@
 """MME: two yes/no questions about each image, in 14 tasks. The score is perception + cognition."""
 import math
 import os
-from collections import defaultdict
 
-from benchmarks.reading import (SHORT, key_text, mean, pair, questions_from_lines, read_lines,
+from benchmarks.reading import (SHORT, group, mean, questions_from_lines, read_answers, read_lines,
                                 stderr, unique)
 
 COLUMN = "MME"
@@ -37,68 +36,57 @@ def parse(text):
     return "no" if "no" in start else "other"
 
 
-def bare(question):
-    """Return the question without instructions.
+def key_of(question_id, question):
+    """Return what ties question, label and answer: "task/image / question" without instructions.
 
-    Seven official questions have two spaces before the instruction, so spaces are stripped.
+    An image's name counts up to its first dot. Seven official questions have two spaces before the
+    instruction, so spaces are stripped.
     """
-    question = question.replace(SHORT, "").strip()
-    return question.removesuffix("Please answer yes or no.").strip()
+    task, file = question_id.split("/")[0], question_id.split("/")[-1]
+    bare = question.replace(SHORT, "").strip().removesuffix("Please answer yes or no.").strip()
+    return f"{task}/{file.split('.')[0]} / {bare}"
 
 
-def label_key(question_id, question):
-    """Return (task, image file up to its first dot, bare question): it ties label and question."""
-    parts = question_id.split("/")
-    return parts[0], parts[-1].split(".")[0], bare(question)
-
-
-def read_labels(folder, tasks):
-    """Return {label_key: "yes" or "no"} of <task>.txt: image, official question, Yes or No."""
+def read_labels(path, task):
+    """Return {key_of: "yes" or "no"} of <task>.txt: image, official question, Yes or No."""
     labels = {}
-    for task in tasks:
-        path = os.path.join(folder, f"{task}.txt")
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                parts = line.strip("\r\n").split("\t")
-                if len(parts) != 3 or parts[2].strip().lower() not in ("yes", "no"):
-                    raise ValueError(f"{path}, line {number}: not image, question, Yes or No with "
-                                     "tabs between")
-                key = label_key(f"{task}/{parts[0]}", parts[1])
-                if key in labels:
-                    raise ValueError(f"{path}, line {number}: {key_text(key)} is labelled twice")
-                labels[key] = parts[2].strip().lower()
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            parts = line.strip("\r\n").split("\t")
+            if len(parts) != 3 or parts[2].strip().lower() not in ("yes", "no"):
+                raise ValueError(f"{path}, line {number}: not image, question, Yes or No with "
+                                 "tabs between")
+            key = key_of(f"{task}/{parts[0]}", parts[1])
+            if key in labels:
+                raise ValueError(f"{path}, line {number}: {key} is labelled twice")
+            labels[key] = parts[2].strip().lower()
     return labels
 
 
 def score(questions, truth, predictions, partial=False):
     """questions: llava_mme.jsonl. truth: a folder with <task>.txt for each task in it."""
-    official = read_lines(questions, "question_id", "text")
-    official = unique(official, lambda q: (str(q["question_id"]), bare(q["text"])), questions)
-    by_image = defaultdict(list)            # the two questions of an image share its question_id
-    for k in official:
-        by_image[k[0]].append(k)
-    for image, keys in by_image.items():
+    official = unique(read_lines(questions, "question_id", "text"),
+                      lambda q: key_of(str(q["question_id"]), q["text"]), questions)
+    for image, keys in group([k.split(" / ")[0] for k in official], official).items():
         if len(keys) != 2:
             raise ValueError(f"{questions}: {image} has {len(keys)} questions instead of two")
-
-    label_keys = unique(official, lambda k: label_key(*k), questions)
-    labels = read_labels(truth, sorted({k[0] for k in label_keys}))
-    for k in sorted(labels.keys() ^ label_keys.keys()):
-        problem = "has no question" if k in labels else "has no label"
-        raise ValueError(f"{os.path.join(truth, k[0] + '.txt')}: labels and questions differ: "
-                         f"{key_text(k)} {problem}")
-
-    answers = read_lines(predictions, "question_id", "prompt", "text")
-    answers = pair(official, answers, predictions, partial,
-                   lambda a: (str(a["question_id"]), bare(a["prompt"])))
+    labels = {}
+    for task, keys in group([k.split("/")[0] for k in official], official).items():
+        path = os.path.join(truth, f"{task}.txt")
+        labels |= read_labels(path, task)
+        for k in labels.keys() ^ official.keys():
+            if k.split("/")[0] == task:
+                raise ValueError(f"{path}: labels and questions differ: {k} is in one of them")
+    answers = read_answers(predictions, official, partial,
+                           lambda a: key_of(str(a["question_id"]), a["prompt"]),
+                           ("question_id", "prompt", "text"))
     parsed = {k: parse(answer["text"]) for k, answer in answers.items()}
-    right = {k: int(parsed[k] == labels[label_key(*k)]) for k in parsed}
+    right = {k: int(parsed[k] == labels[k]) for k in parsed}
 
     per_task, variance = {}, 0
-    for task in sorted({label_key(*k)[0] for k in parsed}):
-        keys = [k for k in parsed if label_key(*k)[0] == task]
-        images = dict.fromkeys(k[0] for k in keys)
-        pairs = [[right[k] for k in by_image[image] if k in right] for image in images]
+    for task, keys in sorted(group([k.split("/")[0] for k in right], right).items()):
+        images = group([k.split(" / ")[0] for k in keys], [right[k] for k in keys])
+        pairs = list(images.values())
         acc = mean(right[k] for k in keys)
         acc_plus = mean(int(pair == [1, 1]) for pair in pairs)
         per_task[task] = {
@@ -117,4 +105,4 @@ def score(questions, truth, predictions, partial=False):
         "questions": len(parsed),
         "unparsed": sum(task["unparsed"] for task in per_task.values()),
         "per_task": per_task,
-    }, {key_text(k): r for k, r in right.items()}
+    }, right

@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 
 from benchmarks import judge
-from benchmarks.reading import mean, pair, questions_from_lines, read_lines, require, stderr
+from benchmarks.reading import mean, questions_from_lines, read_answers, read_objects, stderr
 from common import read_json, write_json
 
 COLUMN = "MM-Vet"
@@ -20,16 +20,14 @@ def questions(data):
     return questions_from_lines(os.path.join(data, ASK), os.path.join(data, "mmvet/images"))
 
 
-def read_answers(questions, predictions, partial=False):
+def read_both(questions, predictions, partial=False):
     """Return the content of mm-vet.json, and {"v1_0": text, ...}, which any judge takes."""
-    official = require(read_json(questions), (), questions)
+    official = read_objects(questions, "question", "answer", "capability")
     for k, q in official.items():
-        require(q, ("question", "answer", "capability"), f"{questions}: question {k}")
         if not all(isinstance(text, str) for text in [q["answer"], *q["capability"]]):
             raise ValueError(f"{questions}: question {k} has an answer or a capability that is "
                              "no text")
-    answers = read_lines(predictions, "question_id", "text")
-    answers = pair(official, answers, predictions, partial, lambda a: f"v1_{a['question_id']}")
+    answers = read_answers(predictions, official, partial, lambda a: f"v1_{a['question_id']}")
     return official, {k: answer["text"] for k, answer in answers.items()}
 
 
@@ -38,7 +36,7 @@ def grades(questions, predictions, args, partial=False):
 
     ValueError if that file exists with other answers and --overwrite is not given.
     """
-    official, answers = read_answers(questions, predictions, partial)
+    official, answers = read_both(questions, predictions, partial)
     if args.judge:
         path = f"{os.path.splitext(predictions)[0]}.mm-vet-grades.json"
         judge.grade_all(official, answers, path, args.judge, args.runs, args.timeout)
@@ -59,14 +57,13 @@ def score(questions, truth, predictions, partial=False):
 
     The grades are {"v1_0": {"score": [one per run], ...}, ...}.
     """
-    official, answers = read_answers(questions, predictions, partial)
+    official, answers = read_both(questions, predictions, partial)
     if truth is None:
         return {"judge_file": judge_file(predictions)}, {}
-    scores = {}
-    for k, entry in require(read_json(truth), (), truth).items():
+    scores = {k: entry["score"] for k, entry in read_objects(truth, "score").items()}
+    for k in scores:
         if k not in official:
             raise ValueError(f"{truth}: question {k} is unknown: it is not in the question file")
-        scores[k] = require(entry, ("score",), f"{truth}: question {k}")["score"]
     runs = max(map(len, scores.values()), default=0)
     for k in answers:
         count = len(scores.get(k, ()))
@@ -75,15 +72,16 @@ def score(questions, truth, predictions, partial=False):
         if not all(type(s) in (int, float) and 0 <= s <= 1 for s in scores[k]):
             raise ValueError(f"{truth}: question {k} has a grade that is no number from 0 to 1")
 
-    # A question counts in each of its capabilities, and in exactly one set of them.
+    totals = [mean((scores[k][run] for k in answers), 100) for run in range(runs)]
+    items = {k: mean(scores[k]) for k in answers}
+    # A question counts in each of its capabilities, and in exactly one set of them. All runs have
+    # the same questions, so the mean of all grades is the mean over runs.
     capabilities, integrations = defaultdict(list), defaultdict(list)
     for k in answers:
         names = sorted(set(official[k]["capability"]))
         integrations["_".join(names)] += scores[k]
         for name in names:
             capabilities[name] += scores[k]
-    totals = [mean((scores[k][run] for k in answers), 100) for run in range(runs)]
-    items = {k: mean(scores[k]) for k in answers}
     return {
         "total": mean(totals),
         "totals": totals,
@@ -91,7 +89,6 @@ def score(questions, truth, predictions, partial=False):
         "questions": len(items),
         "std": math.sqrt(mean((t - mean(totals)) ** 2 for t in totals)),    # between the runs
         "stderr": stderr(items.values()),
-        # All runs have the same questions, so the mean of all grades is the mean over runs.
         "capabilities": {name: mean(s, 100) for name, s in sorted(capabilities.items())},
         "integrations": {name: mean(s, 100) for name, s in sorted(integrations.items())},
     }, items

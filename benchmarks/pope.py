@@ -3,7 +3,8 @@ import math
 import os
 from collections import defaultdict
 
-from benchmarks.reading import mean, pair, question_id, questions_from_lines, read_lines, unique
+from benchmarks.reading import (mean, question_id, questions_from_lines, read_answers, read_lines,
+                                unique)
 
 COLUMN = "POPE"
 HEADLINE, SCALE = "mean_f1", 100
@@ -72,17 +73,16 @@ def split_figures(outcomes):
 
 def score(questions, truth, predictions, partial=False):
     """questions: llava_pope_test.jsonl. truth: a folder with a label file for each split in it."""
-    official = read_lines(questions, "question_id", "image", "text", "category")
-    official = unique(official, question_id, questions)
+    official = unique(read_lines(questions, "question_id", "image", "text", "category"),
+                      question_id, questions)
     for k, q in official.items():
         if q["category"] not in OFFSETS:
             raise ValueError(f"{questions}: question {k} has the unknown category "
                              f"{q['category']!r}")
-    answers = read_lines(predictions, "question_id", "text")
-    answers = pair(official, answers, predictions, partial)
+    answers = read_answers(predictions, official, partial)
+    said = {k: parse(answer["text"]) for k, answer in answers.items()}
     answered_splits = {official[k]["category"] for k in answers}
-    splits = {}
-    items = {}
+    splits, items = {}, {}
     # The splits share images, so the standard error sums over images how much the answers about
     # an image move the mean F1, to first order.
     influence = defaultdict(float)
@@ -90,11 +90,9 @@ def score(questions, truth, predictions, partial=False):
         members = {k: q for k, q in official.items() if q["category"] == split}
         labels = read_labels(os.path.join(truth, f"coco_pope_{split}.json"), split, members)
         outcomes = {}
-        for k in (k for k in members if k in answers):
-            label_is_yes = labels[k] != "no"
-            said_yes = parse(answers[k]["text"]) == "yes"
-            items[k] = int(label_is_yes == said_yes)
-            outcomes[k] = ("T" if items[k] else "F") + ("P" if said_yes else "N")
+        for k in (k for k in members if k in said):
+            items[k] = int((labels[k] != "no") == (said[k] == "yes"))
+            outcomes[k] = ("T" if items[k] else "F") + ("P" if said[k] == "yes" else "N")
         figures = splits[split] = split_figures(list(outcomes.values()))
         weight = max(2 * figures["TP"] + figures["FP"] + figures["FN"], 1)
         change = {"TP": 2 - 2 * figures["f1"], "TN": 0, "FP": -figures["f1"], "FN": -figures["f1"]}
@@ -102,8 +100,7 @@ def score(questions, truth, predictions, partial=False):
             image = members[k]["image"]
             influence[image] += change[kind] / weight / len(answered_splits)
     # Texts that are parsed as yes although they do not contain the word.
-    unparsed = sum(parse(a["text"]) == "yes" and "yes" not in a["text"].lower()
-                   for a in answers.values())
+    unparsed = sum(said[k] == "yes" and "yes" not in answers[k]["text"].lower() for k in said)
     return {
         "mean_f1": mean(figures["f1"] for figures in splits.values()),
         "mean_accuracy": mean(figures["accuracy"] for figures in splits.values()),

@@ -4,16 +4,18 @@ import math
 import os
 from collections import defaultdict
 
+from common import read_json
+
 # The sentences that LLaVA appends to a question.
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 
 # Types of the fields that the scores read. A field that is not listed may hold any value.
-TYPES = {
-    "text": str, "prompt": str, "question": str, "image": str, "category": str, "label": str,
-    "value": str, "structural": str, "types": dict, "data": list, "answers": list,
-    "capability": list, "score": list, "test": list, "conversations": list, "choices": list,
-}
+TYPES = dict.fromkeys(("text", "prompt", "question", "image", "category", "label", "value",
+                       "structural"), str)
+TYPES |= dict.fromkeys(("data", "answers", "capability", "score", "test", "conversations",
+                        "choices"), list)
+TYPES |= {"types": dict}
 
 
 def require(record, fields, where):
@@ -25,9 +27,14 @@ def require(record, fields, where):
         if field not in record:
             raise ValueError(f"{where}: no field '{field}'")
         if not isinstance(record[field], expected):
-            kind = "text" if expected is str else expected.__name__
-            raise ValueError(f"{where}: no {kind} in '{field}'")
+            raise ValueError(f"{where}: the field '{field}' is not of type {expected.__name__}")
     return record
+
+
+def read_objects(path, *fields):
+    """Return a JSON file {key: object}. ValueError names an object that lacks one of the fields."""
+    objects = require(read_json(path), (), path)
+    return {k: require(value, fields, f"{path}: question {k}") for k, value in objects.items()}
 
 
 def read_lines(path, *fields):
@@ -47,17 +54,12 @@ def read_lines(path, *fields):
     return records
 
 
-def key_text(key):
-    """Return a question's key, a string or a tuple of strings, as one string."""
-    return key if isinstance(key, str) else " / ".join(key)
-
-
 def unique(records, key, path):
     """Return {key(record): record} in order. ValueError if two records have the same key."""
     found = {}
     for record in records:
         if key(record) in found:
-            raise ValueError(f"{path}: question {key_text(key(record))} is there twice")
+            raise ValueError(f"{path}: question {key(record)} is there twice")
         found[key(record)] = record
     return found
 
@@ -66,19 +68,19 @@ def question_id(record):
     return str(record["question_id"])
 
 
-def pair(questions, answers, path, partial=False, key=question_id):
-    """Return {key: answer} in the order of `questions`, a dict with the same keys.
+def read_answers(path, questions, partial, key=question_id, fields=("question_id", "text")):
+    """Return {key: answer} of a file in LLaVA's format, in the order of the dict `questions`.
 
-    ValueError if an answer is double or unknown, or if one is missing and `partial` is False.
+    key: function of an answer. fields: what each answer must have. ValueError if an answer is double
+    or unknown, or if one is missing and `partial` is False.
     """
-    found = unique(answers, key, path)
+    found = unique(read_lines(path, *fields), key, path)
     for k in found:
         if k not in questions:
-            raise ValueError(f"{path}: question {key_text(k)} is unknown: "
-                             "it is not in the question file")
+            raise ValueError(f"{path}: question {k} is unknown: it is not in the question file")
     for k in questions:
         if k not in found and not partial:
-            raise ValueError(f"{path}: question {key_text(k)} has no answer")
+            raise ValueError(f"{path}: question {k} has no answer")
     return {k: found[k] for k in questions if k in found}
 
 
@@ -102,7 +104,7 @@ def image_file(folder, name, where):
 
 
 def questions_from_lines(path, images):
-    """Return the questions of a file of JSON lines in LLaVA's format."""
+    """Return the questions of a file of JSON lines in LLaVA's format. images: their folder."""
     return [question(record["question_id"], record["text"],
                      image_file(images, record["image"], f"{path}: {record['question_id']}"))
             for record in read_lines(path, "question_id", "text", "image")]
@@ -117,16 +119,19 @@ def mean(values, scale=1):
 def stderr(values, scale=100):
     """Return one standard error of the mean, in points."""
     values = list(values)
-    if not values:
-        return 0.0
     center = mean(values)
-    return scale * math.sqrt(sum((v - center) ** 2 for v in values)) / len(values)
+    return scale * math.sqrt(sum((v - center) ** 2 for v in values)) / max(len(values), 1)
 
 
-def by_group(groups, values):
-    """Return {group: {"accuracy": percent, "count": n}} for two parallel sequences."""
-    members = defaultdict(list)
-    for group, value in zip(groups, values):
-        members[group].append(value)
-    return {group: {"accuracy": mean(members[group], 100), "count": len(members[group])}
-            for group in sorted(members)}
+def group(keys, values):
+    """Return {key: list of its values} for two parallel sequences."""
+    groups = defaultdict(list)
+    for key, value in zip(keys, values, strict=True):
+        groups[key].append(value)
+    return groups
+
+
+def by_group(keys, values):
+    """Return {key: {"accuracy": percent, "count": n}} for two parallel sequences."""
+    return {key: {"accuracy": mean(members, 100), "count": len(members)}
+            for key, members in sorted(group(keys, values).items())}

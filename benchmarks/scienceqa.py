@@ -2,8 +2,8 @@
 import os
 import re
 
-from benchmarks.reading import (LETTER, image_file, mean, pair, question, read_lines, require,
-                                stderr, unique)
+from benchmarks.reading import (LETTER, image_file, mean, question, read_answers, require, stderr,
+                                unique)
 from common import read_json
 
 COLUMN = "SciQA"
@@ -16,14 +16,14 @@ SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
 
 
 def read_records(path):
-    """Return the records of llava_test_CQM-A.json, each with a first turn that has a text."""
+    """Return {id: record} of llava_test_CQM-A.json; each has a first turn that has a text."""
     records = read_json(path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: not a list of records")
     for i, record in enumerate(records):
         turns = require(record, ("id", "conversations"), f"{path}: record {i}")["conversations"]
         require(turns[0] if turns else None, ("value",), f"{path}: record {i}, first turn")
-    return records
+    return unique(records, lambda record: str(record["id"]), path)
 
 
 def text_of(record):
@@ -32,7 +32,7 @@ def text_of(record):
 
 def questions(data):
     path = os.path.join(data, ASK)
-    return [to_question(record, data, path) for record in read_records(path)]
+    return [to_question(record, data, path) for record in read_records(path).values()]
 
 
 def to_question(record, data, path):
@@ -59,18 +59,14 @@ def parse(text):
 
 def score(questions, truth, predictions, partial=False):
     """questions: llava_test_CQM-A.json. truth: a folder with problems.json and pid_splits.json."""
-    official = unique(read_records(questions), lambda q: str(q["id"]), questions)
+    official = read_records(questions)
     splits_path = os.path.join(truth, "pid_splits.json")
     problems_path = os.path.join(truth, "problems.json")
     test_ids = require(read_json(splits_path), ("test",), splits_path)["test"]
-    test_ids = [str(k) for k in test_ids]
-    differ = sorted(set(test_ids) ^ set(official))
-    if differ or len(test_ids) != len(official):
-        raise ValueError(f"{splits_path}: its test ids are not those of the questions: "
-                         f"{', '.join(differ[:3]) or 'one is there twice'}")
+    if sorted(map(str, test_ids)) != sorted(official):
+        raise ValueError(f"{splits_path}: its test ids are not those of the questions")
     problems = require(read_json(problems_path), official, problems_path)
-    answers = read_lines(predictions, "question_id", "prompt", "text")
-    answers = pair(official, answers, predictions, partial)
+    answers = read_answers(predictions, official, partial, fields=("question_id", "prompt", "text"))
 
     letters, right, with_image = {}, {}, {}
     for k, answer in answers.items():

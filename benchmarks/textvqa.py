@@ -2,8 +2,8 @@
 import os
 import re
 
-from benchmarks.reading import (key_text, mean, pair, questions_from_lines, read_lines, require,
-                                stderr, unique)
+from benchmarks.reading import (mean, questions_from_lines, read_answers, require, stderr,
+                                unique)
 from common import read_json
 
 COLUMN = "TextVQA"
@@ -92,16 +92,14 @@ def score(questions, truth, predictions, partial=False):
         if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
             raise ValueError(f"{questions}: {q['question']!r} on {q['image_id']} has not ten "
                              "answers")
-    official = unique(data, lambda q: (str(q["image_id"]), q["question"].lower()), questions)
+    official = unique(data, lambda q: f"{q['image_id']} / {q['question'].lower()}", questions)
 
-    def answer_key(answer):
-        image = str(answer["question_id"])
-        return image, question_in(answer["prompt"], f"{predictions}: question {image}")
+    def key(answer):
+        image = answer["question_id"]
+        return f"{image} / {question_in(answer['prompt'], f'{predictions}: question {image}')}"
 
-    answers = read_lines(predictions, "question_id", "prompt", "text")
-    answers = pair(official, answers, predictions, partial, answer_key)
-    items = {key_text(k): soft_accuracy(a["text"], official[k]["answers"])
-             for k, a in answers.items()}
+    answers = read_answers(predictions, official, partial, key, ("question_id", "prompt", "text"))
+    items = {k: soft_accuracy(a["text"], official[k]["answers"]) for k, a in answers.items()}
     tenths = [round(10 * value) for value in items.values()]    # integers: their sum is exact
     summary = {"accuracy": mean(tenths, 10), "total": len(items), "stderr": stderr(items.values())}
     return summary, items

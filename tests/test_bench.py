@@ -38,6 +38,16 @@ def test_a_step_is_llavas_step():
     torch.testing.assert_close(seen["ours"], seen["LLaVA"], atol=1e-6, rtol=1e-4)
 
 
+def test_the_ways_of_the_combination_compute_the_same():
+    """And ours is the fused one: it holds less than the plain chain."""
+    at = bench.Combination(P=48, H=16, K=8192, dtype=torch.float64)
+    for normalize in ("softmax", "none"):
+        results = [way(normalize) for way in (at.ours, at.plain)]
+        for ours, plain in zip(*results, strict=True):
+            torch.testing.assert_close(ours, plain)
+    assert bench.extra_memory(at.ours) < 0.5 * bench.extra_memory(at.plain)
+
+
 def test_eval_answers_as_the_loop_does(capsys):
     speed, same = bench.bench_eval("eval", *configs(), side=24, images=3, each=4)
     assert same["value"] == 1 and same["reached"] == "reached" and same["detail"]["compared"] == 12

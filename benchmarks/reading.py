@@ -71,8 +71,8 @@ def question_id(record):
 def read_answers(path, questions, partial, key=question_id, fields=("question_id", "text")):
     """Return {key: answer} of a file in LLaVA's format, in the order of the dict `questions`.
 
-    key: function of an answer. fields: what each answer must have. ValueError if an answer is double
-    or unknown, or if one is missing and `partial` is False.
+    key: function of an answer. fields: what each answer must have. ValueError if an answer is
+    double or unknown, or if one is missing and `partial` is False.
     """
     found = unique(read_lines(path, *fields), key, path)
     for k in found:

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -60,24 +61,27 @@ def read_arguments():
 
 def main():
     args = read_arguments()
+    log = read_json(args.log) if args.log and not args.write else None
     os.environ |= ENVIRONMENT
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # else each start compiles torch anew
     with tempfile.TemporaryDirectory() as folder:
-        trees = [tree_of(ref, Path(folder) / f"tree{i}") for i, ref in enumerate(args.refs)]
         world = Path(folder) / "world"
+        trees = [Path(folder) / f"tree{i}" for i in range(len(args.refs))]
+        for ref, tree in zip(args.refs, trees):
+            copy_tree(ref, tree)
+        commit = commit_of(args.refs[-1])
         make_world(world)
         with ThreadPoolExecutor(2) as pool:
-            outs = [Path(folder) / f"out{i}" for i in range(len(trees))]
-            runs = list(pool.map(lambda tree, out: train(tree, world, out, args.dtype),
-                                 trees, outs))
-    new = {"commit": commit_of(args.refs[-1]), "cpu": cpu_name(), "torch": torch_version(),
-           "dtype": args.dtype, "stages": runs[-1]}
+            runs = list(pool.map(lambda tree: train(tree, world, args.dtype), trees))
+    import torch
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    new = {"commit": commit, "cpu": cpu, "torch": torch.__version__, "dtype": args.dtype,
+           "stages": runs[-1]}
     if args.write:
         write_json(new, args.log)
         print(f"wrote {args.log}")
         return 0
-    if args.log:
-        log = read_json(args.log)
+    if log:
         print(f"{args.log}: commit {log['commit']}, {log['cpu']}, torch {log['torch']}")
         print(f"this run: commit {new['commit']}, {new['cpu']}, torch {new['torch']}")
         runs.insert(0, log["stages"])
@@ -112,34 +116,34 @@ def compare(before, after):
             f"{largest:.1e} at step {differences.index(largest)} (relative)"), largest
 
 
-def tree_of(ref, folder):
-    """Return a folder with the files of a commit; the working tree itself for "."."""
+def copy_tree(ref, folder):
+    """Copy the files of a commit, or of the working tree for ".", into the folder.
+
+    The working tree is copied because it may change while the stages train.
+    """
     if ref == ".":
-        return ROOT
-    done = subprocess.run(["git", "-C", str(ROOT), "archive", ref], capture_output=True)
-    if done.returncode:
-        raise ValueError(f"git does not know {ref!r}: {done.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        names = git("ls-files", "--cached", "--others", "--exclude-standard", "-z")
+        for name in names.decode().rstrip("\0").split("\0"):
+            if (ROOT / name).is_file():             # a removed file is listed until it is committed
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, folder / name)
+        return
+    with tarfile.open(fileobj=io.BytesIO(git("archive", ref))) as archive:
         archive.extractall(folder, filter="data")
-    return folder
+
+
+def git(*command):
+    """Return what a git command prints, as bytes. ValueError if it fails."""
+    done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True)
+    if done.returncode:
+        raise ValueError(f"git {' '.join(command)} fails: {done.stderr.decode().strip()}")
+    return done.stdout
 
 
 def commit_of(ref):
     """Return the short hash of a ref; for the working tree that of HEAD, "-dirty" if changed."""
-    name = ["--dirty"] if ref == "." else [ref]
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", *name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
-def cpu_name():
-    import torch
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def torch_version():
-    import torch
-    return torch.__version__
+    name = "--dirty" if ref == "." else ref
+    return git("describe", "--always", "--exclude=*", name).decode().strip()
 
 
 def make_world(out):
@@ -157,8 +161,9 @@ def make_world(out):
     vocab.save_words([vocab.to_word(f" {word}".encode()) for word in words], out / "words.json")
 
 
-def train(tree, world, out, dtype):
+def train(tree, world, dtype):
     """Run both stages of a tree. Return {stage: {number: list of STEPS floats}}."""
+    out = tree / "out"
     options = [f"--images={world}/images", "--epochs=20", f"--max_steps={STEPS}", "--seed=1",
                "--global_batch=4", "--batch_size=2", f"--dtype={dtype}", "--device=cpu"]
     start = {"pretrain": [f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",

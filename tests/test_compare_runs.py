@@ -10,9 +10,9 @@ from conftest import ROOT
 sys.path.insert(0, ROOT)
 from tools.compare_runs import compare  # noqa: E402
 
-# Another CPU, or another version of torch, rounds sums differently. On AVX2 and AVX512 the numbers of
-# this run differ by less than a tenth of it. Where the CPU is that of the log, the test prints
-# "the same to the bit"; if it does not, a sum has changed and the log must be written anew.
+# Another CPU or another version of torch rounds sums differently. Where the CPU is that of the log,
+# the test prints "the same to the bit"; if it does not, a sum has changed and the log must be
+# written anew.
 TOLERANCE = 1e-3
 
 

@@ -14,8 +14,7 @@ QUESTIONS = ASK
 TRUTH = "pope/coco"                         # coco_pope_<split>.json
 SOURCE = "AoiDragon/POPE at e3e3926, output/coco; COCO val2014"
 
-# question_id in ASK = id in the label file + this number
-OFFSETS = {"random": 10_000_000, "popular": 20_000_000, "adversarial": 0}
+SPLITS = ("random", "popular", "adversarial")
 
 
 def questions(data):
@@ -31,27 +30,23 @@ def parse(text):
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def read_labels(path, split, official):
-    """Return {question_id: label} of one split.
+def asked(record):
+    """Return what ties a question and its label: the image and the question without LLaVA's line."""
+    question = record["text"].split("\n")[0]
+    return f"{record['image']}: {question}"
 
-    A label fits a question if id, image and text agree. If no id agrees, because the file is
-    numbered anew, image and text suffice. POPE's later random file fits neither way; paired by
-    position, as the official tool does, it would give 50 % without a warning.
+
+def read_labels(path, split, official):
+    """Return {question_id: label} of one split. The ids do not count: some files have other ids.
+
+    ValueError if labels and questions are not the same. POPE's later random file does not fit;
+    paired by position, as the official tool does, it would give 50 % without a warning.
     """
-    records = read_lines(path, "question_id", "image", "text", "label")
-    for record in records:
-        if not question_id(record).isdecimal():
-            raise ValueError(f"{path}: question_id {record['question_id']!r} is no number")
-    labels = {k: (k, q["image"], q["text"].split("\n")[0]) for k, q in official.items()}
-    label_keys = [(str(int(question_id(r)) + OFFSETS[split]), r["image"], r["text"])
-                  for r in records]
-    for start in (0, 1):                    # with the id, then without it
-        found = {key[start:]: record["label"] for key, record in zip(label_keys, records)}
-        wanted = {k: key[start:] for k, key in labels.items()}
-        if len(found) == len(records) == len(wanted) and found.keys() == set(wanted.values()):
-            return {k: found[key] for k, key in wanted.items()}
-    raise ValueError(f"{path}: its {len(records)} labels do not match the {len(official)} "
-                     f"'{split}' questions one to one")
+    labels = unique(read_lines(path, "image", "text", "label"), asked, path)
+    if sorted(labels) != sorted(asked(q) for q in official.values()):
+        raise ValueError(f"{path}: its {len(labels)} labels do not match the {len(official)} "
+                         f"'{split}' questions one to one")
+    return {k: labels[asked(q)]["label"] for k, q in official.items()}
 
 
 def split_figures(outcomes):
@@ -76,7 +71,7 @@ def score(questions, truth, predictions, partial=False):
     official = unique(read_lines(questions, "question_id", "image", "text", "category"),
                       question_id, questions)
     for k, q in official.items():
-        if q["category"] not in OFFSETS:
+        if q["category"] not in SPLITS:
             raise ValueError(f"{questions}: question {k} has the unknown category "
                              f"{q['category']!r}")
     answers = read_answers(predictions, official, partial)
@@ -86,7 +81,7 @@ def score(questions, truth, predictions, partial=False):
     # The splits share images, so the standard error sums over images how much the answers about
     # an image move the mean F1, to first order.
     influence = defaultdict(float)
-    for split in (name for name in OFFSETS if name in answered_splits):
+    for split in (name for name in SPLITS if name in answered_splits):
         members = {k: q for k, q in official.items() if q["category"] == split}
         labels = read_labels(os.path.join(truth, f"coco_pope_{split}.json"), split, members)
         outcomes = {}

@@ -280,12 +280,12 @@ POPE = {"random": [("yes", "Yes"), ("no", "No."), ("yes", "NO"), ("no", "nothing
 
 def pope_files(tmp_path):
     questions, answers = [], []
-    for split, rows in POPE.items():
+    for offset, (split, rows) in zip((10_000_000, 20_000_000, 0), POPE.items()):
         labels = [{"question_id": i, "image": f"{i}.jpg", "text": "Is there a imange?", "label": gold} for i,
                   (gold, _) in enumerate(rows, 1)]
         save(tmp_path / "coco" / f"coco_pope_{split}.json", labels)
         for label, (_, text) in zip(labels, rows):
-            question_id = label["question_id"] + pope.OFFSETS[split]
+            question_id = label["question_id"] + offset
             questions.append({**label, "question_id": question_id, "text": label["text"] + SHORT, "category": split})
             del questions[-1]["label"]
             answers.append(answer(question_id, text))

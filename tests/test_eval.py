@@ -83,12 +83,12 @@ def world(tmp_path, monkeypatch):
     for i in range(4):
         picture(data / f"pope/val2014/{i}.jpg", bright=i % 2)
     questions = []
-    for split in pope.OFFSETS:
+    for offset, split in enumerate(pope.SPLITS):
         labels = [{"question_id": n, "image": f"{n % 4}.jpg",
                    "text": f"Is there a {'very ' * (n % 3)}{n} in the image?",
                    "label": "yes" if n % 2 else "no"} for n in range(1, 9)]
         save(data / f"pope/coco/coco_pope_{split}.json", labels)
-        questions += [{**label, "question_id": label["question_id"] + pope.OFFSETS[split], "category": split,
+        questions += [{**label, "question_id": label["question_id"] + 10_000_000 * offset, "category": split,
                        "text": f"{label['text']}\n{SHORT}"} for label in labels]
     save(data / "pope/llava_pope_test.jsonl", questions)
     science = [{"id": str(i), "conversations": [{"from": "human",

@@ -27,7 +27,8 @@ def require(record, fields, where):
         if field not in record:
             raise ValueError(f"{where}: no field '{field}'")
         if not isinstance(record[field], expected):
-            raise ValueError(f"{where}: the field '{field}' is not of type {expected.__name__}")
+            kind = "text" if expected is str else expected.__name__
+            raise ValueError(f"{where}: no {kind} in '{field}'")
     return record
 
 

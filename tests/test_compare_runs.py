@@ -12,8 +12,9 @@ from tools.compare_runs import compare  # noqa: E402
 
 # Another CPU or another version of torch rounds sums differently. Where the CPU is that of the log,
 # the test prints "the same to the bit"; if it does not, a sum has changed and the log must be
-# written anew.
-TOLERANCE = 1e-3
+# written anew. Without vector instructions (ATEN_CPU_CAPABILITY=default) the same CPU gives numbers
+# that differ from the log by at most 3.5e-5.
+TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize("before, after, sentence, difference", [

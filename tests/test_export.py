@@ -1,7 +1,6 @@
 """What tools/export.py writes, read by plain transformers: our logits and our greedy answers."""
 import contextlib
 import io
-import json
 import sys
 from unittest import mock
 
@@ -32,11 +31,13 @@ def export_here(*arguments):
     return text.getvalue()
 
 
-def save_checkpoint(folder, tiny, words, connector="langbridge", llm="qwen", tower="clip", hidden=24, normalize="none", **config):
+def save_checkpoint(folder, tiny, words, connector="langbridge", llm="qwen", tower="clip", hidden=24, normalize="none",
+                    **more):
     """A checkpoint with random weights. D is 44 for qwen, 52 for llama, 36 for gemma."""
     torch.manual_seed(4)
     words = words if connector == "langbridge" else None
-    vlm = checkpoint.build(model.Config(getattr(tiny, tower), getattr(tiny, llm), connector, hidden, len(words or ()), normalize, **config), words)
+    config = model.Config(getattr(tiny, tower), getattr(tiny, llm), connector, hidden, len(words or ()), normalize, **more)
+    vlm = checkpoint.build(config, words)
     with torch.no_grad():
         for p in vlm.connector.parameters():
             p.mul_(2)
@@ -85,8 +86,9 @@ def theirs(folder, picture, question=QUESTION):
     return logits, [i for i in answer if i not in (llava.generation_config.eos_token_id, llava.config.text_config.eos_token_id)]
 
 
-CASES = {"folded and padded": dict(llm="llama"), "MLP": dict(connector="mlp", hidden=0), "narrow MLP": dict(connector="mlp", hidden=20),
-         "H is D": dict(llm="gemma", hidden=36), "SigLIP has no CLS": dict(tower="siglip"), "DINOv2": dict(tower="dino", vision_layer=-1)}
+CASES = {"folded and padded": dict(llm="llama"), "MLP": dict(connector="mlp", hidden=0),
+         "narrow MLP": dict(connector="mlp", hidden=20), "H is D": dict(llm="gemma", hidden=36),
+         "SigLIP has no CLS": dict(tower="siglip"), "DINOv2": dict(tower="dino", vision_layer=-1)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -178,7 +180,7 @@ def test_prompt_embeds_give_our_answer_in_an_unchanged_llm(llm, normalize, tiny,
     assert embeds.ndim == 2 and embeds.shape[1] == plain.config.hidden_size
     answer = plain.generate(inputs_embeds=embeds[None], max_new_tokens=12, do_sample=False)[0].tolist()
     assert [i for i in answer if i != plain.config.eos_token_id] == ours(folder, pictures[1])[1]
-    export_here(folder, tmp_path / "text.safetensors", "--prompt_embeds", "--ask", QUESTION)        # a question without an image
+    export_here(folder, tmp_path / "text.safetensors", "--prompt_embeds", "--ask", QUESTION)        # no image
     assert len(load_file(tmp_path / "text.safetensors")["prompt_embeds"]) == len(embeds) - 9 - 1    # the patches, the newline
     with pytest.raises(ValueError, match="exists; --overwrite"):
         export_here(folder, tmp_path / "p.safetensors", "--prompt_embeds", "--ask", QUESTION)
@@ -186,8 +188,9 @@ def test_prompt_embeds_give_our_answer_in_an_unchanged_llm(llm, normalize, tiny,
 
 def test_a_wrong_call_is_one_sentence(tiny, words, tmp_path):
     folder = save_checkpoint(tmp_path / "ours", tiny, words, normalize="softmax")
-    for arguments, sentence in (((folder, tmp_path / "x"), "does not fold"), ((tmp_path / "none", tmp_path / "x"), "no checkpoint"),
+    for arguments, sentence in (((folder, tmp_path / "x"), "does not fold"),
+                                ((tmp_path / "none", tmp_path / "x"), "no checkpoint"),
                                 ((folder, tmp_path / "x", "--prompt_embeds"), "belong together")):
         done = run("tools/export.py", *arguments, check=False)
         assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
-    json.loads((folder / "config.json").read_text())                                                # the checkpoint is as it was
+    assert not (tmp_path / "x").exists()

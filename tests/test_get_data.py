@@ -17,6 +17,8 @@ from conftest import ROOT
 from tools import get_data
 
 HUB = "huggingface.co/datasets"
+GQA = "downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
+COCO = "images.cocodataset.org/zips/train2017.zip"
 PICTURES = "ecx.images-amazon.com/images/I"
 
 
@@ -117,8 +119,8 @@ def server():
     kinds = {"gif": picture("GIF", "P"), "cmyk": picture("JPEG", "CMYK"), "grey": picture("JPEG", "L"), "png": picture("PNG", "RGBA"),
              "pixel": picture("GIF", "P", (1, 1)), "text": b"not a picture at all", "page": b"<html>robot?</html>"}
     server.files = {path: kinds.get(name, picture()) for name, path in books.items()}
-    server.behaviour = {books["gone"]: "always 404", books["forbidden"]: "always 403", books["page"]: "page", books["busy"]: "twice 429",
-                        books["down"]: "first 503", books["cut"]: "cuts"}
+    server.behaviour = {books["gone"]: "always 404", books["forbidden"]: "always 403", books["page"]: "page",
+                        books["busy"]: "twice 429", books["down"]: "first 503", books["cut"]: "cuts"}
     jpeg = picture()
     server.files |= {
         f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json": json.dumps(MIX).encode(),
@@ -128,7 +130,8 @@ def server():
         f"{HUB}/Lin-Chen/ShareGPT4V/resolve/main/sharegpt4v_instruct_gpt4-vision_cap100k.json": b"[]",
         f"{HUB}/liuhaotian/LLaVA-CC3M-Pretrain-595K/resolve/main/chat.json": b"[]",
         f"{HUB}/weizhiwang/llava_v15_instruction_images/resolve/main/ocr_vqa_images_llava_v15.zip": archive(
-            {"images/good.jpg": jpeg, "images/gif.jpg": picture("GIF", "P"), "images/png.gif": picture("PNG", "RGBA"), "images/cut.jpg": jpeg[:-40]}),
+            {"images/good.jpg": jpeg, "images/gif.jpg": picture("GIF", "P"), "images/png.gif": picture("PNG", "RGBA"),
+             "images/cut.jpg": jpeg[:-40]}),
         "images.cocodataset.org/zips/train2017.zip": archive({"train2017/": b"", "train2017/1.jpg": jpeg}),
         "downloads.cs.stanford.edu/nlp/data/gqa/images.zip": archive({"images/1.jpg": jpeg}),
         "dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip": archive({"train_images/1.jpg": jpeg}),
@@ -163,14 +166,15 @@ def test_everything_arrives_and_a_second_run_does_nothing(server, get, tmp_path)
     root = tmp_path / "data"
     (root / "ocr_vqa").mkdir(parents=True)
     (root / "ocr_vqa" / "dataset.json").write_text(server.books)
-    server.behaviour |= {"images.cocodataset.org/zips/train2017.zip": "cuts", "downloads.cs.stanford.edu/nlp/data/gqa/images.zip": "no ranges",
+    server.behaviour |= {COCO: "cuts", GQA: "no ranges",
                          "dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip": "slow"}
     hub = f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json"
     server.behaviour[hub], server.sums[hub] = "always 302", hashlib.sha256(server.files[hub]).hexdigest()
     status, text = get()
     assert status == 0, text
-    for name in ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images/00000/1.jpg", "coco/train2017/1.jpg", "gqa/images/1.jpg",
-                 "textvqa/train_images/1.jpg", "vg/VG_100K/1.jpg", "vg/VG_100K_2/2.jpg", "LLaVA-CC3M-Pretrain-595K/chat.json",
+    for name in ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images/00000/1.jpg",
+                 "coco/train2017/1.jpg", "gqa/images/1.jpg", "textvqa/train_images/1.jpg", "vg/VG_100K/1.jpg",
+                 "vg/VG_100K_2/2.jpg", "LLaVA-CC3M-Pretrain-595K/chat.json",
                  "share-captioner_coco_lcs_sam_1246k_1107.json", "sharegpt4v_instruct_gpt4-vision_cap100k.json"):
         assert (root / name).is_file(), name
     images = {p.name for p in (root / "ocr_vqa" / "images").iterdir()}
@@ -220,8 +224,16 @@ def test_a_host_that_is_down_for_a_while_is_asked_again_by_the_next_run(server, 
     assert (tmp_path / "data" / "ocr_vqa" / "images" / "down.jpg").is_file()
 
 
-GQA = "downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
-COCO = "images.cocodataset.org/zips/train2017.zip"
+def test_a_dead_host_is_not_asked_for_all_pictures(server, get, tmp_path, monkeypatch):
+    (tmp_path / "data" / "ocr_vqa").mkdir(parents=True)
+    (tmp_path / "data" / "ocr_vqa" / "dataset.json").write_text(server.books)
+    server.behaviour = dict.fromkeys((path for path in server.files if path.startswith(PICTURES)), "always 503")
+    monkeypatch.setattr(get_data, "GIVE_UP", 2)
+    status, text = get("--only", "ocr_vqa", "--workers", "1")
+    asked = {path for _, path, _ in server.seen if path.startswith(PICTURES)}
+    assert status == 1 and f"{len(BOOKS)} pictures are still to be had" in text and len(asked) == 2
+
+
 FAILS = {"404": (GQA, "always 404", None, "answers 404"), "403": (GQA, "always 403", None, "answers 403"),
          "a page": (GQA, "page", None, "sends a web page"), "no zip": (GQA, "", b"error: quota", "is no whole zip archive"),
          "out of the root": (GQA, "", archive({"../../evil.jpg": b"x"}), "is not inside"),

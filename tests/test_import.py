@@ -147,7 +147,8 @@ def test_the_released_connector_has_the_logits_of_the_release(released, tiny, wo
     want = logits_of(base, langbridge_embeds(tensors, CLIPVisionModel.from_pretrained(tiny.clip), base, words, pixels))
     torch.testing.assert_close(our_logits(root / "out", pixels), want, atol=1e-4, rtol=1e-4)
     config = json.loads((root / "out" / "config.json").read_text())
-    assert (config["stage"], config["normalize"], config["image_mode"], config["template"]) == ("pretrain", "none", "crop", "plain")
+    found = [config[key] for key in ("stage", "normalize", "image_mode", "template")]
+    assert found == ["pretrain", "none", "crop", "plain"]
     assert "order of the words" not in text
 
 
@@ -211,7 +212,8 @@ def test_llava_of_transformers_under_old_and_new_names(names, tiny, world, pixel
     else:
         save_shards(model.state_dict(), tmp_path / "theirs", "safetensors", model.config.to_dict())
     names_there = {name for file in (tmp_path / "theirs").glob("*.safetensors") for name in load_file(file)}
-    assert any(name.startswith({"on disk": "language_model.model.", "in memory": "model.language_model."}[names]) for name in names_there)
+    start = {"on disk": "language_model.model.", "in memory": "model.language_model."}[names]
+    assert any(name.startswith(start) for name in names_there)
     import_it(tmp_path / "theirs", tiny, world, tmp_path / "out", llm=tiny.llama)
     torch.testing.assert_close(our_logits(tmp_path / "out", pixels), hugging_face_logits(model, pixels), atol=1e-4, rtol=1e-4)
 
@@ -233,10 +235,10 @@ def test_llava_1_5_and_its_mlp_alone(tiny, world, pixels, tmp_path):
     model, llm, _ = hugging_face(tiny, False)
     tower = CLIPVisionModel.from_pretrained(tiny.clip)
     mlp = projector(D=52, dtype=torch.float16)
-    embeds = F.linear(F.gelu(F.linear(patches_of(tower, pixels), *(mlp[f"model.mm_projector.0.{n}"].float() for n in ("weight", "bias")))),
-                      *(mlp[f"model.mm_projector.2.{n}"].float() for n in ("weight", "bias")))
+    first, second = ([mlp[f"model.mm_projector.{i}.{n}"].float() for n in ("weight", "bias")] for i in (0, 2))
+    embeds = F.linear(F.gelu(F.linear(patches_of(tower, pixels), *first)), *second)
     save_shards(llava_names(llm, mlp), tmp_path / "whole", "bin", {"image_aspect_ratio": "pad", "mm_vision_tower": tiny.clip})
-    import_here(tmp_path / "whole", "--llm", tiny.llama, "--out", tmp_path / "out")       # no --words, and the tower of its config
+    import_here(tmp_path / "whole", "--llm", tiny.llama, "--out", tmp_path / "out")       # the tower of its config
     torch.testing.assert_close(our_logits(tmp_path / "out", pixels), logits_of(llm, embeds), atol=1e-4, rtol=1e-4)
     torch.save(mlp, tmp_path / "mm_projector.bin")
     import_it(tmp_path / "mm_projector.bin", tiny, world, tmp_path / "alone", llm=tiny.llama)
@@ -279,8 +281,9 @@ def test_wrong_files_are_one_sentence(released, tiny, world, words, tmp_path):
     file.write_bytes(saved(projector(K)).read_bytes()[:900])
     refused(file, "is torn")
     refused(saved({"conv.weight": torch.zeros(3)}), "conv.weight is the name of no tensor")
-    refused(released[0] / "mm_projector.bin", "row 0 is not the embedding of", "--words", reordered, "--vocab_matrix", released[0] / "E.pt")
-    refused(released[0] / "mm_projector.bin", "row 0 is not the embedding of", "--vocab_matrix", released[0] / "E.pt", llm=tiny_other(tiny, others, tmp_path))
+    whole, matrix = released[0] / "mm_projector.bin", ("--vocab_matrix", released[0] / "E.pt")
+    refused(whole, "row 0 is not the embedding of", "--words", reordered, *matrix)
+    refused(whole, "row 0 is not the embedding of", *matrix, llm=tiny_other(tiny, others, tmp_path))
     refused(tmp_path / "none.bin", "there is no file")
 
     def shards(llm, **config):

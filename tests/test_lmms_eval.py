@@ -1,6 +1,6 @@
-"""tools/lmms_eval_model.py: its interface, with a stand-in for lmms-eval's base class; and lmms-eval itself where it is installed.
+"""tools/lmms_eval_model.py by its interface, with a stand-in for lmms-eval's base class, and by lmms-eval itself.
 
-LMMS_PYTHON=/path/to/python with lmms-eval and this project's requirements runs the second one.
+The latter needs LMMS_PYTHON=/path/to/python, a Python with lmms-eval and this project's requirements.
 """
 import importlib.util
 import json
@@ -56,8 +56,9 @@ QUESTIONS = ["what colour is it?", "is there a star in the image? yes or no", "w
 
 def documents():
     sizes = [(24, 24), (60, 20), (20, 40)]
-    return [{"image": Image.new("RGB", size, colour), "question": q, "answer": a} for size, colour, q, a in
-            zip(sizes, ("red", "blue", "green"), QUESTIONS, ("red", "no", "a square"))] + [{"image": None, "question": QUESTIONS[3], "answer": "yes"}]
+    with_image = [{"image": Image.new("RGB", size, colour), "question": question, "answer": answer} for size, colour, question, answer
+                  in zip(sizes, ("red", "blue", "green"), QUESTIONS, ("red", "no", "a square"))]
+    return [*with_image, {"image": None, "question": QUESTIONS[3], "answer": "yes"}]
 
 
 def to_visual(doc):
@@ -65,8 +66,10 @@ def to_visual(doc):
 
 
 def requests_for(lm, second):
-    lm.task_dict = {"t": {"test": documents()}}
-    return [types.SimpleNamespace(args=(doc["question"], second(doc), to_visual, i, "t", "test")) for i, doc in enumerate(lm.task_dict["t"]["test"])]
+    """lmms-eval's requests for all documents; second(document) is their second argument."""
+    docs = documents()
+    lm.task_dict = {"t": {"test": docs}}
+    return [types.SimpleNamespace(args=(doc["question"], second(doc), to_visual, i, "t", "test")) for i, doc in enumerate(docs)]
 
 
 def our_answers(folder, docs, max_new_tokens, tmp_path):
@@ -91,7 +94,8 @@ def test_answers_are_those_of_eval_in_the_order_of_the_requests(batch_size, adap
     assert got == want
     short = our_answers(ours, documents(), 3, tmp_path)
     stop = want[3][2]                                           # the requests have settings of their own
-    got = lm.generate_until(requests_for(lm, lambda doc: {"max_new_tokens": 3} if doc["image"] else {"max_new_tokens": 8, "until": [stop]}))
+    text_only = {"max_new_tokens": 8, "until": [stop]}
+    got = lm.generate_until(requests_for(lm, lambda doc: {"max_new_tokens": 3} if doc["image"] else text_only))
     assert got == [*short[:3], want[3].split(stop)[0].strip()] and got[0] != want[0] and got[3] != want[3]
 
 
@@ -115,7 +119,8 @@ def test_the_loss_of_a_continuation(adapter, ours):
         text = vlm.tokenizer.decode(greedy)
         choices = [text, "no", "a red circle", "two small triangles"]
         lm.task_dict = {"t": {"test": [doc]}}
-        results = lm.loglikelihood([types.SimpleNamespace(args=(doc["question"], c, to_visual, 0, "t", "test")) for c in choices])
+        results = lm.loglikelihood([types.SimpleNamespace(args=(doc["question"], choice, to_visual, 0, "t", "test"))
+                                    for choice in choices])
         assert min(range(4), key=lambda k: results[k][0]) == 0
 
 
@@ -148,19 +153,26 @@ def test_lmms_eval_itself_on_a_task_of_pocket_files(ours, tmp_path):
     make = f"""
 import datasets
 from PIL import Image
-rows = [dict(image=Image.new("RGB", size, colour), question=q, answer=a, choices=["red", "a square", "no"], gold=g) for size, colour, q, a, g in
-        [((24, 24), "red", {QUESTIONS[0]!r}, "red", 0), ((60, 20), "blue", {QUESTIONS[1]!r}, "no", 2), ((20, 40), "green", {QUESTIONS[2]!r}, "a square", 1)]]
+documents = [((24, 24), "red", {QUESTIONS[0]!r}, "red", 0), ((60, 20), "blue", {QUESTIONS[1]!r}, "no", 2),
+             ((20, 40), "green", {QUESTIONS[2]!r}, "a square", 1)]
+rows = [dict(image=Image.new("RGB", size, colour), question=question, answer=answer, choices=["red", "a square", "no"], gold=gold)
+        for size, colour, question, answer, gold in documents]
 datasets.Dataset.from_list(rows).to_parquet("{tmp_path}/pocket.parquet")
 """
-    subprocess.run([os.environ["LMMS_PYTHON"], "-c", make], check=True, env={**os.environ, "HF_HOME": str(tmp_path / "hf")})
+    python, env = os.environ["LMMS_PYTHON"], {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([python, "-c", make], check=True, env=env)
     (tmp_path / "task_functions.py").write_text("def visual(doc):\n    return [doc['image'].convert('RGB')]\n")
-    answers = "generation_kwargs: {max_new_tokens: 8, temperature: 0, do_sample: false}\nmetric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}"
-    choices = "doc_to_choice: choices\nmetric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}"
-    for kind, output_type, target, more in (("answers", "generate_until", "answer", answers), ("choices", "multiple_choice", "gold", choices)):
-        (tmp_path / f"{kind}.yaml").write_text(TASK.format(kind=kind, data=f"{tmp_path}/pocket.parquet", output_type=output_type, target=target, more=more))
-    done = subprocess.run([os.environ["LMMS_PYTHON"], "tools/lmms_eval_model.py", "--model_args", f"checkpoint={ours}", "--device", "cpu", "--batch_size", "2",
-                           "--include_path", str(tmp_path), "--tasks", "pocket_answers,pocket_choices", "--log_samples", "--output_path", str(tmp_path / "out")],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"})
+    metric = "metric_list:\n  - {metric: %s, aggregation: mean, higher_is_better: true}"
+    settings = "generation_kwargs: {max_new_tokens: 8, temperature: 0, do_sample: false}\n"
+    for kind, output_type, target, more in (
+            ("answers", "generate_until", "answer", settings + metric % "exact_match"),
+            ("choices", "multiple_choice", "gold", "doc_to_choice: choices\n" + metric % "acc")):
+        text = TASK.format(kind=kind, data=f"{tmp_path}/pocket.parquet", output_type=output_type, target=target, more=more)
+        (tmp_path / f"{kind}.yaml").write_text(text)
+    done = subprocess.run(
+        [python, "tools/lmms_eval_model.py", "--model_args", f"checkpoint={ours}", "--device", "cpu", "--batch_size", "2",
+         "--include_path", str(tmp_path), "--tasks", "pocket_answers,pocket_choices", "--log_samples",
+         "--output_path", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     log, = (tmp_path / "out").rglob("*samples_pocket_answers.jsonl")
     said = {line["doc_id"]: line["filtered_resps"][0] for line in map(json.loads, log.read_text().splitlines())}

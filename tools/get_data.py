@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -62,6 +63,7 @@ MIX = "llava_v1_5_mix665k"
 PICTURE_SOURCES = ("coco", "gqa", "textvqa", "vg", "ocr_vqa")       # the folders of its pictures
 TRIES = 6                                               # in a row without a new byte
 TIMEOUT = 60                                            # seconds without a byte
+GIVE_UP = 100                                           # pictures that failed so: no more now
 LATER = {408, 425, 429, 500, 502, 503, 504}             # a host that answers so may answer later
 
 
@@ -181,12 +183,13 @@ def unpack(path, folder):
                 with common.replacing(target) as name, open(name, "wb") as file:
                     with archive.open(member) as source:
                         shutil.copyfileobj(source, file, 1 << 20)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         os.remove(path)
         raise ValueError(f"{path} is no whole zip archive ({error}); start again") from None
 
 
 def has_size(path, size):
+    """Return whether a file is there and has so many bytes."""
     return os.path.isfile(path) and os.path.getsize(path) == size
 
 
@@ -283,6 +286,8 @@ class Data:
 
         def get_one(name):
             """Return (name, None) or (name, why it cannot be had); (None, None) if it may later."""
+            if len(later) >= GIVE_UP:
+                return None, None
             stem = f"{self.root}/{os.path.splitext(name)[0]}"
             raws = [stem + end for end in (".jpg", ".gif", ".png", ".jpeg")]
             raw = next(filter(os.path.isfile, raws), f"{stem}.raw")
@@ -321,7 +326,8 @@ class Data:
                     self.save()
         self.save()
         if later:
-            raise ValueError(f"{len(later)} pictures are still to be had; start again ({later[0]})")
+            left = len(set(todo) - set(checked) - self.missing.keys())
+            raise ValueError(f"{left} pictures are still to be had; start again ({later[0]})")
 
     def write_filtered(self):
         """Write the records of the mix whose picture is there, and the others with the reason."""

@@ -51,6 +51,7 @@ import checkpoint
 import data
 import fused
 import model
+import sharding
 from generate import generate
 
 # Two images of 576 patches, the paper's number of words, and the width of Qwen2-0.5B.
@@ -291,7 +292,7 @@ def random_vlm(tower, llm, side, dtype):
     # With fresh embeddings nearly all scores are alike, and so would be all answers.
     torch.nn.init.normal_(embed.weight, std=0.1)
     connector = model.MLPConnector(tower.config.hidden_size, embed.embedding_dim)
-    tokenizer = types.SimpleNamespace(eos_token_id=None, pad_token_id=0)
+    tokenizer = types.SimpleNamespace(eos_token_id=None, pad_token_id=0, chat_template=None)
     config = model.Config(vision_tower="", llm="", connector="mlp", image_size=side)
     vlm = model.VLM(config, tower, connector, llm, tokenizer, None, {"size": side})
     vlm.requires_grad_(False).connector.requires_grad_(True)
@@ -404,7 +405,7 @@ def bench_llava_step(name, tower, llm, side, images, dtype="float32"):
     batch = captions(vlm, images, 32)
     # LLaVA shares the blocks of `vlm`, so the compiled blocks are those of a copy.
     compiled = copy.deepcopy(vlm)
-    for block in checkpoint.transformer_blocks(compiled.llm):       # what train.py --compile does
+    for block in sharding.transformer_blocks(compiled.llm):       # what train.py --compile does
         block.compile(dynamic=True)
     calls = {**steps(vlm, batch, dtype), "ours, compiled": steps(compiled, batch, dtype)["ours"]}
     losses = {way: call() for way, call in calls.items()}

@@ -9,6 +9,8 @@ import sys
 from contextlib import contextmanager
 
 OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
+ATTENTION = ("transformers' attn_implementation, such as eager, sdpa or flash_attention_2; default: "
+             "that of the checkpoint, else what the library chooses")
 
 
 @contextmanager

@@ -249,7 +249,8 @@ def evaluate(args):
     # Each rank loads the whole model on its own GPU.
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype))
+    vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
+                          attention=args.attention)
     trained_with = common.read_json(config_path).get("template")
     if trained_with not in (None, "chat"):
         common.print_rank0(f"note: this checkpoint was trained with template {trained_with}, but "
@@ -295,6 +296,7 @@ def parse_arguments(argv):
     add("--batch_size", type=int, default=32, help="questions at a time")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, bfloat16 on CUDA")
+    add("--attention", help=common.ATTENTION)
     add("--device", help="default: cuda if there is one, else cpu; auto spreads the LLM over all")
     add("--limit", type=int, default=0, help="only the first N questions: a trial, not a score")
     add("--overwrite", action="store_true",

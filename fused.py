@@ -2,8 +2,8 @@
 The fused vocabulary combination: the same function as `combine` in model.py, with less memory.
 
 The plain formula keeps a score for each patch and word: 1.4 GB for 32 pictures at the paper's
-sizes, and several tensors of this size. The fused version keeps the scores of one block of words. In
-float32 it takes about 1/14 of the plain formula's extra memory. It costs one matrix product more in
+sizes, and several tensors of this size. The fused version keeps the scores of one block of words.
+In float32 it takes about 1/14 of the plain formula's extra memory. It costs one matrix product more in
 the backward pass: where memory suffices, the compiled plain formula is faster (bench.py combine).
 
 This is the one file with a hand-made backward pass. Who reads for the method can skip it.

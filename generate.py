@@ -27,12 +27,12 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
     prompts: B lists of ids. pixel_values: float32[N, 3, S, S] or None. image_index: for each image
     in the prompts, in reading order, its row of pixel_values; default 0, 1, 2, ...
     temperature 0 takes the most probable token; above 0 tokens are drawn with torch's generator.
-    Greedy answers do not depend on the other prompts of the batch, up to rounding.
+    Greedy answers do not depend on the other prompts of the batch, up to rounding. An answer also
+    ends where the LLM has no more positions.
     """
     device = vlm.llm.device
     if image_index is None:
-        image_index = range(0 if pixel_values is None else len(pixel_values))
-    image_index = list(image_index)
+        image_index = list(range(0 if pixel_values is None else len(pixel_values)))
     # Pad on the left, so that the last column is the newest token of every row.
     T = max(len(prompt) for prompt in prompts)
     padding = [T - len(prompt) for prompt in prompts]
@@ -48,22 +48,24 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
     start = cache.get_seq_length() if cache else 0
     output = decoder(inputs_embeds=embeds[:, start:], attention_mask=mask, use_cache=True,
                      position_ids=position[:, start:], **{cache_name: cache})
+    max_positions = vlm.max_positions or T + max_new_tokens
+    room = [min(max_new_tokens, max_positions - len(prompt) + 1) for prompt in prompts]
     answers = [[] for _ in prompts]
-    is_done = [False] * len(prompts)
-    for step in range(max_new_tokens):
+    while True:
         tokens = next_tokens(vlm.logits(output.last_hidden_state[:, -1]), temperature)  # (B,)
         for row, token in enumerate(tokens.tolist()):
-            is_done[row] = is_done[row] or token in vlm.eos_ids
-            if not is_done[row]:
+            if token in vlm.eos_ids:
+                room[row] = 0
+            if room[row] > 0:
                 answers[row].append(token)
-        if all(is_done) or step == max_new_tokens - 1:
-            break
-        position = position[:, -1:] + 1                                                 # (B, 1)
+                room[row] -= 1
+        if not any(room):
+            return answers
+        position = (position[:, -1:] + 1).clamp(max=max_positions - 1)                  # (B, 1)
         mask = F.pad(mask, (0, 1), value=1)                                             # (B, T+1)
         cache = getattr(output, cache_name)
         output = decoder(input_ids=tokens.to(device)[:, None], attention_mask=mask,
                          position_ids=position, use_cache=True, **{cache_name: cache})
-    return answers
 
 
 def next_tokens(logits, temperature):

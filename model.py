@@ -18,6 +18,7 @@ Letters that the whole project uses:
 This file holds the model alone. checkpoint.py builds, loads and saves it, train.py trains it, and
 generate.py writes answers with it.
 """
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from data import IGNORE, IMAGE_ID
+from data import IGNORE, IMAGE_ID, encode
 from vocab import word_ids
 
 NORMALIZE = ("unit", "softmax", "none")     # what `word_weights` and `combine` know
@@ -218,7 +219,7 @@ class VLM(nn.Module):
         self.vision_tower = vision_tower
         self.connector = connector
         self.llm = llm
-        self.sharded = False                # checkpoint.shard_vlm sets it
+        self.sharded = False                # sharding.shard_vlm sets it
         self.own_parts = set()              # parts that the checkpoint folder holds itself
         patch_size = vision_tower.config.patch_size
         side = image_settings["size"] // patch_size
@@ -231,11 +232,9 @@ class VLM(nn.Module):
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = min(self.eos_ids, default=0)
-        text_config = llm.config.get_text_config()
-        for name in ("logit_scale", "logits_scaling"):
-            if getattr(text_config, name, None):
-                raise ValueError(f"{config.llm} scales its logits ({name}); the loss here does not")
-        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        # pretrained.probe_llm refuses an LLM that does anything else to its logits.
+        self.softcap = getattr(llm.config, "final_logit_softcapping", None)
+        self.max_positions = getattr(llm.config, "max_position_embeddings", None)
 
     def patch_features(self, pixel_values):
         """Return the tower's patches: float32[N, 3, S, S] -> float[N, P, Dv].
@@ -246,18 +245,9 @@ class VLM(nn.Module):
         """
         if pixel_values.dim() == 3:
             return pixel_values.to(self.vision_tower.device)
-        tower = self.vision_tower
-        options = {}
-        # DINOv2 always interpolates its position embeddings and does not know the argument.
-        if tower.config.model_type != "dinov2":
-            if self.image_settings["size"] != tower.config.image_size:
-                options["interpolate_pos_encoding"] = True
-        trains = any(p.requires_grad for p in tower.parameters())
+        trains = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            # Pictures move to the device here and nowhere else, so callers need not know it.
-            pixel_values = pixel_values.to(tower.device, tower.dtype)
-            output = tower(pixel_values, output_hidden_states=True, **options)
-        hidden = output.hidden_states[self.config.vision_layer]     # (N, extra + P, Dv)
+            hidden = tower_hidden(self.vision_tower, pixel_values, self.config.vision_layer)
         pool = self.config.pool
         hidden = hidden[:, -self.num_patches * pool ** 2:]          # CLS and registers come first
         if pool == 1:
@@ -278,8 +268,13 @@ class VLM(nn.Module):
         input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None. Images fill the positions
         in reading order, row by row. image_index: for each image in the text the row of
         pixel_values, default 0, 1, 2, ...; an image that comes twice is then encoded once.
-        ValueError if the number of positions is not that of the image embeds.
+        ValueError if the number of image positions is not that of the image embeds, or if T is more
+        than the LLM has positions.
         """
+        T = input_ids.shape[1]
+        if self.max_positions and T > self.max_positions:
+            raise ValueError(f"{T} tokens are more than the {self.max_positions} positions of "
+                             f"{self.config.llm}")
         input_ids = input_ids.to(self.llm.device)
         is_image = input_ids == IMAGE_ID                            # (B, T)
         embed = self.llm.get_input_embeddings()
@@ -358,10 +353,37 @@ class VLM(nn.Module):
         return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)
 
 
+def tower_hidden(tower, pixel_values, layer):
+    """Return a hidden state of the tower: float32[N, 3, S, S] -> float[N, extra + P, Dv].
+
+    layer: its index, where 0 is what enters the first block and -1 is what leaves the last one.
+    """
+    # Pictures move to the device here and nowhere else, so callers need not know it.
+    pixel_values = pixel_values.to(tower.device, tower.dtype)
+    options = {}
+    if pixel_values.shape[-1] != getattr(tower.config, "image_size", None):
+        # Some towers (DINOv2) always interpolate their position embeddings and lack the argument.
+        if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+            options["interpolate_pos_encoding"] = True
+    return tower(pixel_values, output_hidden_states=True, **options).hidden_states[layer]
+
+
 def eos_ids(llm, tokenizer):
-    """Return the set of ids that end an answer, by the LLM's generation config and tokenizer."""
+    """Return the set of ids that end an answer.
+
+    They are the end tokens of the tokenizer and of the LLM's generation config, and the token that
+    the chat template writes after an answer. In a base LLM that is another one: Qwen2.5's
+    end-of-sequence token is <|endoftext|>, and its template ends a turn with <|im_end|>.
+    """
     ids = [tokenizer.eos_token_id]
     if llm.generation_config:
         eos = llm.generation_config.eos_token_id
         ids += eos if isinstance(eos, list) else [eos]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            _, labels = encode(turns, tokenizer, num_patches=0)
+            ids.append([label for label in labels if label != IGNORE][-1])
+        except ValueError:
+            pass    # This template cannot be used. Who trains with it gets encode's sentence.
     return {i for i in ids if i is not None}

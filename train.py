@@ -95,7 +95,7 @@ class Settings:
     clip: float = setting(1.0, "largest gradient norm; 0 means no clipping", low=0)
     dtype: str = setting("bfloat16", "of activations and frozen weights; the others are float32",
                          choices=("bfloat16", "float32"))
-    attention: str = setting("sdpa", "transformers' attn_implementation, such as flash_attention_2")
+    attention: str = setting("", common.ATTENTION)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first step")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)")
     shard_tower: bool = setting(False, "each rank holds a piece of the vision tower as well")
@@ -234,6 +234,8 @@ from torch.distributed.tensor import DTensor
 import checkpoint
 import data
 import model
+import pretrained
+import sharding
 import vocab
 
 # torch.distributed.checkpoint says this in every run of one process.
@@ -335,7 +337,7 @@ def make_model(cfg, device, world):
         compilers = (os.environ.get("CXX", "g++"), "clang++")
         if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
             sys.exit("--compile needs a C++ compiler on a CPU, and there is no g++")
-        for block in checkpoint.transformer_blocks(vlm.llm):
+        for block in sharding.transformer_blocks(vlm.llm):
             block.compile(dynamic=True)             # all blocks are alike and share one compilation
     return vlm
 
@@ -679,6 +681,7 @@ def main(cfg):
         signal.signal(number, lambda *_: signals_received.append(True))
 
     vlm = make_model(cfg, device, world)
+    pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)) here. The optimizer takes
     # what requires a gradient.
     optimizer = make_optimizer(vlm, cfg)

@@ -29,6 +29,7 @@ def read_arguments():
     add("--images", help="folder of their images (default: images/ beside DATA.json)")
     add("--limit", type=int, default=128, help="images to use, in batches of 16 (default 128)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--attention", help=common.ATTENTION)
     add("--device", help="default: cuda if there is one, else cpu; auto spreads the LLM over GPUs")
     add("--overwrite", action="store_true", help="replace a checkpoint at --out")
     add("--offline", action="store_true", help=common.OFFLINE)
@@ -49,13 +50,13 @@ import vocab
 BATCH_SIZE = 16
 
 
-def move(source, target, device, dtype):
+def move(source, target, device, dtype, attention=None):
     """Return the VLM of checkpoint folder `source` with `target` in place of its LLM."""
     config, _ = checkpoint.read_config(source)
     words = vocab.load_words(f"{source}/words.json")
     # A tower that was trained belongs to the connector and moves with it.
     tower_folder = checkpoint.own_folder(source, "vision_tower")
-    vlm = checkpoint.build(replace(config, llm=target), words, device, dtype,
+    vlm = checkpoint.build(replace(config, llm=target), words, device, dtype, attention=attention,
                            tower_folder=tower_folder)               # makes the target's E
     checkpoint.load_connector(vlm.connector, source)
     return vlm
@@ -82,22 +83,15 @@ def caption_batches(vlm, path, images, metadata, limit):
     if number < BATCH_SIZE:
         raise ValueError(f"{path} has {len(first_record)} different images and --limit is {limit}: "
                          f"neither may be less than {BATCH_SIZE}")
+    batches, num_bytes = [], 0
     chosen = list(first_record.values())[:number]
-    batches = []
     for start in range(0, number, BATCH_SIZE):
         samples = [dataset.sample(i) for i in chosen[start:start + BATCH_SIZE]]
         batches.append(data.collate(samples, vlm.pad_id))
-    num_bytes = 0
     for i in chosen:
-        for turn in dataset.records[i]["conversations"]:
-            if data.ROLES.get(turn["from"]) == "assistant":
-                num_bytes += len(turn["value"].encode())
+        turns, _ = data.messages_of(dataset.records[i])
+        num_bytes += sum(len(t["content"].encode()) for t in turns if t["role"] == "assistant")
     return batches, num_bytes
-
-
-def with_wrong_images(batch):
-    """Return the batch with every image given to the next sample."""
-    return {**batch, "pixel_values": batch["pixel_values"].roll(1, 0)}
 
 
 @torch.no_grad()
@@ -110,7 +104,9 @@ def measure(vlm, batches, num_bytes):
     device = vlm.llm.device
     batches = [{key: value.to(device) if torch.is_tensor(value) else value
                 for key, value in batch.items()} for batch in batches]
-    views = {"right": lambda batch: batch, "wrong": with_wrong_images, "none": data.without_images}
+    views = {"right": lambda batch: batch,
+             "wrong": lambda batch: batch | {"pixel_values": batch["pixel_values"].roll(1, 0)},
+             "none": data.without_images}
     report = {}
     for name, view in views.items():
         nats = sum(vlm(view(batch))[0].item() for batch in batches)
@@ -166,11 +162,11 @@ def main(args):
 
     report = {"words": config.num_words, "connector_from": metadata["stage"]}
     if args.eval:
-        vlm = checkpoint.load(args.source, device, dtype)
+        vlm = checkpoint.load(args.source, device, dtype, args.attention)
         batches = caption_batches(vlm, args.eval, images, metadata, args.limit)
         report["source"] = measure(vlm, *batches)
         del vlm                                     # two LLMs need not fit into memory together
-    vlm = move(args.source, args.target, device, dtype)
+    vlm = move(args.source, args.target, device, dtype, args.attention)
     report["single_tokens"] = int(single_tokens(vlm).sum())
     if args.eval:
         batches = caption_batches(vlm, args.eval, images, metadata, args.limit)

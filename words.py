@@ -38,6 +38,7 @@ def read_arguments():
     add("--ask", metavar="QUESTION", help="let each checkpoint answer a question about the image")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--attention", help=common.ATTENTION)
     add("--overwrite", action="store_true", help="replace the files in --out")
     add("--offline", action="store_true", help=common.OFFLINE)
     return parser.parse_args()
@@ -143,7 +144,7 @@ def read_checkpoint(folder, image, image_mode, args):
     """
     config, metadata = checkpoint.read_config(folder)
     vlm = checkpoint.load(folder, common.choose_device(args.device, most=1),
-                          getattr(torch, args.dtype))
+                          getattr(torch, args.dtype), args.attention)
     pixels = data.transform(image, mode=image_mode, **vlm.image_settings)
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
     kind = "LangBridge" if vlm.words else "MLP"

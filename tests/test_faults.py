@@ -253,7 +253,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "words that are no list": ("ck", lambda d: (d / "ck/words.json").write_text("{}"), ["words.json is not a word"]),
     "another patch count": ("ck", config(image_size=16), ["trained on 9 patches of an image", "gives 4"]),
     "a layer that is not there": ("ck", config(vision_layer=-9), ["3 layers, no layer -9"]),
-    "an LLM for a tower": ("ck", config(vision_tower="../qwen"), ["is not a vision transformer"]),
+    "an LLM for a tower": ("ck", config(vision_tower="../qwen"), ["gives no row of patch vectors (its config has patch_size None"]),
     "no tower": ("ck", lambda d: shutil.rmtree(d / "clip"), ["there is no folder", "clip"]),
     "E with NaN": ("sft", weights("sft/llm/vocab_embeds.safetensors", nan("vocab_embeds")),
                    ["vocab_embeds.safetensors: vocab_embeds has numbers that are not finite"]),

@@ -10,6 +10,7 @@ import common
 from generate import generate
 import data
 import model
+import pretrained
 import vocab
 from data import IGNORE, IMAGE_ID
 
@@ -172,7 +173,7 @@ def test_an_llm_spread_by_accelerate_answers_the_same(tiny, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     config = model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0)
     build = lambda llm=None: (torch.manual_seed(1), checkpoint.build(config, None, "cpu", llm=llm))[1]
-    one, (llm, tokenizer) = build(), checkpoint.load_llm(tiny.qwen, torch.float32, "cpu")
+    one, (llm, tokenizer) = build(), pretrained.load_llm(tiny.qwen, torch.float32, "cpu")
     places = {name: "cpu" for name, _ in [*llm.model.named_children(), ("lm_head", None)]}
     places = {f"model.{name}" if name != "lm_head" else name: place for name, place in places.items() if name != "layers"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}

@@ -116,10 +116,10 @@ def fill(module, tensors, path, source):
     flags that the module was made from.
     """
     import torch
-    import checkpoint
+    import sharding
     allowed = module.state_dict()
     # A tied head may be in the file or not.
-    for name in sorted(checkpoint.stored_tensors(module).keys() | tensors.keys()):
+    for name in sorted(sharding.stored_tensors(module).keys() | tensors.keys()):
         theirs, tensor = tensors.get(name, (name, None))
         found = "missing" if tensor is None else tuple(tensor.shape)
         want = tuple(allowed[name].shape) if name in allowed else "no such tensor"

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import checkpoint
 import fused
 import model
+import pretrained
+import sharding
 import vocab
 
 SIZES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config/paper/sizes.json")
@@ -32,8 +34,7 @@ def print_estimate(cfg, trained_parts, parts_table):
         print(f"{cfg.init} is not there yet: the sizes are those of the settings")
     vlm, config = meta_model(cfg, trained_parts)
     print(parts_table(vlm, cfg))
-    tower = vlm.vision_tower.config
-    P = ((cfg.image_size or tower.image_size) // tower.patch_size // cfg.pool) ** 2
+    P = (vlm.image_size // vlm.vision_tower.config.patch_size // cfg.pool) ** 2
     # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448.
     T = P + 64 if cfg.stage in ("words", "pretrain") else min(cfg.max_length, P + 448)
     tables = [memory(vlm, cfg, config, P, T, ranks) for ranks in RANKS]
@@ -47,10 +48,20 @@ def print_estimate(cfg, trained_parts, parts_table):
 
 
 def meta_model(cfg, trained_parts):
-    """Return (a module with the VLM's three parts on the meta device, the model.Config)."""
+    """Return (a module with the VLM's three parts on the meta device, the model.Config).
+
+    ValueError, as checkpoint.build would raise it, for models whose shapes do not fit.
+    """
     with torch.device("meta"):
-        tower = AutoModel.from_config(find_config(cfg.vision_tower))
-        llm = AutoModelForCausalLM.from_config(find_config(cfg.llm))
+        tower = AutoModel.from_config(find_config(cfg.vision_tower, pretrained.vision_config))
+        # Whether other kinds of attention work here says nothing of the machine of the run.
+        attention = cfg.attention if cfg.attention in ("sdpa", "eager") else None
+        llm = AutoModelForCausalLM.from_config(find_config(cfg.llm, pretrained.llm_config),
+                                               attn_implementation=attention)
+        pretrained.check_length(cfg.max_length, llm.config, cfg.llm)
+        Dv = pretrained.probe_tower(tower, cfg.vision_tower, cfg.vision_layer, cfg.image_size)
+        if cfg.vision_tower not in read_sizes():
+            pretrained.image_settings(cfg.vision_tower, tower.config, cfg.image_size)
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = cfg.num_words
         if not config.num_words:
@@ -59,7 +70,8 @@ def meta_model(cfg, trained_parts):
         D = llm.get_input_embeddings().embedding_dim
         vlm = torch.nn.Module()
         vlm.vision_tower = tower
-        vlm.connector = model.make_connector(config, tower.config.hidden_size, D)
+        vlm.image_size = cfg.image_size or tower.config.image_size
+        vlm.connector = model.make_connector(config, Dv, D)
         vlm.llm = llm
     vlm.to(getattr(torch, cfg.dtype)).requires_grad_(False)
     for part in trained_parts:
@@ -67,23 +79,29 @@ def meta_model(cfg, trained_parts):
     return vlm, config
 
 
-def find_config(name):
-    """Return a model's config: from sizes.json for the paper's models, else its own."""
+def read_sizes():
+    """Return {name: entries of the config} of the paper's models."""
     with open(SIZES) as file:
-        sizes = json.load(file)
-    if name in sizes:
-        return AutoConfig.for_model(**sizes[name])
-    return checkpoint.vision_config(name)
+        return json.load(file)
+
+
+def find_config(name, read):
+    """Return a model's config: from sizes.json for the paper's models, else read(name)."""
+    sizes = read_sizes()
+    return AutoConfig.for_model(**sizes[name]) if name in sizes else read(name)
 
 
 def memory(vlm, cfg, config, P, T, ranks):
     """Return {kind: bytes} on one of `ranks` ranks, for samples of T tokens, P of them patches."""
     llm = vlm.llm.config
+    embedding = vlm.llm.get_input_embeddings()
+    blocks = sharding.transformer_blocks(vlm.llm)
     shards = ranks if cfg.shard else 1
     width = 2 if cfg.dtype == "bfloat16" else 4                     # bytes of a number
     samples = min(cfg.batch_size, cfg.global_batch // ranks)
     tokens, patches = samples * T, samples * P
-    D, inner, layers = llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers
+    D, layers = embedding.embedding_dim, len(blocks)
+    inner = getattr(llm, "intermediate_size", None) or 4 * D        # GPT-2 names no inner width
     weights = state = 0
     for part in ("vision_tower", "connector", "llm"):
         is_sharded = part == "llm" or part == "vision_tower" and cfg.shard_tower
@@ -93,7 +111,7 @@ def memory(vlm, cfg, config, P, T, ranks):
             state += 12 * p.numel() * p.requires_grad / pieces      # gradient and two moments
     # What lies outside the blocks is gathered all the time, and two blocks, of which one is fetched
     # ahead. If the LLM trains, its gradients come in this dtype and again in float32 for the sum.
-    block_size = sum(p.numel() for p in checkpoint.transformer_blocks(vlm.llm)[0].parameters())
+    block_size = sum(p.numel() for p in blocks[0].parameters())
     rest = sum(p.numel() for p in vlm.llm.parameters()) - layers * block_size
     trains = next(vlm.llm.parameters()).requires_grad
     gathered = 0
@@ -109,7 +127,7 @@ def memory(vlm, cfg, config, P, T, ranks):
     if config.connector == "langbridge":
         scores = patches * min(config.num_words, fused.BLOCK) * 8
         E = config.num_words * D * width
-    logits = min(model.LOSS_ROWS, tokens - patches) * llm.vocab_size * 12
+    logits = min(model.LOSS_ROWS, tokens - patches) * embedding.num_embeddings * 12
     table = {"weights": weights + E, "gradients and AdamW's moments (float32)": state,
              "gathered from the other ranks": gathered, "activations of the LLM": activations,
              "one block of scores and weights": scores, "logits": logits}

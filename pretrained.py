@@ -1,0 +1,261 @@
+"""
+LLMs and vision towers from a folder or the Hugging Face hub, tried before they are used.
+
+A model is recognised by its config and never by its name. What this project takes for granted of a
+model is tried at once: a blank picture goes through the tower, and a few tokens through the LLM. A
+model that does not fit is refused in one sentence, before hours are spent.
+
+Letters as in model.py.
+"""
+import math
+import os
+import re
+from contextlib import contextmanager
+from glob import escape, glob
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig,
+                          AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig)
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import find_adapter_config_file, logging
+
+from common import from_hub, load_tokenizer
+from generate import cache_argument
+from model import tower_hidden
+
+logging.disable_progress_bar()      # of loading weights: it hides the tables that the scripts print
+
+
+# --------------------------------------------------------------------------------------------------
+# any model
+
+def load_config(name):
+    """Return the config of a model. ValueError for an adapter, such as LoRA's.
+
+    transformers would load the adapter's base model with it. Nobody could read what is saved then.
+    """
+    if from_hub(lambda name, **_: find_adapter_config_file(name), name):
+        raise ValueError(f"{name} is an adapter, not a model: merge it into its base model with "
+                         "peft's merge_and_unload, save that and give its folder")
+    return from_hub(AutoConfig.from_pretrained, name)
+
+
+def load_weights(model_class, name, **kwargs):
+    """Return a model by hub name or folder. ValueError where weights are torn or missing.
+
+    The library would draw a missing tensor at random and only warn.
+    """
+    for path in sorted(glob(f"{escape(name)}/*.safetensors")):
+        with errors_name(path), safe_open(path, "pt"):
+            pass                                    # reads the header, and a torn file has none
+    model, info = from_hub(model_class.from_pretrained, name, output_loading_info=True, **kwargs)
+    # Only a pooler may be missing, because its output is not used.
+    used = re.compile(r"\.\d+\.|embed|lm_head")
+    missing = [key for key in sorted(info["missing_keys"]) if used.search(key)]
+    if missing:
+        raise ValueError(f"{name} has no weights for {missing[0]} ({len(missing)} missing)")
+    return model
+
+
+def weights_folder(name):
+    """Return the folder of a model's files; the files of a hub name are downloaded first."""
+    if os.path.isdir(name):
+        return name
+    return snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+
+
+@contextmanager
+def errors_name(path):
+    """Turn errors of safetensors (torn file, full disk) into a ValueError that names the path."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# vision towers
+
+def vision_config(name):
+    """Return the config of a vision tower, also where a checkpoint holds a text half (CLIP)."""
+    config = load_config(name)
+    config = getattr(config, "vision_config", config)
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"{name} is no vision tower: transformers has no model of type "
+                         f"{config.model_type!r}")
+    for key in ("image_size", "patch_size"):
+        value = getattr(config, key, None)
+        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+            setattr(config, key, value[0])          # [224, 224]
+    return config
+
+
+def image_settings(name, config, image_size):
+    """Return {"size": pixels, "mean": 3 floats, "std": 3 floats} of a tower's pictures.
+
+    data.py computes (pixels / 255 - mean) / std. Where the tower's preprocessor scales otherwise,
+    mean and std are changed to the same effect. ValueError for what cannot be done in this way.
+    """
+    processor, _ = from_hub(ImageProcessingMixin.get_image_processor_dict, name)
+    for flag in ("do_flip_channel_order", "rescale_offset", "do_grayscale"):
+        if processor.get(flag):
+            raise ValueError(f"{name}: preprocessor_config.json asks for {flag}, which is not done "
+                             "here; take another vision tower")
+    factor = 1.0                                    # of the tower's scale by pixels / 255
+    if processor.get("do_rescale") is False:
+        factor = 255.0
+    elif processor.get("rescale_factor"):
+        factor = round(255 * processor["rescale_factor"], 5)
+    settings = {"size": image_size or config.image_size}
+    for key, neutral in (("mean", 0.0), ("std", 1.0)):
+        values = processor.get(f"image_{key}")
+        if processor.get("do_normalize") is False:
+            values = neutral
+        values = values if isinstance(values, list) else [values] * 3
+        is_number = [type(value) in (int, float) and math.isfinite(value) for value in values]
+        if len(values) != 3 or not all(is_number) or key == "std" and min(values) <= 0:
+            raise ValueError(f"{name}: image_{key} in preprocessor_config.json is {values[0]!r}; "
+                             "three numbers are needed (a std above 0), or do_normalize false")
+        settings[key] = [value / factor for value in values]
+    return settings
+
+
+@torch.no_grad()
+def probe_tower(tower, name, layer, image_size):
+    """Return the width Dv of a tower's patches, found by a blank picture.
+
+    The tower may be on the meta device. ValueError if it gives no row of P vectors.
+    """
+    size = image_size or getattr(tower.config, "image_size", None)
+    patch_size = getattr(tower.config, "patch_size", None)
+    layers = getattr(tower.config, "num_hidden_layers", None)
+    found = f"its config has patch_size {patch_size} and image_size {size}"
+    if type(patch_size) is int and type(size) is int:
+        if size < patch_size:
+            raise ValueError(f"image_size {size} is less than a patch of {patch_size} pixels")
+        if layers and not -layers <= layer + 1 <= layers + 1:
+            raise ValueError(f"{name} has {layers} layers, no layer {layer}")
+        P = (size // patch_size) ** 2
+        try:
+            shape = tower_hidden(tower, torch.zeros(1, 3, size, size), layer).shape
+        except Exception as error:      # models of other kinds raise errors of many types
+            found = str(error).strip().splitlines()[0]
+        else:
+            if len(shape) == 3 and shape[1] >= P:   # CLS and registers are more rows
+                return shape[2]
+            found = f"{tuple(shape)} for an image of {P} patches"
+    raise ValueError(f"{name} gives no row of patch vectors ({found}); a CLIP, SigLIP, DINO or ViT "
+                     "tower is needed")
+
+
+# --------------------------------------------------------------------------------------------------
+# LLMs
+
+def llm_config(name):
+    """Return the config of an LLM. Of a multimodal model it is the config of its text model."""
+    config = load_config(name).get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is no LLM: transformers has no causal LM of type "
+                         f"{config.model_type!r}")
+    config.name_or_path = name                      # a text model's config does not know it
+    return config
+
+
+def check_length(max_length, config, name):
+    """Raise a ValueError if samples of max_length tokens may be longer than the LLM's context."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise ValueError(f"max_length {max_length} is more than the {positions} positions of LLM "
+                         f"{name}: set max_length to at most {positions}")
+
+
+def load_llm(name, dtype, device, attention=None, on_meta=False):
+    """Return (LLM, tokenizer) of a hub name or folder. Of a multimodal model only its text model.
+
+    attention: transformers' attn_implementation; without one the library chooses. device "auto":
+    accelerate spreads the LLM over all GPUs. on_meta: the weights are shapes only, and
+    sharding.shard_vlm reads them. ValueError if the tokenizer has more ids than the embedding rows.
+    """
+    config = llm_config(name)
+    options = {"dtype": dtype, "attn_implementation": attention or None}
+    if on_meta:
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(config, **options)
+        if os.path.isfile(f"{weights_folder(name)}/generation_config.json"):
+            llm.generation_config = from_hub(GenerationConfig.from_pretrained, name)
+    else:
+        is_known = type(load_config(name)) in MODEL_FOR_CAUSAL_LM_MAPPING
+        model_class = AutoModelForCausalLM if is_known else AutoModelForImageTextToText
+        placement = {"device_map": "auto"} if device == "auto" else {}
+        llm = load_weights(model_class, name, **options, **placement)
+        if llm.config.get_text_config() is not llm.config:
+            llm = text_model(llm, config, options)
+        llm = llm if placement else llm.to(device)
+    tokenizer = load_tokenizer(name)
+    rows = llm.get_input_embeddings().num_embeddings
+    last_id = max(tokenizer.get_vocab().values())
+    if last_id >= rows:                             # fewer ids than rows are padding, as in Qwen
+        raise ValueError(f"{name}: the tokenizer has ids up to {last_id}, the embedding has "
+                         f"{rows} rows")
+    return llm, tokenizer
+
+
+def text_model(multimodal, config, options):
+    """Return the causal LLM inside of a multimodal model, with the same weights."""
+    embedding, head = multimodal.get_input_embeddings(), multimodal.get_output_embeddings()
+    config.tie_word_embeddings = head.weight is embedding.weight
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config, **options)
+    setattr(llm, llm.base_model_prefix, multimodal.get_decoder())
+    llm.set_output_embeddings(head)
+    llm.generation_config = multimodal.generation_config
+    return llm
+
+
+@torch.no_grad()
+def probe_llm(vlm, dtype):
+    """Raise a ValueError if the LLM gives other logits here than by its own forward.
+
+    model.py and generate.py call the decoder with embeddings and positions, and then the head. An
+    LLM that scales embeddings or logits outside of these modules would be trained on wrong logits.
+    dtype: of the computation.
+    """
+    llm, decoder = vlm.llm, vlm.llm.get_decoder()
+    embed, name = llm.get_input_embeddings(), vlm.config.llm
+    device = embed.weight.device
+    ids = torch.linspace(0, len(vlm.tokenizer) - 1, 8, device=device).long()            # (T,)
+    rows = torch.stack([ids, ids.roll(1)])
+    rows[1, :-1] = ids[:-1]                         # the second row differs in its last token only
+    positions = torch.arange(8, device=device).repeat(2, 1)                             # (2, T)
+    # As generate.py does: padding on the left, and the last token after a cache of the others.
+    padded, mask = F.pad(rows, (3, 0)), F.pad(torch.ones_like(rows), (3, 0))
+    padded_positions, cache = F.pad(positions, (3, 0)), cache_argument(decoder)
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            own = llm(input_ids=rows, use_cache=False).logits.float()                   # (2, T, V)
+            hidden = decoder(inputs_embeds=embed(rows), attention_mask=None, use_cache=False,
+                             position_ids=positions).last_hidden_state
+            start = decoder(inputs_embeds=embed(padded[:, :-1]), attention_mask=mask[:, :-1],
+                            position_ids=padded_positions[:, :-1], use_cache=True)
+            end = decoder(input_ids=padded[:, -1:], attention_mask=mask, use_cache=True,
+                          position_ids=padded_positions[:, -1:],
+                          **{cache: getattr(start, cache)}).last_hidden_state
+            logits, cached = vlm.logits(hidden), vlm.logits(end)        # (2, T, V), (2, 1, V)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"LLM {name} does not fit: its decoder must take inputs_embeds, "
+                         f"position_ids and a cache ({error})") from None
+    # Rounding in bfloat16 comes to about 0.003 of the logits' spread.
+    limit = (1e-3 if dtype == torch.float32 else 0.05) * own.std()
+    for found, wanted, fault in (
+            (logits, own, "scales or caps embeddings or logits in a way not known here"),
+            (logits[0, :-1], logits[1, :-1], "lets a token see later ones, so it is no causal LLM"),
+            (cached, own[:, -1:], "gives other logits with padding and a cache than without")):
+        error = (found - wanted).square().mean().sqrt()
+        if not error <= limit:
+            raise ValueError(f"LLM {name} {fault}: its logits are off by {error:.2g}, their spread "
+                             f"is {own.std():.2g}")

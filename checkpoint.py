@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
+import fingerprint
 import sharding
 from common import load_tokenizer, read_json, replacing, write_json
 from model import VLM, Config, make_connector, vocab_embeds
@@ -76,6 +77,8 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
         vlm.llm_fingerprint = {"tokenizer_hash": tokenizer_hash(tokenizer),
                                "embeddings_hash": embeddings_hash(llm)}
 
+    vlm.fingerprint = {"llm": fingerprint.of_llm(llm.config.name_or_path or config.llm, tokenizer),
+                       "vision_tower": fingerprint.of_vision_tower(tower_name)}
     if sharded_parts:
         sharding.shard_vlm(vlm, sharded_parts, device, frozen_dtype)
         sharding.run_gathered(vlm, finish)
@@ -126,12 +129,18 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
         settings = vlm.image_settings
         write_json({"image_mean": settings["mean"], "image_std": settings["std"]},
                    f"{folder}/vision_tower/preprocessor_config.json")
+    written = dict(vlm.fingerprint)
+    if "llm" in own_parts:
+        tokenizer = load_tokenizer(f"{folder}/llm")
+        written["llm"] = fingerprint.of_llm(f"{folder}/llm", tokenizer)
+    if "vision_tower" in own_parts:
+        written["vision_tower"] = fingerprint.of_vision_tower(f"{folder}/vision_tower")
     config = {"format": FORMAT, "stage": stage, **asdict(vlm.config), **vlm.llm_fingerprint,
               "vision_tower": portable(vlm.config.vision_tower, folder),
               "llm": portable(vlm.config.llm, folder), "num_patches": vlm.num_patches,
               "attention": vlm.llm.config._attn_implementation,
               "words_hash": words_hash(vlm.words) if vlm.words else None,
-              "git_commit": git_commit(), **extra}
+              "fingerprint": written, "git_commit": git_commit(), **extra}
     check_saved(vlm, folder)
     write_json(config, f"{folder}/config.json")
 
@@ -224,7 +233,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
         raise ValueError(f"{folder} was trained on {expected} patches of an image, "
                          f"{config.vision_tower} gives {vlm.num_patches}")
     load_connector(vlm.connector, folder)
-    fingerprint = {key: metadata[key] for key in vlm.llm_fingerprint}
+    llm_fingerprint = {key: metadata[key] for key in vlm.llm_fingerprint}
     if llm_folder:
         vlm.own_parts.add("llm")
         if words:
@@ -232,11 +241,28 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
             E = vlm.connector.vocab_embeds
             found = read_tensors(f"{llm_folder}/vocab_embeds.safetensors", {"vocab_embeds": E})
             vlm.connector.vocab_embeds = found["vocab_embeds"].to(E)
-    elif vlm.llm_fingerprint != fingerprint:
+    check_fingerprint(vlm, folder, metadata)
+    # A checkpoint of an older version has no fingerprint, only these two hashes.
+    if not llm_folder and vlm.llm_fingerprint != llm_fingerprint:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; "
                          "transfer.py moves it")
-    vlm.llm_fingerprint = fingerprint               # of E's LLM, also where training changed it
+    vlm.llm_fingerprint = llm_fingerprint           # of E's LLM, also where training changed it
     return vlm
+
+
+def check_fingerprint(vlm, folder, metadata):
+    """Raise a ValueError that names what has changed of the LLM or the tower of a checkpoint."""
+    changed = fingerprint.changes(metadata.get("fingerprint", {}), vlm.fingerprint)
+    if not changed:
+        return
+    source = changed[0][0]
+    parts = ", ".join(part for other, part in changed if other == source)
+    name = own_folder(folder, source) or getattr(vlm.config, source)
+    advice = "; transfer.py moves it" if source == "llm" else ""
+    label = "LLM" if source == "llm" else "vision tower"
+    raise ValueError(f"{folder} was trained on another {label} than what {name} is now ({parts} "
+                     f"changed){advice}. To accept the change, remove \"fingerprint\" from "
+                     f"{folder}/config.json")
 
 
 def own_folder(folder, part):

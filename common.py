@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from datetime import datetime
 
 OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
 ATTENTION = ("transformers' attn_implementation, such as eager, sdpa or flash_attention_2; default: "
@@ -71,9 +72,28 @@ def from_hub(load, name, **kwargs):
 
 
 def load_tokenizer(name):
-    """Return a tokenizer by hub name or folder."""
+    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date."""
     from transformers import AutoTokenizer
-    return from_hub(AutoTokenizer.from_pretrained, name)
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, name)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = freeze_date(tokenizer.chat_template)
+    return tokenizer
+
+
+def freeze_date(template):
+    """Return a chat template that writes 26 July 2024 where it would write today's date.
+
+    With today's date a resumed run and an evaluation would see other ids than the first day of
+    training. The templates of Llama-3.2, SmolLM3, Granite and gpt-oss ask the library's function
+    strftime_now for the date. A macro of this name replaces it, also in the tokenizer that a
+    checkpoint holds.
+    """
+    date = datetime(2024, 7, 26)        # the date that Llama-3's template writes without a clock
+    codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
+    changes = "".join(f" | replace('{code}', '{date.strftime(code)}')" for code in codes)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + changes + " }}{%- endmacro -%}"
+    is_frozen = "strftime_now" not in template or template.startswith(macro)
+    return template if is_frozen else macro + template
 
 
 def choose_device(text, most=None):

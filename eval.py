@@ -16,7 +16,6 @@ MM-Vet needs a judge: --judge MODEL asks OPENAI_BASE_URL with OPENAI_API_KEY. Wi
 file that a judge takes is written.
 """
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -26,8 +25,8 @@ from datetime import timedelta
 
 import common
 from benchmarks import BENCHMARKS
-from benchmarks.answers import (answer_record, checkpoint_hash, checkpoint_name, join_answers,
-                                prepare_files, question_key, read_answers, write_lines)
+from benchmarks.answers import (answer_record, checkpoint_name, join_answers, prepare_files,
+                                question_key, read_answers, write_lines)
 from benchmarks.reading import unique
 from benchmarks.tables import comparison_table, summary_text, table_of_files, write_results
 
@@ -224,23 +223,12 @@ def evaluate(args):
 
     import torch
     import checkpoint
+    import fingerprint
     device = common.choose_device(args.device, most=1 if world > 1 else None)
     dtype = args.dtype or ("bfloat16" if device.startswith(("cuda", "auto")) else "float32")
     # A trial with --limit has files of its own, so that it cannot be taken for a score.
     suffix = f".first{args.limit}" if args.limit else ""
     stems = {task: os.path.join(out, task + suffix) for task in args.tasks}
-    # These decide whether an earlier answer can be used again. Batch size and number of ranks do
-    # not change an answer, so they are not among them.
-    made_by = {"checkpoint": checkpoint_hash(args.checkpoint, out), "template": "chat",
-               "dtype": dtype}
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        for task in args.tasks:
-            benchmark = BENCHMARKS[task]
-            with open(os.path.join(args.data, benchmark.ASK), "rb") as file:
-                asked = hashlib.sha256(file.read()).hexdigest()[:16]
-            settings = {**made_by, "questions": asked, "max_new_tokens": benchmark.MAX_NEW_TOKENS}
-            prepare_files(stems[task], settings, args.overwrite)
     if world > 1:
         common.check_restarts()
         # Ranks only wait for each other. Days, because a slow rank is not a dead one.
@@ -251,6 +239,22 @@ def evaluate(args):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
                           attention=args.attention)
+    # These decide whether an earlier answer can be used again. Batch size and number of ranks do
+    # not change an answer, so they are not among them.
+    made_by = {"checkpoint": fingerprint.of_connector(args.checkpoint), "template": "chat",
+               "dtype": dtype}
+    made_by |= {f"{source} {part}": value for source, parts in vlm.fingerprint.items()
+                for part, value in parts.items()}
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        for task in args.tasks:
+            benchmark = BENCHMARKS[task]
+            asked = fingerprint.file_hash(os.path.join(args.data, benchmark.ASK), complete=True)
+            images = {q["image"] for q in questions[task] if isinstance(q["image"], str)}
+            settings = {**made_by, "questions": asked,
+                        "images": fingerprint.images_hash(sorted(images)),
+                        "max_new_tokens": benchmark.MAX_NEW_TOKENS}
+            prepare_files(stems[task], settings, args.overwrite)
     trained_with = common.read_json(config_path).get("template")
     if trained_with not in (None, "chat"):
         common.print_rank0(f"note: this checkpoint was trained with template {trained_with}, but "

@@ -11,7 +11,6 @@ same command started again continues a run that was stopped, to the same bits on
 The result is a checkpoint folder, see checkpoint.py.
 """
 import ast
-import hashlib
 import json
 import math
 import os
@@ -117,7 +116,7 @@ Settings.given = {}     # {name: where it was set}. It is not a field, so no sta
 # A resumed run may change these, because they do not change what is computed.
 FREE_SETTINGS = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run",
                  "workers", "device", "batch_size", "shard", "shard_tower", "on_bad", "bad_limit",
-                 "offline", "vision_tower_lr")
+                 "offline")
 
 
 def print_help():
@@ -233,6 +232,7 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint
 import data
+import fingerprint
 import model
 import pretrained
 import sharding
@@ -451,11 +451,13 @@ def cache_features(vlm, dataset, cfg):
 
     The folder belongs to one tower, layer, size and pool; SystemExit for another one.
     """
-    what = {"tower": cfg.vision_tower or vlm.config.vision_tower, "layer": vlm.config.vision_layer,
-            "pool": vlm.config.pool, **dataset.image}
+    what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool, **dataset.image,
+            **{f"tower's {part}": value for part, value in vlm.fingerprint["vision_tower"].items()}}
     path = f"{cfg.features}/settings.json"
     if os.path.isfile(path) and common.read_json(path) != what:
-        sys.exit(f"{cfg.features} holds the patches of {common.read_json(path)}, not of {what}")
+        stored = common.read_json(path)
+        other = ", ".join(key for key in what if stored.get(key) != what[key])
+        sys.exit(f"{cfg.features} holds patches with another {other}: name another folder")
     os.makedirs(cfg.features, exist_ok=True)
     common.write_json(what, path)
     names = {name for record in dataset.records for name in data.messages_of(record)[1]}
@@ -472,22 +474,6 @@ def cache_features(vlm, dataset, cfg):
         if i // cfg.batch_size % 10 == 0:
             print(f"features: {i} of {len(paths)} pictures, {time.time() - start:.0f} s",
                   flush=True)
-
-
-def inputs_hash(dataset, cfg):
-    """Return a SHA-256 over the JSON files and the sizes of up to 1,000 of the images."""
-    digest = hashlib.sha256()
-    for path in cfg.data.split(","):
-        with open(path, "rb") as file:
-            file_digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                file_digest.update(block)
-            digest.update(file_digest.hexdigest().encode())
-    names = [r["image"] for r in dataset.records if isinstance(r.get("image"), str)]
-    for name in names[::len(names) // 1000 + 1]:
-        path = os.path.join(cfg.images, name)
-        digest.update(str(os.path.getsize(path) if os.path.isfile(path) else None).encode())
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,7 +501,7 @@ def state_tensors(vlm, optimizer, step, rank):
 def save_state(vlm, optimizer, progress, cfg, rank, world):
     """Write all that a resume needs. Each rank writes its pieces.
 
-    progress: {"step", "skipped", "inputs"}. The folder has a temporary name until it is complete.
+    progress: {"step", "skipped", "fingerprint"}. The folder has a temporary name until it is complete.
     OSError on every rank if one rank cannot write.
     """
     folder = f"{cfg.out}/state/step-{progress['step']:08d}"
@@ -584,7 +570,8 @@ def newest_state(cfg, world):
 def resume(vlm, optimizer, inputs, cfg, rank, world):
     """Load the newest state if there is one. Return (next step, number of samples skipped).
 
-    A run goes on with the settings and data of its start. SystemExit names those that differ.
+    inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
+    inputs of its start. SystemExit names those that differ.
     """
     folder, state = newest_state(cfg, world)
     if not folder:
@@ -598,9 +585,13 @@ def resume(vlm, optimizer, inputs, cfg, rank, world):
     if differ:
         sys.exit(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, or use "
                  "another out")
-    changed = [key for key, value in inputs.items() if state["inputs"].get(key) != value]
+    # A state of an older version has no fingerprint.
+    changed = fingerprint.changes(state.get("fingerprint", {}), inputs)
     if changed:
-        sys.exit(f"{' and '.join(changed)} changed since {folder} was written: a run goes on with "
+        words = cfg.words if not cfg.init else f"{cfg.init}/words.json"
+        names = {**asdict(vlm.config), "words": words, "data": cfg.data, "images": cfg.images}
+        parts = [f"{names[source]}: {part}" for source, part in changed]
+        sys.exit(f"{' and '.join(parts)} changed since {folder} was written: a run goes on with "
                  "what it began with")
     if state["world"] != world:
         print_rank0(f"{folder} was written by {state['world']} ranks, now there are {world}: sums "
@@ -694,7 +685,8 @@ def main(cfg):
         cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
         {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
         word_of_id, cfg.features)
-    inputs = {"data": inputs_hash(dataset, cfg), **vlm.llm_fingerprint}
+    inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, cfg.data.split(",")),
+              "words": {"words": fingerprint.value_hash(vlm.words)}}
     if word_of_id:
         vlm.background = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:
@@ -726,7 +718,7 @@ def main(cfg):
             checkpoint.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **save_kwargs)
         # The first state comes after one step, so that a full disk is found now and not at night.
         is_due = step == start + 1 or step % cfg.save_every == 0
-        progress = {"step": step, "skipped": skipped, "inputs": inputs}
+        progress = {"step": step, "skipped": skipped, "fingerprint": inputs}
         if step > start and (is_last or should_stop or is_due):
             save_state(vlm, optimizer, progress, cfg, rank, world)
         if is_last or should_stop:
@@ -748,7 +740,10 @@ def main(cfg):
             for sentence in bad:
                 print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
         if skipped + sums["bad"] > limit:           # the same on every rank
-            # Save before the update, so that the run resumes here after the data is repaired.
+            # Save before the update, so that the run resumes here after the data is repaired. Only
+            # the number of records must stay the same, because their order depends on it.
+            records = {"number of records": len(dataset)}
+            progress["fingerprint"] = {**inputs, "data": records, "images": {}}
             save_state(vlm, optimizer, progress, cfg, rank, world)
             reason = (bad + ["another rank has a bad sample"])[0]
             if cfg.on_bad == "skip":

@@ -81,25 +81,3 @@ def prepare_files(stem, settings, overwrite):
 
 def checkpoint_name(folder):
     return os.path.basename(os.path.abspath(folder))
-
-
-def checkpoint_hash(folder, out):
-    """Return a hash of a checkpoint: names, sizes, first and last megabyte of each file.
-
-    Whole files of a large LLM would take minutes. Training state and results do not count.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(glob(f"{escape(folder)}/**", recursive=True)):
-        name = os.path.relpath(path, folder)
-        is_result = os.path.abspath(path).startswith(out + os.sep)
-        suffixes = (".json", ".safetensors", ".model", ".txt", ".jinja")
-        if not os.path.isfile(path) or not name.endswith(suffixes) or is_result:
-            continue
-        if name.split(os.sep)[0] in ("state", "eval"):
-            continue
-        with open(path, "rb") as file:
-            size = os.path.getsize(path)
-            digest.update(f"{name} {size} ".encode() + file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]

@@ -47,6 +47,7 @@ class Stub:
     """Answers yes to a bright picture; a mean of the picture and a hash of the prompt tell whether each got its own."""
     def __init__(self, die_after=None):
         self.tokenizer = byte_tokenizer()
+        self.fingerprint = {"vision_tower": {"weights": "1"}}
         self.num_patches, self.image_settings = 4, {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
         self.calls, self.die_after = [], die_after
 

@@ -571,10 +571,8 @@ class Conversations:
 
 
 def features_path(folder, path):
-    """Return the file that holds the cached patches of the picture `path`, as it is now."""
-    status = os.stat(path)
-    picture = f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
-    digest = hashlib.sha256(picture.encode()).hexdigest()
+    """Return the file that holds the cached patches of the picture `path`."""
+    digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()
     return f"{folder}/{digest[:2]}/{digest}.safetensors"
 
 

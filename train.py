@@ -445,6 +445,13 @@ def make_loader(dataset, batches, vlm, cfg, device):
     return iter(loader)
 
 
+def is_newer(path, made):
+    """Return whether the file `path` has changed since the file `made` was made from it."""
+    status = os.stat(path)              # ctime changes when a file gets another name
+    return (not os.path.isfile(made)
+            or max(status.st_mtime, status.st_ctime) > os.path.getmtime(made))
+
+
 @torch.no_grad()
 def cache_features(vlm, dataset, cfg):
     """Write the patches of every picture that cfg.features does not hold yet, in float16.
@@ -454,15 +461,16 @@ def cache_features(vlm, dataset, cfg):
     what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool, **dataset.image,
             **{f"tower's {part}": value for part, value in vlm.fingerprint["vision_tower"].items()}}
     path = f"{cfg.features}/settings.json"
-    if os.path.isfile(path) and common.read_json(path) != what:
-        stored = common.read_json(path)
-        other = ", ".join(key for key in what if stored.get(key) != what[key])
-        sys.exit(f"{cfg.features} holds patches with another {other}: name another folder")
+    stored = common.read_json(path) if os.path.isfile(path) else {}
+    other = [key for key in what if stored.get(key, what[key]) != what[key]]
+    if other:
+        sys.exit(f"{cfg.features} holds the patches of {stored}, and this run has another "
+                 f"{', '.join(other)}: name another folder")
     os.makedirs(cfg.features, exist_ok=True)
     common.write_json(what, path)
     names = {name for record in dataset.records for name in data.messages_of(record)[1]}
     paths = sorted(data.image_path(cfg.images, name) for name in names)
-    paths = [p for p in paths if not os.path.isfile(data.features_path(cfg.features, p))]
+    paths = [p for p in paths if is_newer(p, data.features_path(cfg.features, p))]
     start = time.time()
     for i in range(0, len(paths), cfg.batch_size):
         batch = paths[i:i + cfg.batch_size]

@@ -116,17 +116,6 @@ def choose_device(text, most=None):
     return name
 
 
-def check_restarts():
-    """Raise ValueError where torchrun keeps one store over its restarts.
-
-    A restarted rank would read the address of a dead rank there and wait for it for hours.
-    """
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
-                         "its environment and --rdzv_backend=c10d (pytorch issue 135712)")
-
-
 def print_rank0(text):
     """Print on the first rank only."""
     if int(os.environ.get("RANK", 0)) == 0:

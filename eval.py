@@ -224,13 +224,14 @@ def evaluate(args):
     import torch
     import checkpoint
     import fingerprint
+    import ranks
     device = common.choose_device(args.device, most=1 if world > 1 else None)
     dtype = args.dtype or ("bfloat16" if device.startswith(("cuda", "auto")) else "float32")
     # A trial with --limit has files of its own, so that it cannot be taken for a score.
     suffix = f".first{args.limit}" if args.limit else ""
     stems = {task: os.path.join(out, task + suffix) for task in args.tasks}
     if world > 1:
-        common.check_restarts()
+        ranks.check_restarts()
         # Ranks only wait for each other. Days, because a slow rank is not a dead one.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     barrier = torch.distributed.barrier if world > 1 else lambda: None

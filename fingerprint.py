@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 import data
 
 # A tensor or a picture of up to 64 blocks is read completely. Of a larger one 64 blocks are read.
-BLOCK, BLOCKS = 1 << 16, 64
+BLOCK, BLOCKS = 1 << 14, 64
 MAX_IMAGES = 4000
 # Libraries write these into a config. They do not change what is computed.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")

@@ -10,21 +10,19 @@ The settings are below. A config file holds those that differ, and `--key=value`
 same command started again continues a run that was stopped, to the same bits on the same machine.
 The result is a checkpoint folder, see checkpoint.py.
 """
-import ast
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import sys
 import time
-import warnings
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields
 
 import common
+import settings
 from common import print_rank0
+from settings import setting
 
 # What each stage trains. All other parts are frozen. The rate of a part is the setting PART_lr.
 STAGES = {
@@ -39,12 +37,6 @@ STOPPED = 75        # exit status of a run that saved itself after SIGTERM or SI
 # --------------------------------------------------------------------------------------------------
 # settings
 
-def setting(default, text, choices=None, low=None, high=None):
-    """Return a dataclass field that knows what it means and which values it may have."""
-    metadata = {"help": text, "choices": choices, "low": low, "high": high}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class Settings:
     stage: str = setting("pretrain", "what trains, see STAGES", choices=tuple(STAGES))
@@ -58,7 +50,7 @@ class Settings:
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
     normalize: str = setting("unit", "how scores become weights, see model.NORMALIZE")
-    gain: float = setting(1.0, "initial spread of the scores; 1 is torch's default")
+    gain: float = setting(1.0, "initial spread of the scores; 1 is torch's default", low=1e-9)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))
     vision_layer: int = setting(-2, "the hidden state of the tower that the connector reads")
@@ -74,13 +66,14 @@ class Settings:
     max_length: int = setting(2048, "tokens of a sample, image patches included", low=1)
     group: bool = setting(False, "batches of one modality and of similar length")
     on_bad: str = setting("stop", "stop at a sample that cannot be used, or skip and count it",
-                          choices=("stop", "skip"))
-    bad_limit: int = setting(100, "the run stops when more samples than this are skipped", low=0)
-    workers: int = setting(2, "processes that load data, for each rank", low=0)
+                          choices=("stop", "skip"), free=True)
+    bad_limit: int = setting(100, "the run stops when more samples than this are skipped", low=0,
+                             free=True)
+    workers: int = setting(2, "processes that load data, for each rank", low=0, free=True)
     features: str = setting("", "folder to keep a frozen tower's patches in, 2 P Dv bytes each")
     # The optimisation.
     global_batch: int = setting(256, "samples of a step, over all ranks", low=1)
-    batch_size: int = setting(32, "samples that one rank computes at a time", low=1)
+    batch_size: int = setting(32, "samples that one rank computes at a time", low=1, free=True)
     epochs: int = setting(1, "passes over the data", low=1)
     max_steps: int = setting(0, "stop earlier; 0 means after the epochs", low=0)
     connector_lr: float = setting(1e-3, "learning rate of the connector", low=0)
@@ -96,96 +89,42 @@ class Settings:
                          choices=("bfloat16", "float32"))
     attention: str = setting("", common.ATTENTION)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first step")
-    shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)")
-    shard_tower: bool = setting(False, "each rank holds a piece of the vision tower as well")
+    shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
+    shard_tower: bool = setting(False, "each rank holds a piece of the vision tower as well",
+                                free=True)
     checkpointing: bool = setting(False, "recompute the LLM's activations: slower, less memory")
-    device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank")
+    device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank",
+                          free=True)
     seed: int = setting(42, "of the new connector and of the order of the data")
     # The log and the checkpoints.
-    log_every: int = setting(1, "steps between two printed lines", low=1)
-    probe_every: int = setting(50, "steps between two losses without the image; 0: never", low=0)
-    save_every: int = setting(500, "steps between two states to resume from", low=1)
-    snapshots: tuple = setting((), "steps at which a checkpoint is kept, such as 100,1000")
-    overwrite: bool = setting(False, "train again where a finished run is")
-    offline: bool = setting(False, common.OFFLINE)
-    dry_run: bool = setting(False, "print sizes and memory, allocate and write nothing")
+    log_every: int = setting(1, "steps between two printed lines", low=1, free=True)
+    probe_every: int = setting(50, "steps between two losses without the image; 0: never", low=0,
+                               free=True)
+    save_every: int = setting(500, "steps between two states to resume from", low=1, free=True)
+    snapshots: tuple = setting((), "steps at which a checkpoint is kept, such as 100,1000",
+                               free=True)
+    overwrite: bool = setting(False, "train again where a finished run is", free=True)
+    offline: bool = setting(False, common.OFFLINE, free=True)
+    dry_run: bool = setting(False, "print sizes and memory, allocate and write nothing", free=True)
 
 
 Settings.given = {}     # {name: where it was set}. It is not a field, so no state contains it.
 
-# A resumed run may change these, because they do not change what is computed.
-FREE_SETTINGS = ("log_every", "probe_every", "save_every", "snapshots", "overwrite", "dry_run",
-                 "workers", "device", "batch_size", "shard", "shard_tower", "on_bad", "bad_limit",
-                 "offline")
-
-
-def print_help():
-    print(__doc__)
-    for f in fields(Settings):
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        print(f"  --{f.name:16} {f.default!r:14} {f.metadata['help']}{choices}")
-
 
 def read_settings(argv):
-    """Return Settings: the defaults, then a config file, then --key=value.
-
-    SystemExit with one sentence for anything that does not fit.
-    """
-    given = []                                                      # (name, value, where)
-    for arg in argv:
-        if arg in ("-h", "--help"):
-            print_help()
-            sys.exit(0)
-        if arg.startswith("--"):
-            key, equals, text = arg.lstrip("-").partition("=")
-            given.append((key, parse_value(text) if equals else True, "the command line"))
-            continue
-        if not os.path.isfile(arg):
-            sys.exit(f"there is no config file {arg}; a setting is written --key=value")
-        try:
-            values = runpy.run_path(arg)
-        except Exception as error:                  # a config file is a program that may raise all
-            sys.exit(f"{arg} is not a config file: {type(error).__name__}: {error}")
-        given += [(key, value, arg) for key, value in values.items() if not key.startswith("_")]
-
-    settings = Settings()
-    types = {f.name: f.type for f in fields(Settings)}
-    for key, value, where in given:
-        if key not in types:
-            sys.exit(f"{where}: there is no setting {key!r}; train.py --help lists them")
-        expected = types[key]
-        if type(value) is int and expected is float:
-            value = float(value)
-        if type(value) is int and expected is tuple:
-            value = (value,)
-        if type(value) is not expected:
-            sys.exit(f"{where}: {key} is {value!r}, it must be of type {expected.__name__}")
-        setattr(settings, key, value)
-    settings.given = {key: where for key, _, where in given}
-    return settings
-
-
-def parse_value(text):
-    """Return the Python literal that `text` is, such as a number or True; else `text` itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
+    """Return Settings from the arguments of the command line."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        settings.print_help(Settings)
+        sys.exit(0)
+    cfg, given = settings.read(Settings, argv)
+    cfg.given = given
+    return cfg
 
 
 def check(cfg):
     """End the process with one sentence if the settings cannot work. Nothing is loaded for this."""
-    for f in fields(Settings):
-        value, allowed = getattr(cfg, f.name), f.metadata
-        if allowed["choices"] and value not in allowed["choices"]:
-            choices = ", ".join(allowed["choices"])
-            sys.exit(f"{f.name} is {value!r}, it must be one of {choices}")
-        if allowed["low"] is not None and value < allowed["low"]:
-            sys.exit(f"{f.name} is {value}, it must be at least {allowed['low']}")
-        if allowed["high"] is not None and value > allowed["high"]:
-            sys.exit(f"{f.name} is {value}, it must be at most {allowed['high']}")
-    if cfg.gain <= 0:
-        sys.exit(f"gain is {cfg.gain}, it must be above 0")
+    settings.check_ranges(cfg)
     needs_words = cfg.words_loss or cfg.stage == "words"
     if needs_words and cfg.connector == "mlp":
         sys.exit("the words loss needs the words of a LangBridge, and connector is mlp")
@@ -197,24 +136,18 @@ def check(cfg):
         sys.exit(f"init and out are both {cfg.out}: a run does not overwrite what it starts from")
     if cfg.shard_tower and not cfg.shard:
         sys.exit("shard_tower is set without shard: the tower is sharded along with the LLM")
-    if "RANK" in os.environ and ":" in cfg.device:
-        sys.exit(f"device is {cfg.device}, but under torchrun each rank takes its own GPU: cuda")
-    for key in required_settings(cfg):
+    required = ["out", "data"]
+    if cfg.dry_run:
+        required = []
+    if not os.path.isfile(f"{cfg.init}/config.json") and (cfg.dry_run or not cfg.init):
+        required += ["llm", "vision_tower"]
+        if cfg.connector == "langbridge" and not cfg.dry_run:
+            required.append("words")
+    for key in required:
         if not getattr(cfg, key):
             sys.exit(f"{key} is not set: give it in the config file or as --{key}=...")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
         sys.exit(f"{cfg.out} holds a finished run; --overwrite trains it again")
-
-
-def required_settings(cfg):
-    """Return the names of the settings that this run cannot do without."""
-    if cfg.dry_run:
-        has_checkpoint = os.path.isfile(f"{cfg.init}/config.json")
-        return [] if has_checkpoint else ["llm", "vision_tower"]
-    if cfg.init:
-        return ["out", "data"]
-    names = ["out", "data", "llm", "vision_tower"]
-    return names + (["words"] if cfg.connector == "langbridge" else [])
 
 
 if __name__ == "__main__":      # before the slow imports: a mistyped setting answers at once
@@ -225,74 +158,17 @@ if __name__ == "__main__":      # before the slow imports: a mistyped setting an
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorageReader,
-                                          HuggingFaceStorageWriter)
-from torch.distributed.tensor import DTensor
 
 import checkpoint
 import data
+import features
 import fingerprint
 import model
 import pretrained
 import sharding
 import vocab
-
-# torch.distributed.checkpoint says this in every run of one process.
-warnings.filterwarnings("ignore", "torch.distributed is disabled")
-FILE_BYTES = 2 << 30        # a file of a state is in memory as a whole while it is written
-
-
-# --------------------------------------------------------------------------------------------------
-# ranks
-
-def setup_ranks(cfg):
-    """Return (rank, number of ranks, device) of this process, alone or one of torchrun's."""
-    name = common.choose_device(cfg.device, most=1)
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # TF32 rounds float32 factors to 10 bits. Who asks for float32 does not want that.
-        torch.backends.cuda.matmul.allow_tf32 = cfg.dtype == "bfloat16"
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    common.check_restarts()
-    # Ranks wait while rank 0 writes a checkpoint, which takes minutes for a large LLM.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=6))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def reduce_sum(tensor, world):
-    """Add `tensor` up over all ranks, in place, and return it."""
-    if world > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor
-
-
-def on_all_ranks(work, world):
-    """Return the results of work() on all ranks. An OSError of one rank is raised on all of them.
-
-    Otherwise the other ranks would wait for ever for the rank that failed.
-    """
-    try:
-        own = (work(), None)
-    except OSError as error:
-        own = (None, str(error))
-    results = [own] * world
-    if world > 1:
-        dist.all_gather_object(results, own)
-    for _, error in results:
-        if error:
-            raise OSError(error)
-    return [result for result, _ in results]
-
-
-def local(tensor):
-    """Return this rank's piece of a sharded tensor, and any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from ranks import clip_gradients, on_rank0, reduce_gradients, reduce_sum, setup_ranks
+from resume import resume, save_state
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,7 +221,6 @@ def make_model(cfg, device, world):
 def check_init(cfg, config):
     """End the process if a setting asks for another model than `config` of the checkpoint init."""
     for key, value in asdict(config).items():
-        print_rank0(f"  {key} = {value} (from {cfg.init})")
         if key in cfg.given and key not in ("llm", "vision_tower") and getattr(cfg, key) != value:
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
     # A config file may name these for its --dry_run. On the command line they are a mistake.
@@ -413,11 +288,9 @@ def plan(dataset, cfg):
 
     It depends only on data and settings, so the number of the step is the position in the data.
     """
-    steps, epoch = [], 0
-    while epoch < cfg.epochs and not (cfg.max_steps and len(steps) >= cfg.max_steps):
-        steps += data.global_batches(dataset, cfg.global_batch, epoch, cfg.seed, cfg.group)
-        epoch += 1
-    return steps[:cfg.max_steps or None]
+    epochs = [data.global_batches(dataset, cfg.global_batch, epoch, cfg.seed, cfg.group)
+              for epoch in range(cfg.epochs)]
+    return sum(epochs, [])[:cfg.max_steps or None]
 
 
 def micro_batches(indices, rank, world, batch_size):
@@ -443,178 +316,6 @@ def make_loader(dataset, batches, vlm, cfg, device):
         collate_fn=lambda samples: data.collate(samples, vlm.pad_id),
         multiprocessing_context="fork" if cfg.workers else None)
     return iter(loader)
-
-
-def is_newer(path, made):
-    """Return whether the file `path` has changed since the file `made` was made from it."""
-    status = os.stat(path)              # ctime changes when a file gets another name
-    return (not os.path.isfile(made)
-            or max(status.st_mtime, status.st_ctime) > os.path.getmtime(made))
-
-
-@torch.no_grad()
-def cache_features(vlm, dataset, cfg):
-    """Write the patches of every picture that cfg.features does not hold yet, in float16.
-
-    The folder belongs to one tower, layer, size and pool; SystemExit for another one.
-    """
-    what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool, **dataset.image,
-            **{f"tower's {part}": value for part, value in vlm.fingerprint["vision_tower"].items()}}
-    path = f"{cfg.features}/settings.json"
-    stored = common.read_json(path) if os.path.isfile(path) else {}
-    other = [key for key in what if stored.get(key, what[key]) != what[key]]
-    if other:
-        sys.exit(f"{cfg.features} holds the patches of {stored}, and this run has another "
-                 f"{', '.join(other)}: name another folder")
-    os.makedirs(cfg.features, exist_ok=True)
-    common.write_json(what, path)
-    names = {name for record in dataset.records for name in data.messages_of(record)[1]}
-    paths = sorted(data.image_path(cfg.images, name) for name in names)
-    paths = [p for p in paths if is_newer(p, data.features_path(cfg.features, p))]
-    start = time.time()
-    for i in range(0, len(paths), cfg.batch_size):
-        batch = paths[i:i + cfg.batch_size]
-        pixels = torch.stack([data.transform(data.open_image(p), **dataset.image) for p in batch])
-        for p, patches in zip(batch, vlm.patch_features(pixels).to("cpu", torch.float16)):
-            file = data.features_path(cfg.features, p)
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            checkpoint.write_safetensors({"patches": patches.contiguous()}, file)
-        if i // cfg.batch_size % 10 == 0:
-            print(f"features: {i} of {len(paths)} pictures, {time.time() - start:.0f} s",
-                  flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# states to resume from: out/state/step-00000100, of which two are kept
-
-def state_tensors(vlm, optimizer, step, rank):
-    """Return {name: tensor} of all that a step changes: weights, AdamW's moments, random state."""
-    tensors = {f"rng.{rank}": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        tensors[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
-    for name, p in vlm.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p not in optimizer.state:                # before the first step of a resumed run
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
-                                  "exp_avg": torch.zeros_like(p),
-                                  "exp_avg_sq": torch.zeros_like(p)}
-        moments = optimizer.state[p]
-        tensors[name] = p.detach()
-        tensors[f"{name}.exp_avg"] = moments["exp_avg"]
-        tensors[f"{name}.exp_avg_sq"] = moments["exp_avg_sq"]
-    return tensors
-
-
-def save_state(vlm, optimizer, progress, cfg, rank, world):
-    """Write all that a resume needs. Each rank writes its pieces.
-
-    progress: {"step", "skipped", "fingerprint"}. The folder has a temporary name until it is complete.
-    OSError on every rank if one rank cannot write.
-    """
-    folder = f"{cfg.out}/state/step-{progress['step']:08d}"
-    temporary = f"{cfg.out}/state/tmp"
-
-    def begin():
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-
-    def end():
-        if rank > 0:
-            return
-        sizes = {name: os.path.getsize(f"{temporary}/{name}") for name in os.listdir(temporary)}
-        common.write_json({**progress, "world": world, "settings": asdict(cfg), "sizes": sizes},
-                          f"{temporary}/state.json")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-        for old in sorted(os.listdir(f"{cfg.out}/state"))[:-2]:
-            shutil.rmtree(f"{cfg.out}/state/{old}")
-
-    on_all_ranks(begin, world)
-    tensors = state_tensors(vlm, optimizer, progress["step"], rank)
-    names = list(tensors)
-    names += [f"rng.{r}{kind}" for r in range(world) for kind in ("", ".cuda")]
-    file_of, size = {}, 0
-    for name in names:
-        file_of[name] = 1 + size // FILE_BYTES
-        size += local(tensors[name]).nbytes if name in tensors else 0
-    writer = HuggingFaceStorageWriter(temporary, file_of, save_distributed=True)
-    try:
-        dcp.save(tensors, storage_writer=writer)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise OSError(f"{temporary} cannot be written: {reason}") from None
-    on_all_ranks(end, world)
-
-
-def newest_state(cfg, world):
-    """Return (folder, state.json) of the newest complete state, or (None, None).
-
-    A state with a missing or short file is named and passed over.
-    """
-    root = f"{cfg.out}/state"
-
-    def read(name):
-        """Return state.json, or None if a file is not as long as it says."""
-        try:
-            state = common.read_json(f"{root}/{name}/state.json")
-            sizes = state.get("sizes", {})          # a state of an older version has none
-            complete = all(os.path.getsize(f"{root}/{name}/{file}") == size
-                           for file, size in sizes.items())
-            return state if complete else None
-        except (OSError, ValueError, AttributeError):
-            return None
-
-    names = on_all_ranks(lambda: os.listdir(root) if os.path.isdir(root) else [], world)[0]
-    for name in sorted((n for n in names if n.startswith("step-")), reverse=True):
-        states = on_all_ranks(lambda: read(name), world)
-        if all(states):
-            return f"{root}/{name}", states[0]
-        print_rank0(f"{root}/{name} is not whole; trying the one before")
-    return None, None
-
-
-def resume(vlm, optimizer, inputs, cfg, rank, world):
-    """Load the newest state if there is one. Return (next step, number of samples skipped).
-
-    inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
-    inputs of its start. SystemExit names those that differ.
-    """
-    folder, state = newest_state(cfg, world)
-    if not folder:
-        return 0, 0
-    differ = []
-    for key, value in state["settings"].items():
-        now = getattr(cfg, key, None)
-        # A state of an older version may have settings that are gone.
-        if key not in FREE_SETTINGS and hasattr(cfg, key) and value != now:
-            differ.append(f"{key} was {value!r}, is {now!r}")
-    if differ:
-        sys.exit(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, or use "
-                 "another out")
-    # A state of an older version has no fingerprint.
-    changed = fingerprint.changes(state.get("fingerprint", {}), inputs)
-    if changed:
-        words = cfg.words if not cfg.init else f"{cfg.init}/words.json"
-        names = {**asdict(vlm.config), "words": words, "data": cfg.data, "images": cfg.images}
-        parts = [f"{names[source]}: {part}" for source, part in changed]
-        sys.exit(f"{' and '.join(parts)} changed since {folder} was written: a run goes on with "
-                 "what it began with")
-    if state["world"] != world:
-        print_rank0(f"{folder} was written by {state['world']} ranks, now there are {world}: sums "
-                    "are rounded in another order")
-    reader = HuggingFaceStorageReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    tensors = state_tensors(vlm, optimizer, state["step"], rank)
-    for name in [name for name in tensors if name.startswith("rng.") and name not in stored]:
-        del tensors[name]                           # a new rank has no stored random state
-    dcp.load(tensors, storage_reader=reader)
-    if f"rng.{rank}" in tensors:
-        torch.set_rng_state(tensors[f"rng.{rank}"])
-    if f"rng.{rank}.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors[f"rng.{rank}.cuda"])
-    return state["step"], state["skipped"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -654,12 +355,12 @@ def plot_loss(path, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in open(path)]
-    probes = [row for row in rows if "blind" in row]
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="loss")
-    if probes:
-        steps, losses = [r["step"] for r in probes], [r["blind"] for r in probes]
-        axes.plot(steps, losses, "o-", lw=1, ms=3, label="without the image")
+    for key, style, label in (("loss", "-", "loss"), ("blind", "o-", "without the image"),
+                              ("words_loss", "-", "words loss")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points), style, lw=1, ms=3, label=label)
     axes.set(xlabel="step", ylabel="nats per trained token", yscale="log")
     axes.legend()
     figure.savefig(out, dpi=120, bbox_inches="tight")
@@ -673,7 +374,7 @@ def main(cfg):
     rank, world, device = setup_ranks(cfg)
     if cfg.global_batch % world:
         sys.exit(f"global_batch {cfg.global_batch} does not divide by {world} ranks")
-    on_all_ranks(lambda: prepare_out(cfg) if rank == 0 else None, world)
+    on_rank0(lambda: prepare_out(cfg), rank, world)
     # A signal reaches one rank. All ranks stop when the sum of these lists' lengths is not 0.
     signals_received = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -698,7 +399,8 @@ def main(cfg):
     if word_of_id:
         vlm.background = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:
-        on_all_ranks(lambda: cache_features(vlm, dataset, cfg) if rank == 0 else None, world)
+        on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size),
+                 rank, world)
     start, skipped = resume(vlm, optimizer, inputs, cfg, rank, world)
     print_rank0(parts_table(vlm, cfg))
     steps = plan(dataset, cfg)
@@ -732,8 +434,9 @@ def main(cfg):
         if is_last or should_stop:
             break
 
-        # 2. Set the learning rates.
+        # 2. Set the learning rates. Dropout, where an LLM has it, depends on the step alone.
         step_time = time.time()
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + rank)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor(step, len(steps), cfg.warmup)
 
@@ -872,45 +575,9 @@ def dummy_batch(batch, device):
                     "position_ids": two}
 
 
-def reduce_gradients(trained, tokens, images, world):
-    """Turn the gradients of all ranks' sums into that of the mean over `tokens`, on every rank.
-
-    A parameter that a rank's samples did not reach counts as 0 there. SystemExit names a parameter
-    that no rank's loss reached.
-    """
-    has_gradient = [p.grad is not None for _, p in trained]
-    reached = torch.tensor(has_gradient, dtype=torch.int32, device=trained[0][1].device)
-    for (name, p), ranks in zip(trained, reduce_sum(reached, world).tolist()):
-        needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM
-        if not ranks and tokens and (images or not needs_images):
-            sys.exit(f"{name} trains, but the loss does not depend on it: it got no gradient; "
-                     "nothing was updated")
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if isinstance(p, DTensor):
-            local(p.grad).mul_(world / max(tokens, 1))              # FSDP has averaged over ranks
-        else:
-            reduce_sum(p.grad, world).div_(max(tokens, 1))
-
-
-def clip_gradients(trained, largest, world):
-    """Scale all gradients to a norm of at most `largest` (0: no limit). Return the norm before."""
-    sharded = [local(p.grad) for _, p in trained if isinstance(p, DTensor)]
-    replicated = [p.grad for _, p in trained if not isinstance(p, DTensor)]
-    square = torch.nn.utils.get_total_norm(replicated).square()
-    if sharded:
-        square = square + reduce_sum(torch.nn.utils.get_total_norm(sharded).square(), world)
-    norm = square.sqrt().item()
-    if largest and norm > largest:
-        torch._foreach_mul_(replicated + sharded, largest / norm)
-    return norm
-
-
-def dry_run(cfg):
-    """Print what the run would train and how much memory it would take."""
-    from tools.memory import print_estimate         # a side room, needed here only
-    print_estimate(cfg, STAGES[cfg.stage], parts_table)
-
-
 if __name__ == "__main__":
-    common.run_script(dry_run if CFG.dry_run else main, CFG)
+    if CFG.dry_run:
+        from tools.memory import print_estimate         # a side room, needed here only
+        common.run_script(print_estimate, CFG, STAGES[CFG.stage], parts_table)
+    else:
+        common.run_script(main, CFG)

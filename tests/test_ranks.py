@@ -22,6 +22,7 @@ import model
 import pretrained
 import train
 from conftest import ROOT, settings, train_here
+from ranks import local
 from kill_loop import end, kill_loop, start
 from test_train import losses, same, weights
 
@@ -264,7 +265,7 @@ def peak_of_loading(name, tower, words, report):
     threading.Thread(target=look).start()
     vlm = train.make_model(cfg, device, world)
     for p in vlm.parameters():
-        train.local(p.detach()).sum()                               # a mapped page counts when it is touched
+        local(p.detach()).sum()                               # a mapped page counts when it is touched
     seen.append(model_memory())
     done.set()
     with open(f"{report}{rank}", "w") as f:

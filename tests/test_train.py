@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 import checkpoint
 import train
 from conftest import ROOT, run, settings, train_here
+from tools.memory import print_estimate
 
 
 def weights(out):
@@ -190,7 +191,8 @@ def test_the_schedule_is_the_recipes():
 
 
 def test_dry_run_tells_the_memory_of_a_sharded_llm(capsys):
-    train.dry_run(train.read_settings([f"{ROOT}/config/paper/sft.py", "--llm=Qwen/Qwen2-7B-Instruct", "--dry_run"]))
+    cfg = train.read_settings([f"{ROOT}/config/paper/sft.py", "--llm=Qwen/Qwen2-7B-Instruct", "--dry_run"])
+    print_estimate(cfg, train.STAGES[cfg.stage], train.parts_table)
     table = capsys.readouterr().out.split("GiB on each GPU")[1].splitlines()[1:]
     rows = {line[:44].strip(): [float(x) for x in line[44:].split()] for line in table if line[44:45] == " "}
     state = rows["gradients and AdamW's moments (float32)"]

@@ -1,0 +1,52 @@
+"""
+The patches of a frozen vision tower, kept in files, so that each picture goes through it only once.
+
+train.py --features=DIR writes the files, and data.py reads them in place of the pictures.
+"""
+import os
+import time
+
+import torch
+
+import checkpoint
+import common
+import data
+
+
+def is_newer(path, made):
+    """Return whether the file `path` has changed since the file `made` was made from it."""
+    status = os.stat(path)              # ctime changes when a file gets another name
+    return (not os.path.isfile(made)
+            or max(status.st_mtime, status.st_ctime) > os.path.getmtime(made))
+
+
+@torch.no_grad()
+def write_missing(vlm, dataset, folder, batch_size):
+    """Write the patches of every picture of a dataset that `folder` does not hold yet, in float16.
+
+    The folder belongs to one tower, layer, size and pool; ValueError for another one.
+    """
+    what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool, **dataset.image,
+            **{f"tower's {part}": value for part, value in vlm.fingerprint["vision_tower"].items()}}
+    path = f"{folder}/settings.json"
+    stored = common.read_json(path) if os.path.isfile(path) else {}
+    other = [key for key in what if stored.get(key, what[key]) != what[key]]
+    if other:
+        raise ValueError(f"{folder} holds the patches of {stored}, and this run has another "
+                         f"{', '.join(other)}: name another folder")
+    os.makedirs(folder, exist_ok=True)
+    common.write_json(what, path)
+    names = {name for record in dataset.records for name in data.messages_of(record)[1]}
+    paths = sorted(data.image_path(dataset.image_folder, name) for name in names)
+    paths = [p for p in paths if is_newer(p, data.features_path(folder, p))]
+    start = time.time()
+    for i in range(0, len(paths), batch_size):
+        batch = paths[i:i + batch_size]
+        pixels = torch.stack([data.transform(data.open_image(p), **dataset.image) for p in batch])
+        for p, patches in zip(batch, vlm.patch_features(pixels).to("cpu", torch.float16)):
+            file = data.features_path(folder, p)
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            checkpoint.write_safetensors({"patches": patches.contiguous()}, file)
+        if i // batch_size % 10 == 0:
+            print(f"features: {i} of {len(paths)} pictures, {time.time() - start:.0f} s",
+                  flush=True)

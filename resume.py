@@ -1,0 +1,125 @@
+"""
+States that a run can go on from: out/state/step-00000100, of which the last two are kept.
+
+A state is a folder of safetensors and JSON with the trained weights, AdamW's moments, the settings
+and the fingerprint of all inputs. Every rank writes and reads its own pieces of sharded tensors.
+"""
+import os
+import shutil
+import sys
+import warnings
+from dataclasses import asdict, fields
+from glob import escape, glob
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorageReader,
+                                          HuggingFaceStorageWriter)
+
+import common
+import fingerprint
+from ranks import on_rank0
+
+# torch.distributed.checkpoint says this in every run of one process.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+FILE_TENSORS = 8            # of a state, in one of its files
+
+
+def state_tensors(vlm, optimizer, step):
+    """Return {name: tensor} of all that a step changes: weights and AdamW's moments."""
+    tensors = {}
+    for name, p in vlm.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p not in optimizer.state:                # before the first step of a resumed run
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
+                                  "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
+        moments = optimizer.state[p]
+        tensors[name] = p.detach()
+        tensors[f"{name}.exp_avg"] = moments["exp_avg"]
+        tensors[f"{name}.exp_avg_sq"] = moments["exp_avg_sq"]
+    return tensors
+
+
+def save_state(vlm, optimizer, progress, cfg, rank, world):
+    """Write all that a resume needs. Each rank writes its pieces.
+
+    progress: {"step", "skipped", "fingerprint"}. The folder has a temporary name until it is
+    complete. OSError on every rank if one rank cannot write.
+    """
+    folder = f"{cfg.out}/state/step-{progress['step']:08d}"
+    temporary = f"{cfg.out}/state/tmp"
+
+    def begin():
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+
+    def end():
+        sizes = {name: os.path.getsize(f"{temporary}/{name}") for name in os.listdir(temporary)}
+        common.write_json({**progress, "world": world, "settings": asdict(cfg), "sizes": sizes},
+                          f"{temporary}/state.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+        for old in sorted(os.listdir(f"{cfg.out}/state"))[:-2]:
+            shutil.rmtree(f"{cfg.out}/state/{old}")
+
+    on_rank0(begin, rank, world)
+    tensors = state_tensors(vlm, optimizer, progress["step"])
+    # A file is in memory as a whole while it is written, so a file gets only a few tensors.
+    file_of = {name: 1 + i // FILE_TENSORS for i, name in enumerate(tensors)}
+    writer = HuggingFaceStorageWriter(temporary, file_of, save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"{temporary} cannot be written: {reason}") from None
+    on_rank0(end, rank, world)
+
+
+def newest_state(cfg):
+    """Return (folder, state.json) of the newest complete state, or None.
+
+    A state with a missing or short file is named and passed over.
+    """
+    for path in sorted(glob(f"{escape(cfg.out)}/state/step-*"), reverse=True):
+        try:
+            state = common.read_json(f"{path}/state.json")
+            sizes = state.get("sizes", {})          # a state of an older version has none
+            if all(os.path.getsize(f"{path}/{name}") == size for name, size in sizes.items()):
+                return path, state
+        except (OSError, ValueError, AttributeError):
+            pass
+        print(f"{path} is not whole; trying the one before", flush=True)
+
+
+def resume(vlm, optimizer, inputs, cfg, rank, world):
+    """Load the newest state if there is one. Return (next step, number of samples skipped).
+
+    inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
+    inputs of its start. SystemExit names those that differ.
+    """
+    found = on_rank0(lambda: newest_state(cfg), rank, world)
+    if not found:
+        return 0, 0
+    folder, state = found
+    differ = []
+    for f in fields(cfg):
+        now = getattr(cfg, f.name)
+        old = state["settings"].get(f.name, f.default)      # a setting that was not there then
+        if old != now and not f.metadata["free"]:
+            differ.append(f"{f.name} was {old!r}, is {now!r}")
+    if differ:
+        sys.exit(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, or use "
+                 "another out")
+    # A state of an older version has no fingerprint, and nothing is compared.
+    changed = fingerprint.changes(state.get("fingerprint", {}), inputs)
+    if changed:
+        paths = {"llm": cfg.llm, "vision_tower": cfg.vision_tower, "words": cfg.words,
+                 "data": cfg.data, "images": cfg.images}
+        parts = [f"{paths[source] or cfg.init}: {part}" for source, part in changed]
+        sys.exit(f"{' and '.join(parts)} changed since {folder} was written: a run goes on with "
+                 "what it began with")
+    tensors = state_tensors(vlm, optimizer, state["step"])
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder))
+    return state["step"], state["skipped"]

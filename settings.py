@@ -1,0 +1,79 @@
+"""
+Settings of a script: a dataclass in which each field knows what it means and which values it may have.
+
+train.py declares such a class. A config file is a Python file of assignments, NAME = value.
+"""
+import ast
+import math
+import os
+import runpy
+import sys
+from dataclasses import field, fields
+
+
+def setting(default, text, choices=None, low=None, high=math.inf, free=False):
+    """Return a dataclass field that knows what it means and which values it may have.
+
+    free: a run that goes on may change it, because it does not change what is computed.
+    """
+    metadata = {"help": text, "choices": choices, "low": low, "high": high, "free": free}
+    return field(default=default, metadata=metadata)
+
+
+def print_help(settings_class):
+    """Print a line for each setting."""
+    for f in fields(settings_class):
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        print(f"  --{f.name:16} {f.default!r:14} {f.metadata['help']}{choices}")
+
+
+def read(settings_class, argv):
+    """Return (settings, {name: where it was set}): the defaults, then a config file, then --key=value.
+
+    SystemExit with one sentence for anything that does not fit.
+    """
+    given = []                                                      # (name, value, where)
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg.lstrip("-").partition("=")
+            given.append((key, parse_value(text) if equals else True, "the command line"))
+            continue
+        if not os.path.isfile(arg):
+            sys.exit(f"there is no config file {arg}; a setting is written --key=value")
+        try:
+            values = runpy.run_path(arg)
+        except Exception as error:                  # a config file is a program that may raise all
+            sys.exit(f"{arg} is not a config file: {type(error).__name__}: {error}")
+        given += [(key, value, arg) for key, value in values.items() if not key.startswith("_")]
+
+    settings = settings_class()
+    types = {f.name: f.type for f in fields(settings_class)}
+    for key, value, where in given:
+        if key not in types:
+            sys.exit(f"{where}: there is no setting {key!r}; train.py --help lists them")
+        if type(value) is int and types[key] in (float, tuple):
+            value = float(value) if types[key] is float else (value,)
+        if type(value) is not types[key]:
+            sys.exit(f"{where}: {key} is {value!r}, it must be of type {types[key].__name__}")
+        setattr(settings, key, value)
+    return settings, {key: where for key, _, where in given}
+
+
+def parse_value(text):
+    """Return the Python literal that `text` is, such as a number or True; else `text` itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def check_ranges(settings):
+    """End the process with one sentence if a setting has a value that it may not have."""
+    for f in fields(settings):
+        value, choices = getattr(settings, f.name), f.metadata["choices"]
+        low, high = f.metadata["low"], f.metadata["high"]
+        if choices and value not in choices:
+            sys.exit(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
+        if low is not None and not low <= value <= high:
+            sys.exit(f"{f.name} is {value}, it must be at least {low}"
+                     + (f" and at most {high}" if high < math.inf else ""))

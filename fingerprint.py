@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 import data
 
-# A tensor or a picture of up to 64 blocks is read completely. Of a larger one 64 blocks are read.
+# A tensor or a picture of up to 64 blocks is read completely. Of a larger one, 64 blocks are read.
 BLOCK, BLOCKS = 1 << 14, 64
 MAX_IMAGES = 4000
 # Libraries write these into a config. They do not change what is computed.
@@ -28,7 +28,7 @@ TALK = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
 
 def of_llm(name, tokenizer):
     """Return {part: hash} of an LLM by hub name or folder. Call it after the LLM was loaded."""
-    folder = os.path.dirname(cached_file(name, "config.json"))
+    folder = os.path.dirname(cached_file(name, "config.json", local_files_only=True))
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
     vocabulary = [file_hash(f"{folder}/{file}") for file in files]
     return {"weights": weights_hash(folder),
@@ -40,7 +40,7 @@ def of_llm(name, tokenizer):
 
 def of_vision_tower(name):
     """Return {part: hash} of a vision tower. Call it after the tower was loaded."""
-    folder = os.path.dirname(cached_file(name, "config.json"))
+    folder = os.path.dirname(cached_file(name, "config.json", local_files_only=True))
     files = ("config.json", "preprocessor_config.json", "processor_config.json")
     return {"weights": weights_hash(folder),
             **{file: json_hash(f"{folder}/{file}") for file in files}}

@@ -276,10 +276,11 @@ def test_kept_answers_are_of_the_same_models_and_pictures(tiny, place, capsys):
     """Of a checkpoint without a fingerprint, too, which loads with another tower"""
     edit("ck/config.json", fingerprint=None)(place)
     labels = [{"question_id": i, "image": f"{i}.jpg", "text": f"{i}?", "label": "no"} for i in (1, 2)]
-    for split, offset in evaluation.BENCHMARKS["pope"].OFFSETS.items():
+    splits = evaluation.BENCHMARKS["pope"].SPLITS
+    for split in splits:
         test_benchmarks.save(place / f"d/pope/coco/coco_pope_{split}.json", "\n".join(map(json.dumps, labels)))
-    asked = [{**label, "question_id": label["question_id"] + offset, "category": split}
-             for split, offset in evaluation.BENCHMARKS["pope"].OFFSETS.items() for label in labels]
+    asked = [{**label, "question_id": f"{split}{label['question_id']}", "category": split}
+             for split in splits for label in labels]
     test_benchmarks.save(place / "d/pope/llava_pope_test.jsonl", "\n".join(map(json.dumps, asked)))
     (place / "d/pope/val2014").mkdir()
     for i in (1, 2):

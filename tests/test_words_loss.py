@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import checkpoint
 import data
 import model
+import train
 from conftest import settings, train_here
 
 

@@ -47,6 +47,40 @@ def read_json(path):
             raise ValueError(f"{path} is not a whole JSON file: {error}") from None
 
 
+def read_records(path):
+    """Return the objects of a JSON list, or of a file with an object on each line.
+
+    A list of (place in the file, dict); empty lines are nothing. ValueError names the file, and the
+    first line or record that is not complete or no object.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    try:
+        value = json.loads(text)
+        values = value if isinstance(value, list) else [value]
+        places = [f"{path}: record {i}" for i in range(len(values))]
+    except (ValueError, RecursionError) as error:
+        if text.lstrip()[:1] == "[":
+            raise ValueError(f"{path} is not a whole JSON file: {error}") from None
+        places, values = [], []
+        # Only \n ends a line. splitlines() would also cut at \x85 or \u2028 in a text.
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                places.append(f"{path}, line {number}")
+                try:
+                    values.append(json.loads(line))
+                except (ValueError, RecursionError):
+                    raise ValueError(f"{places[-1]}: not complete JSON") from None
+    for place, value in zip(places, values):
+        if not isinstance(value, dict):
+            raise ValueError(f"{place} is not a JSON object but {str(value)[:60]!r}")
+    return list(zip(places, values))
+
+
 def go_offline():
     """Forbid downloads. Call it before transformers is imported, which reads this only once."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -72,9 +106,14 @@ def from_hub(load, name, **kwargs):
 
 
 def load_tokenizer(name):
-    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date."""
+    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date.
+
+    ValueError if it is not a fast tokenizer.
+    """
     from transformers import AutoTokenizer
     tokenizer = from_hub(AutoTokenizer.from_pretrained, name)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name} has only a slow tokenizer; one with a tokenizer.json is needed")
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = freeze_date(tokenizer.chat_template)
     return tokenizer

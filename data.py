@@ -10,15 +10,18 @@ that no text can produce. A label is IGNORE wherever the model does not learn.
     python data.py --check DATA.json --images DIR [--tokenizer NAME --num_patches P]
 """
 import argparse
+import copy
+import datetime
 import functools
 import hashlib
+import io
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import common
 # torch is imported where it is used, so that --help does not wait for it.
@@ -29,11 +32,6 @@ IGNORE = -100                           # the label that cross_entropy ignores
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
 
-# Above this many pixels Pillow refuses a picture as a decompression bomb. transform does so, too.
-MAX_PIXELS = 2 * 89_478_485
-# EPS is not among the formats, because Pillow would start Ghostscript to read it.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-
 
 class BadSample(ValueError):
     """A record that cannot be used.
@@ -42,24 +40,35 @@ class BadSample(ValueError):
     """
 
     def __init__(self, kind, sentence):
-        super().__init__(sentence)
+        super().__init__(kind, sentence)
         self.kind = kind
+
+    def __str__(self):
+        return self.args[1]
 
 
 # --------------------------------------------------------------------------------------------------
 # a conversation to ids and labels
 
-# The text before and after a turn where no chat template is used. "chat" is for a tokenizer without
-# a chat template. "plain" is LLaVA's stage 1, which drops the text of the human turn.
+# Chat templates besides the tokenizer's own. "chat" is for a tokenizer without one. "plain" is
+# LLaVA's stage 1: image, caption and a newline.
 TEMPLATES = {
-    "chat": {"system": ("", "\n"), "user": ("USER:\n", "\n"), "assistant": ("ASSISTANT:\n", "")},
-    "prompted": {"system": ("", "\n"), "user": ("", "\n"), "assistant": ("", "\n")},
-    "plain": {"system": ("", ""), "user": ("", ""), "assistant": ("", "\n")},
+    "chat": "{{ bos }}{% for m in messages %}{% if m.role == 'user' %}{{ 'USER:\n' }}{% endif %}"
+            "{% if m.role == 'assistant' %}{{ 'ASSISTANT:\n' + m.content + eos_token }}"
+            "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}",
+    "prompted": "{{ bos }}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}",
+    "plain": None,
 }
+# Some templates write today's date. With a fixed date the same data has the same ids tomorrow.
+DATE = datetime.date(2024, 7, 26)
+WRITES_TODAY = re.compile(r"strftime_now\((['\"])(.*?)\1\)")
 
-# Llama-3.2's template writes today's date unless it is given one. With a fixed date the same data
-# has the same ids tomorrow. Other templates ignore it.
-DATE = "26 Jul 2024"
+# Before a text is tokenized, its control tokens and images are written as characters that Unicode
+# leaves to private use. JSON can also spell half a character ("\ud800"), which UTF-8 cannot.
+CONTROL, IMAGE_MARK = re.compile("[\U000F0000-\U0010FFFC]"), "\U0010FFFD"
+NOT_TEXT = re.compile("[\ud800-\udfff\U000F0000-\U0010FFFF]")
+SENTINEL = re.compile(r"Zq\d+qZ")
 
 
 def image_token_ids(num_patches):
@@ -72,16 +81,24 @@ def encode(messages, tokenizer, num_patches, template="chat"):
 
     messages: [{"role": "system"|"user"|"assistant", "content": str}, ...]. Each "<image>" in a
         user's content becomes the ids of an image. Control tokens come from the template only:
-        "<|im_end|>" in a content stays text.
+        "<|im_end|>" in a content stays text. White space around a content is dropped.
     template: "chat" is the tokenizer's own chat template, or USER:/ASSISTANT: lines if it has none;
         "plain" is image, caption, newline; "prompted" is prompt, image, newline, caption, newline.
     Each answer is trained, up to and including the token that ends its turn.
-    Raises ValueError if the template cannot write these turns, or if an answer holds an image.
+    Raises ValueError if the template cannot write these turns as they are.
     """
     ids, labels = [], []
-    for new, is_trained, _ in _pieces(messages, tokenizer, num_patches, template):
-        ids += new
-        labels += new if is_trained else [IGNORE] * len(new)
+    encoder, _, ids_of_marks = _encoder(tokenizer)
+    for text, answers in _texts(messages, tokenizer, template):
+        encoding = encoder.encode(text, add_special_tokens=False)
+        for i, (start, end) in zip(encoding.ids, encoding.offsets):
+            # A SentencePiece tokenizer may begin a text with a space that has no characters.
+            is_trained = any(start < to and max(end, start + 1) > at for at, to in answers)
+            new = [ids_of_marks.get(i, i)]
+            if new == [IMAGE_ID]:
+                new, is_trained = image_token_ids(num_patches), False
+            ids += new
+            labels += new if is_trained else [IGNORE] * len(new)
     return ids, labels
 
 
@@ -91,203 +108,137 @@ def encode_prompt(messages, tokenizer, num_patches, template="chat"):
     They are the ids that encode puts before that answer.
     """
     messages = messages + [{"role": "assistant", "content": "a"}]
-    ids = []
-    for new, _, turn in _pieces(messages, tokenizer, num_patches, template):
-        if turn == len(messages) - 1:
-            break
-        ids += new
-    return ids
+    ids, labels = encode(messages, tokenizer, num_patches, template)
+    while labels[-1] == IGNORE:                     # what the template writes after the answer
+        labels.pop()
+    while labels and labels[-1] != IGNORE:          # the answer
+        labels.pop()
+    return ids[:len(labels)]
 
 
-def _pieces(messages, tokenizer, num_patches, template):
-    """Return the conversation in pieces: a list of (ids, is_trained, index of the turn).
+@functools.lru_cache(maxsize=16)
+def _encoder(tokenizer):
+    """Return (encoder, mark, {id in the encoder: id}) of a tokenizer.
 
-    The template's text before a turn belongs to the turn before it (-1 at the very start), because
-    the first control token after an answer is the one that ends it and is trained.
+    The encoder is a copy in which "<|im_end|>" is ordinary text. A private character stands for the
+    control token; mark(text) writes it in place of the name. IMAGE_MARK stands for an image.
     """
-    gaps, contents = _split(messages, tokenizer, template)
-    control = {token.content: (i, token) for i, token in _control_tokens(tokenizer).items()}
-    names = sorted(control, key=len, reverse=True)              # the longest name first
-    pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+    from tokenizers import AddedToken
 
-    # First as strings: (text or name of a control token or IMAGE, kind, is_trained, turn).
-    parts = []
+    special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks = {token.content: chr(0xF0000 + n) for n, token in enumerate(special.values())}
+    # Some control tokens (Phi-3's) swallow the white space beside them.
+    tokens = [AddedToken(marks[token.content], normalized=False, lstrip=token.lstrip,
+                         rstrip=token.rstrip) for token in special.values()]
+    encoder = copy.deepcopy(tokenizer.backend_tokenizer)
+    encoder.encode_special_tokens = True            # as text
+    encoder.post_processor = None                   # it would move the offsets
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.add_tokens([AddedToken(IMAGE_MARK, normalized=False), *tokens])
+    ids = {encoder.token_to_id(marks[token.content]): i for i, token in special.items()}
+    names = "|".join(sorted(map(re.escape, marks), key=len, reverse=True))      # the longest first
 
-    def add(text, kind, is_trained, turn):
-        same = parts and parts[-1][1] == kind == "text" and parts[-1][2] == is_trained
-        if same:                # joined, so that text across a border is tokenized as one
-            parts[-1] = (parts[-1][0] + text, kind, is_trained, parts[-1][3])
-        elif text:
-            parts.append((text, kind, is_trained, turn))
+    def mark(text):
+        return re.sub(names, lambda name: marks[name[0]], text) if names else text
 
-    is_trained = False
-    for turn, gap in enumerate(gaps, start=-1):
-        for text in (pattern.split(gap) if pattern else [gap]):
-            kind = "control" if text in control else "text"
-            add(text, kind, is_trained, turn)
-            if kind == "control":
-                is_trained = False
-        if turn + 1 == len(messages):
-            break
-        is_trained = messages[turn + 1]["role"] == "assistant"
-        for j, text in enumerate(contents[turn + 1].split(IMAGE)):
-            if j > 0:
-                add(IMAGE, "image", False, turn + 1)
-            add(text, "text", is_trained, turn + 1)
-
-    # Then as ids.
-    pieces, before = [], "start"
-    for i, (text, kind, is_trained, turn) in enumerate(parts):
-        if kind == "control":
-            new = [control[text][0]]
-        elif kind == "image":
-            new = image_token_ids(num_patches)
-        else:
-            # Some control tokens (Phi-3's) swallow the white space beside them.
-            if before == "control" and control[parts[i - 1][0]][1].rstrip:
-                text = text.lstrip()
-            follows_control = i + 1 < len(parts) and parts[i + 1][1] == "control"
-            if follows_control and control[parts[i + 1][0]][1].lstrip:
-                text = text.rstrip()
-            # An answer right after an image (template "plain") starts as a text of its own.
-            where = "start" if before == "image" and is_trained else before
-            new = _encoders(tokenizer)[where].encode(text, add_special_tokens=False).ids
-            if not text:
-                continue        # swallowed: what comes next still follows the control token
-        pieces.append((new, is_trained, turn))
-        before = kind
-    return pieces
+    return encoder, mark, ids | {encoder.token_to_id(IMAGE_MARK): IMAGE_ID}
 
 
-def _split(messages, tokenizer, template):
-    """Return (gaps, contents): n + 1 texts of the template and the n contents between them."""
-    roles = [message["role"] for message in messages]
+def _texts(messages, tokenizer, template):
+    """Return the texts to tokenize, with marks: [(text, [(start, end) of an answer, ...]), ...]."""
+    roles = tuple(message["role"] for message in messages)
     contents = [message["content"] for message in messages]
+    for i, content in enumerate(contents):
+        check_text(content, i)
     if template not in TEMPLATES:
         raise ValueError(f"template is one of {', '.join(TEMPLATES)}, not {template!r}")
-    if template == "plain" and roles != ["user", "assistant"]:
-        raise ValueError("template 'plain' needs one human turn and one answer, "
-                         f"not {', '.join(roles)}")
-    for i, (role, content) in enumerate(zip(roles, contents)):
-        if role != "user" and IMAGE in content:
-            raise ValueError(f"turn {i} is the {role}'s and holds '{IMAGE}'; only a user's turn can")
-
-    if template == "chat" and tokenizer.chat_template:
-        gaps, contents = _split_chat_template(roles, contents, tokenizer)
-    else:
-        starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        gaps = [tokenizer.bos_token if starts_with_bos else ""]
-        for role in roles:
-            before, after = TEMPLATES[template][role]
-            gaps[-1] += before
-            gaps.append(after)
+    _, mark, _ = _encoder(tokenizer)
     if template == "plain":
-        contents = [IMAGE * contents[0].count(IMAGE), contents[1]]
+        if roles != ("user", "assistant"):
+            raise ValueError("template 'plain' needs one human turn and one answer, "
+                             f"not {', '.join(roles)}")
+        # The caption is tokenized by itself: a SentencePiece tokenizer starts it as any text.
+        front = mark(_bos(tokenizer)) + IMAGE_MARK * contents[0].count(IMAGE)
+        caption = contents[1] + "\n"
+        return [(front, []), (caption, [(0, len(caption))])]
 
-    names = [token.content for token in _control_tokens(tokenizer).values()]
-    for i, role in enumerate(roles):
-        if template != "chat" or role != "assistant":
-            continue
-        # An answer that no control token ends gets EOS, or the model would never learn to stop.
-        if not any(name in gaps[i + 1] for name in names):
-            if tokenizer.eos_token_id is None:
-                raise ValueError("the tokenizer has no end-of-sequence token, "
-                                 "so that no answer could end")
-            gaps[i + 1] = tokenizer.eos_token + gaps[i + 1]
+    source = TEMPLATES[template]
+    if template == "chat" and tokenizer.chat_template:
+        source = WRITES_TODAY.sub(lambda call: repr(DATE.strftime(call[2])),
+                                  tokenizer.get_chat_template())
+    # Half of the templates drop this white space themselves.
+    contents = [content.strip() for content in contents]
+    gaps = _gaps(tokenizer, source, roles)
+    expected = "".join(gap + content for gap, content in zip(gaps, contents + [""]))
+    if _render(tokenizer, source, roles, contents) != expected:
+        raise ValueError("the chat template rewrites these turns (Qwen3's takes <think> out of an "
+                         "answer): take that text out of them, or use another template")
+
+    text, answers = mark(gaps[0]), []
+    for i, (role, content, gap) in enumerate(zip(roles, contents, map(mark, gaps[1:]))):
         # A space before an answer (Mistral's) is part of the answer's first token.
-        stripped = gaps[i].rstrip(" ")
-        contents[i] = gaps[i][len(stripped):] + contents[i]
-        gaps[i] = stripped
-    # The first template of Llama-3 opens one more answer at the end, asked or not. Only the token
-    # that ends the turn is kept of it.
-    if roles[-2:] == ["user", "assistant"] and gaps[-1].strip() == gaps[-2].strip():
-        ends = [name for name in names if gaps[-1].startswith(name)]
-        gaps[-1] = max(ends, key=len, default=gaps[-1])
-    return gaps, contents
+        start = len(text.rstrip(" "))
+        text += content.replace(IMAGE, IMAGE_MARK) if role == "user" else content
+        if role == "assistant":
+            # An answer that no control token ends gets EOS, or the model would never learn to stop.
+            if template == "chat" and not CONTROL.search(gap):
+                gap = mark(tokenizer.eos_token or "") + gap
+                if not CONTROL.search(gap):
+                    raise ValueError("the tokenizer has no end-of-sequence token, "
+                                     "so that no answer could end")
+            end = CONTROL.search(gap)
+            answers.append((start, len(text) + (end.end() if end else len(gap))))
+        # The first template of Llama-3 opens one more answer at the end, asked or not. Only the
+        # token that ends the turn is kept of it.
+        if roles[i - 1:] == ("user", "assistant") and gaps[-1].strip() == gaps[-2].strip():
+            gap = gap[:1]
+        text += gap
+    return [(text, answers)]
 
 
-def _split_chat_template(roles, contents, tokenizer):
-    """Return (gaps, contents) as the tokenizer's chat template writes them.
+@functools.lru_cache(maxsize=1024)
+def _gaps(tokenizer, source, roles):
+    """Return the n + 1 texts that a chat template writes around n turns with these roles.
 
-    The template is rendered twice: with the contents, and with a sentinel for each content to find
-    the texts around them. Both must agree, so a template that changes a content is refused.
+    A sentinel stands for each content. Once for each order of roles, our ids of the whole text are
+    compared with the tokenizer's. ValueError for a template that cannot be handled.
     """
-    def render(texts):
-        messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE)
-        except Exception as error:      # a template is a program: it may raise anything
-            raise ValueError(f"the chat template refuses the turns {', '.join(roles)}: "
-                             f"{error}") from None
-
     sentinels = [f"Zq{i}qZ" for i in range(len(roles))]
-    gaps, rest = [], render(sentinels)
-    for sentinel in sentinels:
-        if rest.count(sentinel) != 1:
-            raise ValueError("the chat template drops, repeats, alters or moves a turn of "
-                             f"{', '.join(roles)}")
-        gap, rest = rest.split(sentinel)
-        gaps.append(gap)
-    gaps.append(rest)
-
-    written, rest = [], render(contents)
-    rest = rest.removeprefix(gaps[0])
-    for i, content in enumerate(contents):
-        # Llama-3 and Gemma strip a content, Qwen3 strips newlines in front of its last answer.
-        forms = [content, content.strip(), content.lstrip("\n")]
-        fitting = [form for form in forms if rest.startswith(form + gaps[i + 1])]
-        if not fitting:
-            raise ValueError(f"the chat template changes the content of turn {i}")
-        written.append(fitting[0])
-        rest = rest[len(fitting[0] + gaps[i + 1]):]
-    if rest:
-        raise ValueError(f"the chat template changes the content of turn {len(roles) - 1}")
-    return gaps, written
+    text = _render(tokenizer, source, roles, sentinels)
+    if SENTINEL.findall(text) != sentinels:
+        raise ValueError("the chat template drops, repeats, alters or moves a turn of "
+                         f"{', '.join(roles)}")
+    encoder, mark, ids_of_marks = _encoder(tokenizer)
+    ids = encoder.encode(mark(text), add_special_tokens=False).ids
+    ids = [ids_of_marks.get(i, i) for i in ids]
+    if ids != tokenizer(text, add_special_tokens=False).input_ids:
+        raise ValueError("this tokenizer gives other ids to the text of its chat template than "
+                         "this code expects; use another LLM")
+    return SENTINEL.split(text)
 
 
-@functools.lru_cache(maxsize=16)
-def _control_tokens(tokenizer):
-    """Return {id: AddedToken} of the tokens that only a template may write."""
-    return {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+def _render(tokenizer, source, roles, contents):
+    """Return the text that a chat template writes."""
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, bos=_bos(tokenizer),
+            date_string=f"{DATE:%d %b %Y}")
+    except Exception as error:          # a template is a program: it may raise anything
+        raise ValueError(f"the chat template refuses the turns {', '.join(roles)}: "
+                         f"{' '.join(str(error).split())}") from None
 
 
 @functools.lru_cache(maxsize=16)
-def _encoders(tokenizer):
-    """Return a tokenizers.Tokenizer for each thing that a text can follow.
-
-    The keys are "start" (of the ids), "control", "image" and "text". No encoder makes a control
-    token out of text. They differ for SentencePiece tokenizers, which put a space ("▁") in front of
-    a text: in the middle of a conversation that would be a space that nobody wrote.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; "
-                         "one with a tokenizer.json is needed")
-    from tokenizers import Tokenizer
-
-    def make(spec):
-        encoder = Tokenizer.from_str(json.dumps(spec))
-        encoder.encode_special_tokens = True            # <|im_end|> in a text stays text
-        return encoder
-
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    spec |= {"post_processor": None, "truncation": None, "padding": None}
-    natural = make(spec)
-    parts = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
-    bare_parts = re.sub(r'"prepend": "[^"]+"', '"prepend": ""', parts)
-    bare_parts = bare_parts.replace('"add_prefix_space": true', '"add_prefix_space": false')
-    after_control = bare_parts.replace('"always"', '"never"') != parts      # every text gets a space
-    bare_parts = re.sub('"(first|always)"', '"never"', bare_parts)
-    if bare_parts == parts:
-        bare = natural
-    else:
-        spec["normalizer"], spec["pre_tokenizer"] = json.loads(bare_parts)
-        bare = make(spec)
-    return {"start": natural, "control": natural if after_control else bare,
-            "image": bare, "text": bare}
+def _bos(tokenizer):
+    """Return the name of the token that the tokenizer puts before a text, or ""."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
 
 
 def show_sample(ids, labels, tokenizer):
-    """Return a sample as text for a terminal: trained tokens green, others dim, images as [image x P]."""
+    """Return a sample as text for a terminal: trained tokens green, an image as [image x P]."""
     runs = []                           # (kind, ids): one character can take several tokens
     for i, label in zip(map(int, ids), map(int, labels)):
         kind = "image" if i == IMAGE_ID else "other" if label == IGNORE else "trained"
@@ -305,18 +256,32 @@ def show_sample(ids, labels, tokenizer):
 # --------------------------------------------------------------------------------------------------
 # pictures
 
+# EPS is not among the formats, because Pillow would start Ghostscript to read it.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+# How other files begin that are found under the name of a picture.
+OTHER_FILES = {"empty": rb"\Z", "AVIF": rb"....ftypavi", "HEIC": rb"....ftyp(hei|hev|mif|msf)",
+               "a video": rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "SVG": rb"\s*(<\?xml.*?)?<svg",
+               "JPEG XL": rb"\xff\x0a|\0{3}\x0cJXL", "JPEG 2000": rb"\xff\x4f|\0{3}\x0cjP",
+               "PDF": rb"%PDF", "PostScript": rb"%!PS", "PSD": rb"8BPS", "ICO": rb"\0\0\x01\0",
+               "a web page": rb"\s*<(!doctype|html)", "a Git LFS pointer": rb"version https://"}
+
+
 def inside(folder, name):
     """Return the real path of a file name in the folder.
 
-    Raises BadSample for an absolute path, and for ".." or a link that leads out of the folder.
+    Raises BadSample for a path, or a link in it, that leads out of the folder.
     """
+    root = os.path.realpath(folder)
     try:
-        path = os.path.realpath(os.path.join(folder, name))
-        root = os.path.realpath(folder)
-    except (ValueError, OSError) as error:              # a null byte, or a loop of links
-        raise BadSample("malformed", f"image {name!r} is not a file name: {error}") from None
-    if os.path.isabs(name) or os.path.commonpath([path, root]) != root:
-        raise BadSample("malformed", f"image {name!r} is not inside the image folder {folder}")
+        path = os.path.realpath(os.path.join(root, name))
+    except ValueError as error:                             # a null byte
+        raise BadSample("malformed", f"image {name[:200]!r} is not a file name: {error}") from None
+    above = os.path.commonpath([path, root])
+    if above != root:
+        link = " through a link" if path != os.path.normpath(os.path.join(root, name)) else ""
+        raise BadSample("malformed", f"image {name!r} leads{link} out of the image folder {folder} "
+                                     f"to {path}: put the file itself into the image folder, or "
+                                     f"take {above} as the image folder")
     return path
 
 
@@ -324,25 +289,84 @@ def image_path(folder, name):
     """Return the path of an image in the folder. Raises BadSample if there is no such file."""
     path = inside(folder, name)
     if not os.path.isfile(path):
-        raise BadSample("missing image", f"image {os.path.join(folder, name)!r} does not exist")
+        path = os.path.join(folder, name)[:200]
+        raise BadSample("missing image", f"image {path!r} does not exist or is not a file")
     return path
 
 
-def open_image(path):
-    """Return a picture file as a PIL image: RGB, upright by its EXIF, an animation's first frame.
+def open_image(source):
+    """Return a picture as a PIL image: RGB, upright by its EXIF, an animation's first frame.
 
-    Transparency is dropped as in LLaVA, not blended. Raises BadSample if the file is not a complete
-    picture.
+    source: a path, or the bytes of a file. Transparency is dropped as in LLaVA, not blended.
+    Raises BadSample if it is not a complete picture.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):      # 16-bit grey: convert would make all above 255 white
-                grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-                image = Image.fromarray(grey.astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as error:                          # Pillow's readers raise nearly anything
-        raise BadSample("broken image", f"image {str(path)!r} cannot be read: {error}") from None
+        content = source
+        if not isinstance(source, bytes):
+            with open(source, "rb") as file:
+                content = file.read()
+        pixels = io.BytesIO(without_png_metadata(content))
+        with Image.open(pixels, formats=FORMATS) as image:
+            image.load()
+            rgb = to_rgb(image)
+            try:
+                orientation = image.getexif().get(0x0112)
+            except Exception:                               # damaged EXIF does not cost the picture
+                orientation = None
+        rgb.info = {}                                       # exif_transpose would rewrite the EXIF
+        rgb.getexif()[0x0112] = orientation
+        return ImageOps.exif_transpose(rgb)
+    except Exception as error:                              # Pillow's readers raise nearly anything
+        if isinstance(error, UnidentifiedImageError):
+            kinds = [kind for kind, start in OTHER_FILES.items()
+                     if re.match(start, content, re.DOTALL | re.IGNORECASE)]
+            error = (f"it is {(kinds + ['damaged or of another format'])[0]}; the formats that are "
+                     f"read are {', '.join(FORMATS)}")
+        name = "" if isinstance(source, bytes) else f" {str(source)!r}"
+        raise BadSample("broken image", f"image{name} cannot be read: {error}") from None
+
+
+def without_png_metadata(content):
+    """Return a PNG file without the chunks that its pixels do not need; other files as they are.
+
+    Pillow refuses a picture for a damaged colour profile or comment, which nothing here reads.
+    """
+    start = content[:8]
+    if start != b"\x89PNG\r\n\x1a\n":
+        return content
+    kept, at = [start], 8
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at:at + 4], "big")
+        chunk = content[at:end]
+        kind, is_whole = chunk[4:8], zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and is_whole:
+            kept.append(chunk)
+        at = end
+    return b"".join(kept)
+
+
+def to_rgb(image):
+    """Return a loaded PIL image as RGB. ValueError if it is not certain which value is white."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        is_deep = image.mode == "I" and image.format == "TIFF"      # more than 16 bits, or signed
+        if is_deep or 0 < grey.max() < 4096 or getattr(image, "tag_v2", {}).get(262) == 0:
+            raise ValueError(f"its grey values go from {grey.min()} to {grey.max()}, and it is not "
+                             "certain which is white: save it with 8 bits")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))       # 16 bits
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, and it is not certain which is "
+                         "white: save it with 8 bits")
+    rgb = image.convert("RGB")
+    if image.has_transparency_data and is_uniform(rgb) and not is_uniform(image.convert("RGBA")):
+        raise ValueError("it has one colour, and what it shows is in its transparency: "
+                         "save it on a background")
+    return rgb
+
+
+def is_uniform(image):
+    """Return whether all pixels are equal."""
+    return all(low == high for low, high in image.getextrema())
 
 
 def transform(image, size, mean, std, mode="pad"):
@@ -356,23 +380,23 @@ def transform(image, size, mean, std, mode="pad"):
     import torch
 
     w, h = image.size
+    # Lines of pixels would become pictures of many GB on the way. They are made smaller before.
+    if mode == "crop" and max(w, h) > 100 * min(w, h):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    if mode == "pad" and max(w, h) > 13_000:
+        image = image.reduce(max(w, h) // 13_000 + 1)
+    w, h = image.size
     short, long = min(w, h), max(w, h)
-    needed = {"crop": size * size * long // short, "pad": long * long, "squash": size * size}
-    if mode not in needed:
-        raise ValueError(f"image mode is one of {', '.join(needed)}, not {mode!r}")
-    if needed[mode] > MAX_PIXELS:
-        raise BadSample("broken image", f"{w} x {h} is too thin for mode {mode!r}: "
-                                        f"it would need {needed[mode]:,} pixels")
-    if mode == "pad":
-        canvas = Image.new("RGB", (long, long), tuple(int(m * 255) for m in mean))
-        canvas.paste(image, ((long - w) // 2, (long - h) // 2))
-        image = canvas
     if mode == "crop":
         scaled = int(size * long / short)
         w, h = (size, scaled) if w <= h else (scaled, size)
         left, top = (w - size) // 2, (h - size) // 2
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
+    elif mode == "pad":
+        canvas = Image.new("RGB", (long, long), tuple(int(m * 255) for m in mean))
+        canvas.paste(image, ((long - w) // 2, (long - h) // 2))
+        image = canvas.resize((size, size), Image.Resampling.BICUBIC)
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     x = np.asarray(image, dtype=np.float32) / 255                       # (S, S, 3)
@@ -383,28 +407,57 @@ def transform(image, size, mean, std, mode="pad"):
 # --------------------------------------------------------------------------------------------------
 # records and the dataset
 
-def read_records(path):
-    """Return the records of a LLaVA-format file: a list of dicts.
+# What a record may hold that is not read: by the name of its key, or by a name of a file in its
+# value. Training without it would be blind, but nothing else would show it.
+OTHER_KEY = re.compile("(video|audio|speech|system|tool)s?")
+OTHER_FILE = re.compile(r'\.(mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a)"')
+# These say something of the picture that is read ("image_id"), where there is one.
+MEDIUM_KEY = re.compile("image|img|picture|photo|video|audio")
+PICTURE_FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic)"|"data:')
 
-    Raises ValueError, which names the file and, where there is one, the record.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            records = json.load(file)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:       # cut short, nested too deeply
-        raise ValueError(f"{path} is not a whole JSON file: {error}") from None
-    if not isinstance(records, list):
-        raise ValueError(f"{path} is not a LLaVA-format file: it is not a JSON list of records")
+
+def refuse_unread(fields, read, has_image, where):
+    """Raise BadSample if a record or a turn names a medium under a key that is not in `read`."""
+    for key, value in fields.items():
+        if key in read or not value:
+            continue
+        name, text = key.lower(), json.dumps(value).lower()
+        is_unread = OTHER_KEY.fullmatch(name) or OTHER_FILE.search(text)
+        if not has_image:
+            is_unread = is_unread or MEDIUM_KEY.search(name) or PICTURE_FILE.search(text)
+        if is_unread:
+            raise BadSample("malformed", f"{where} has {key[:40]!r}, which is not read: only the "
+                                         "record's 'image' and its 'conversations' are")
+
+
+def check_text(text, i):
+    """Raise BadSample if turn i holds a character that a tokenizer cannot read, or a mark."""
+    if NOT_TEXT.search(text):
+        raise BadSample("malformed", f"turn {i} holds half a character (a lone surrogate) or a "
+                                     "character for private use")
+
+
+def read_records(path):
+    """Return the records of a LLaVA-format file: a list of (place in the file, dict), not empty."""
+    records = common.read_records(path)
     if not records:
         raise ValueError(f"{path} holds no records")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: record {i} is not an object but {str(record)[:60]!r}")
     return records
+
+
+def image_names(record):
+    """Return the list of a record's image names. Raises BadSample.
+
+    They stand under "image", or under "images" as in LLaMA-Factory: one name or a list.
+    """
+    keys = [key for key in ("image", "images") if record.get(key) not in (None, [])]
+    if len(keys) == 2:
+        raise BadSample("malformed", "there are pictures under 'image' and under 'images'")
+    names = record[keys[0]] if keys else []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise BadSample("malformed", f"{keys[0]!r} is neither a file name nor a list of file names")
+    return names
 
 
 def turns_of(record):
@@ -419,10 +472,8 @@ def turns_of(record):
             raise BadSample("malformed", f"turn {i} lacks a text under 'from' or 'value'")
         if turn["from"] not in ROLES:
             raise BadSample("malformed", f"turn {i} is from {turn['from'][:40]!r}, "
-                                         "which is not human, gpt or system")
-        # JSON can spell half a character ("\ud800"). UTF-8 and tokenizers cannot.
-        if re.search("[\ud800-\udfff]", turn["value"]):
-            raise BadSample("malformed", f"turn {i} holds half a character (a lone surrogate)")
+                                         f"which is not one of {', '.join(ROLES)}")
+        check_text(turn["value"], i)
         messages.append({"role": ROLES[turn["from"]], "content": turn["value"]})
     return messages
 
@@ -430,26 +481,25 @@ def turns_of(record):
 def messages_of(record, image_first=True):
     """Return (messages for encode, list of image names) of a LLaVA record. Raises BadSample.
 
-    "image" is a name or a list of names, in the order of the "<image>" in the human turns. If no
-    turn has an "<image>", they go before the first human turn. If there is one image and
-    image_first is true, its "<image>" moves to the front of its turn, as in LLaVA.
+    The images have the order of the "<image>" in the human turns. If no turn has an "<image>", they
+    go before the first human turn. If there is one image and image_first is true, its "<image>"
+    moves to the front of its turn, as in LLaVA.
     """
-    names = record.get("image")
-    names = [] if names is None else [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise BadSample("malformed", "'image' is neither a file name nor a list of file names")
+    names = image_names(record)
     messages = turns_of(record)
+    refuse_unread(record, ("id", "image", "images", "conversations"), names, "the record")
     expected = ("user", "system")
     for i, message in enumerate(messages):
-        role, content, sender = message["role"], message["content"], record["conversations"][i]["from"]
+        role, content, turn = message["role"], message["content"], record["conversations"][i]
+        refuse_unread(turn, ("from", "value"), False, f"turn {i}")
         if role not in expected:
-            raise BadSample("malformed", f"turn {i} is from {sender!r}; "
+            raise BadSample("malformed", f"turn {i} is from {turn['from']!r}; "
                                          "human and gpt must alternate, human first")
         expected = ("assistant",) if role == "user" else ("user",)
         if not content.strip():
             raise BadSample("malformed", f"turn {i} is empty")
         if role != "user" and IMAGE in content:
-            raise BadSample("malformed", f"turn {i} is from {sender!r} and holds '{IMAGE}'; "
+            raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; "
                                          "only a human turn can")
 
     users = [message for message in messages if message["role"] == "user"]
@@ -471,6 +521,7 @@ class Conversations:
 
     image: {"size", "mean", "std"[, "mode"]} for transform.
     max_length: a sample keeps its first max_length tokens; None keeps all.
+    image_names: for each record its image names; none for a record that is malformed.
     word_of_id: {id: index of the shared word that the id is}, for "words".
     features: a folder with the patches of each picture, see train.cache_features. They then take
         the place of pixels.
@@ -489,13 +540,18 @@ class Conversations:
         self.max_length = max_length
         self.word_of_id = word_of_id or {}
         self.features = features
-        self.records, self.names = [], []
-        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-            for i, record in enumerate(read_records(path)):
-                self.records.append(record)
-                self.names.append(f"{path}: record {i} (id {str(record.get('id'))[:60]!r})")
-        # The sign says whether there is an image; group_by_modality_length in global_batches needs it.
-        self.lengths = [_num_words(r) * (1 if r.get("image") else -1) for r in self.records]
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        self.places, self.records = zip(*[pair for path in paths for pair in read_records(path)])
+        self.image_names, self.lengths = [], []
+        for record in self.records:
+            try:
+                names = image_names(record)
+                length = sum(len(turn["content"].split()) for turn in turns_of(record))
+            except BadSample:           # it is reported when it is used
+                names, length = [], 1
+            self.image_names.append(names)
+            # The sign says whether there is an image; global_batches needs it.
+            self.lengths.append(max(1, length) * (1 if names else -1))
         if tokenizer:           # a template that cannot work is not a bad record: fail now
             trial = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "a"}]
             encode(trial, tokenizer, num_patches, template)
@@ -513,17 +569,19 @@ class Conversations:
         """Return sample i. Raises BadSample. Without a tokenizer its ids and labels are empty."""
         import torch
 
+        record = self.records[i]
         try:
-            messages, names = messages_of(self.records[i], image_first=self.template == "chat")
+            messages, names = messages_of(record, image_first=self.template == "chat")
             ids, labels = self.encode(messages) if self.tokenizer else ([], [])
             paths = [image_path(self.image_folder, name) for name in names]
             images = [self.image_tensor(path) for path in paths]
         except ValueError as error:
+            where = f"{self.places[i]} (id {str(record.get('id'))[:60]!r})"
             kind = getattr(error, "kind", "untrainable")
-            raise BadSample(kind, f"{self.names[i]}: {error}") from None
+            raise BadSample(kind, f"{where}: {error}") from None
         words = [self.word_of_id.get(label, -1) for label in labels]
         size = self.image["size"]
-        return {"id": str(self.records[i].get("id", i)),
+        return {"id": str(record.get("id", i)),
                 "input_ids": torch.tensor(ids, dtype=torch.int64),
                 "labels": torch.tensor(labels, dtype=torch.int64),
                 "words": torch.tensor(words, dtype=torch.int64),
@@ -576,14 +634,6 @@ def features_path(folder, path):
     return f"{folder}/{digest[:2]}/{digest}.safetensors"
 
 
-def _num_words(record):
-    """Return the number of words in all turns, at least 1: the length that batches are sorted by."""
-    try:
-        return max(1, sum(len(turn["value"].split()) for turn in record["conversations"]))
-    except (KeyError, TypeError, AttributeError):
-        return 1                        # a malformed record is reported when it is used
-
-
 # --------------------------------------------------------------------------------------------------
 # batches
 
@@ -621,8 +671,8 @@ def collate(samples, pad_id):
 def without_images(batch):
     """Return the batch with its images hidden from attention and the positions closed up.
 
-    As many tokens are trained as before. If an image opens a row (template "plain" without BOS), its
-    last patch predicts the first word, so that patch stays visible. All pixels are 0.
+    As many tokens are trained as before. If an image opens a row (template "plain" without BOS),
+    its last patch predicts the first word, so that patch stays visible. All pixels are 0.
     """
     hidden = batch["input_ids"] == IMAGE_ID                             # (B, T)
     front = hidden.cumprod(1).bool()
@@ -636,8 +686,8 @@ def without_images(batch):
 def global_batches(dataset, batch_size, epoch, seed, group):
     """Return the order of an epoch: one list of sample indices for each optimizer step.
 
-    It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch is all
-    image or all text, longest first, so that ranks that take batch[rank::world] do equal work.
+    It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch is
+    all image or all text, longest first, so that ranks that take batch[rank::world] do equal work.
     What is left of both kinds is one short batch at the end, or two.
     """
     import torch
@@ -667,28 +717,8 @@ def global_batches(dataset, batch_size, epoch, seed, group):
 # --------------------------------------------------------------------------------------------------
 # python data.py --check
 
-def check(dataset, workers):
-    """Read and encode every sample. Return {kind: [sentence, ...]} of those that cannot be used."""
-    from tqdm import tqdm
-
-    def problem(i):
-        try:
-            dataset.sample(i)
-        except BadSample as error:
-            return error
-
-    problems = {}
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(dataset), unit=" records") as bar:
-        for start in range(0, len(dataset), 1024):      # map() would hold a task for each record
-            for error in pool.map(problem, range(start, min(start + 1024, len(dataset)))):
-                bar.update()
-                if error:
-                    problems.setdefault(error.kind, []).append(str(error))
-    return problems
-
-
 def main(argv=None):
-    """Run the check and return the exit code, which is 1 if a sample cannot be used."""
+    """Read and encode every sample. Return the exit code, which is 1 if one cannot be used."""
     parser = argparse.ArgumentParser(
         description="List the missing, broken and untrainable samples of a dataset.")
     add = parser.add_argument
@@ -698,22 +728,27 @@ def main(argv=None):
     add("--num_patches", type=int, default=576, help="ids that one image takes")
     add("--max_length", type=int, default=2048, help="tokens, image patches included")
     add("--template", default="chat", choices=TEMPLATES)
-    add("--workers", type=int, default=os.cpu_count(), help="threads")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--offline", action="store_true", help=common.OFFLINE)
     args = parser.parse_args(argv)
     if args.offline:
         common.go_offline()
+    import torch
+    from tqdm import tqdm
 
     tokenizer = common.load_tokenizer(args.tokenizer) if args.tokenizer else None
-    image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}   # small: only the reading is checked
+    # Small, because no picture is refused for the mode or the size that a run has.
+    image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image,
                             args.template, args.max_length)
-    if tokenizer:
-        samples = map(dataset.__getitem__, range(len(dataset)))
-        first = next((s for s in samples if not isinstance(s, BadSample)), None)
-        if first:
-            print(show_sample(first["input_ids"], first["labels"], tokenizer))
-    problems = check(dataset, args.workers)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=args.workers)
+    shown, problems = tokenizer is None, {}
+    for sample in tqdm(loader, unit=" records"):
+        if isinstance(sample, BadSample):
+            problems.setdefault(sample.kind, []).append(str(sample))
+        elif not shown:
+            print(show_sample(sample["input_ids"], sample["labels"], tokenizer))
+            shown = True
     for kind, sentences in problems.items():
         more = ["..."] if len(sentences) > 20 else []
         print(f"\n{kind}: {len(sentences)}", *sentences[:20], *more, sep="\n  ")

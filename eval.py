@@ -16,7 +16,6 @@ MM-Vet needs a judge: --judge MODEL asks OPENAI_BASE_URL with OPENAI_API_KEY. Wi
 file that a judge takes is written.
 """
 import argparse
-import io
 import json
 import os
 import sys
@@ -156,10 +155,8 @@ def answer_batch(vlm, batch, prompts, max_new_tokens):
     settings = vlm.image_settings
     pixel_values = []
     for image in images:
-        source = io.BytesIO(image) if isinstance(image, bytes) else image
         # mode="pad" makes the image square with a border, as LLaVA does for all benchmarks.
-        pixel_values.append(transform(open_image(source), settings["size"], settings["mean"],
-                                      settings["std"], mode="pad"))
+        pixel_values.append(transform(open_image(image), **settings, mode="pad"))
     pixel_values = torch.stack(pixel_values) if images else None            # (N, 3, S, S)
     # Greedy, as the papers do. Up to rounding, an answer does not depend on its batch.
     answers = generate(vlm, prompts, pixel_values, max_new_tokens, image_index=image_index)

@@ -36,7 +36,7 @@ def write_missing(vlm, dataset, folder, batch_size):
                          f"{', '.join(other)}: name another folder")
     os.makedirs(folder, exist_ok=True)
     common.write_json(what, path)
-    names = {name for record in dataset.records for name in data.messages_of(record)[1]}
+    names = {name for names in dataset.image_names for name in names}
     paths = sorted(data.image_path(dataset.image_folder, name) for name in names)
     paths = [p for p in paths if is_newer(p, data.features_path(folder, p))]
     start = time.time()

@@ -459,7 +459,10 @@ def main(cfg):
             reason = (bad + ["another rank has a bad sample"])[0]
             if cfg.on_bad == "skip":
                 reason = (f"{skipped + int(sums['bad'])} samples were skipped, more than bad_limit "
-                          f"{cfg.bad_limit}; data.py --check names them all")
+                          f"{cfg.bad_limit}; data.py --check {cfg.data.replace(',', ' ')} --images "
+                          f"{cfg.images} --tokenizer {vlm.config.llm} --template {cfg.template} "
+                          f"--num_patches {vlm.num_patches} --max_length {cfg.max_length} names "
+                          "them all")
             sys.exit(f"train.py: {reason}")
 
         # 4. Divide once by the number of trained tokens, clip, and update.

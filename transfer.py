@@ -76,9 +76,9 @@ def caption_batches(vlm, path, images, metadata, limit):
     dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches, settings,
                                  template=metadata.get("template", "chat"))
     first_record = {}
-    for i, record in enumerate(dataset.records):
-        if isinstance(record.get("image"), str):
-            first_record.setdefault(record["image"], i)
+    for i, names in enumerate(dataset.image_names):
+        if len(names) == 1:
+            first_record.setdefault(names[0], i)
     number = min(limit, len(first_record)) // BATCH_SIZE * BATCH_SIZE
     if number < BATCH_SIZE:
         raise ValueError(f"{path} has {len(first_record)} different images and --limit is {limit}: "

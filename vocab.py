@@ -66,16 +66,15 @@ def show(word):
 # what the tokens of a tokenizer stand for
 
 def rust_tokenizer(tokenizer):
-    """Return the tokenizers.Tokenizer of a transformers tokenizer. ValueError if it has none."""
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not hasattr(backend, "pre_tokenizer"):
-        raise ValueError(f"{type(tokenizer).__name__} has no fast form, which says what its tokens "
-                         "mean")
-    return backend
+    """Return the tokenizers.Tokenizer of a transformers tokenizer."""
+    return getattr(tokenizer, "backend_tokenizer", tokenizer)
 
 
 def spelling_of(tokenizer):
-    """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁"."""
+    """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁".
+
+    ValueError for a tokenizer whose tokens are not bytes (BERT's "##", CLIP's "</w>").
+    """
     backend = rust_tokenizer(tokenizer)
     for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
         mark = getattr(backend.model, affix, None)
@@ -84,22 +83,13 @@ def spelling_of(tokenizer):
                              "in bytes")
     # The JSON of each part. backend.to_str() would add half a million merges, seconds for Gemma.
     parts = (backend.decoder, backend.pre_tokenizer, backend.normalizer)
-    queue = [json.loads(part.__getstate__()) for part in parts if part is not None]
-    space, kinds = None, set()
-    while queue:
-        part = queue.pop()
-        kinds.add(part["type"])
-        if part["type"] == "Metaspace":
-            space = part["replacement"]
-        if part["type"] == "Replace" and "String" in part["pattern"]:
-            # A normalizer replaces " " by "▁", a decoder "▁" by " ".
-            ends = {part["pattern"]["String"], part["content"]}
-            if " " in ends and len(ends) == 2 and all(len(c) == 1 for c in ends):
-                space = (ends - {" "}).pop()
-        for value in part.values():
-            if isinstance(value, list):
-                queue += [x for x in value if isinstance(x, dict) and "type" in x]
-    return "bytes" if "ByteLevel" in kinds else space or "text"
+    spec = "".join(part.__getstate__().decode() for part in parts if part is not None)
+    if '"ByteLevel"' in spec:
+        return "bytes"
+    # A decoder replaces "▁" by " ", a normalizer " " by "▁".
+    space = re.search(r'"Metaspace","replacement":"(.)"|"String":"([^ ])"},"content":" "|'
+                      r'"String":" "},"content":"(.)"', spec)
+    return space[space.lastindex] if space else "text"
 
 
 def token_to_word(token, spelling):
@@ -121,22 +111,16 @@ def text_to_word(text, spelling):
     return to_word(text.encode("utf-8", errors="surrogateescape"))
 
 
-def added_tokens(tokenizer):
-    """Return the set of the added tokens' strings."""
-    added = rust_tokenizer(tokenizer).get_added_tokens_decoder().values()
-    return {token.content for token in added}
-
-
 def special_tokens(tokenizer, spelling):
-    """Return the set of the tokens that no text may produce."""
+    """Return (tokens that no text may produce, all added tokens): two sets of strings."""
     backend = rust_tokenizer(tokenizer)
     added = backend.get_added_tokens_decoder().values()
     special = {token.content for token in added if token.special}
-    special.add(getattr(backend.model, "unk_token", None))
+    special |= {getattr(backend.model, "unk_token", None)}
     special |= set(getattr(tokenizer, "all_special_tokens", ()))
     if spelling not in ("bytes", "text"):
         special |= SENTENCEPIECE_CONTROL
-    return special
+    return special, {token.content for token in added}
 
 
 def tokenizer_words(tokenizer):
@@ -144,13 +128,12 @@ def tokenizer_words(tokenizer):
 
     Special, added, reserved and unused tokens are not words. A byte token such as "<0x61>" is a
     word only if no other token spells its byte: beside "a" it is never produced, so its embedding
-    was never trained. ValueError if tokens are not bytes (BERT's "##", CLIP's "</w>").
+    was never trained. ValueError if tokens are not bytes.
     """
     spelling = spelling_of(tokenizer)
-    added = added_tokens(tokenizer)
-    excluded = added | special_tokens(tokenizer, spelling)
+    special, added = special_tokens(tokenizer, spelling)
     tokens = rust_tokenizer(tokenizer).get_vocab(with_added_tokens=False)
-    words, byte_tokens = {}, {}
+    excluded, words, byte_tokens = special | added, {}, {}
     # By id: of two spellings of one word the lower id counts.
     for token, i in sorted(tokens.items(), key=lambda item: item[1]):
         if token in excluded or (token[:1] in "<[" and RESERVED.fullmatch(token)):
@@ -180,22 +163,18 @@ def word_ids(words, tokenizer):
     backend = rust_tokenizer(tokenizer)
     spelling = spelling_of(tokenizer)
     table = tokenizer_words(tokenizer)
-    special = special_tokens(tokenizer, spelling)
+    special, _ = special_tokens(tokenizer, spelling)
 
     def word_of(ids):
         """Return the word that the ids spell, or None."""
-        word = ""
-        for i in ids:
-            token = backend.id_to_token(i)
-            is_ordinary = token not in special and not RESERVED.fullmatch(token)
-            part = token_to_word(token, spelling) if is_ordinary else None
-            if part is None:
-                return None
-            word += part
-        return word
+        tokens = [backend.id_to_token(i) for i in ids]
+        if any(token in special or RESERVED.fullmatch(token) for token in tokens):
+            return None
+        parts = [token_to_word(token, spelling) for token in tokens]
+        return None if None in parts else "".join(parts)
 
     def spell(text):
-        """Return the ids of a text in the tokenizer's own spelling."""
+        """Return the ids of a text in the tokenizer's own spelling; None for a missing byte."""
         word = text_to_word(text, spelling)
         if not STRAY_BYTE.match(text[-1]):
             try:
@@ -206,12 +185,8 @@ def word_ids(words, tokenizer):
                 return ids
         if len(text) > 1:
             return [i for c in text for i in spell(c)]
-        ids = []
-        for c, byte in zip(word, to_bytes(word)):
-            ids.append(backend.token_to_id(c if spelling == "bytes" else f"<0x{byte:02X}>"))
-        if None in ids:
-            raise ValueError(f"this tokenizer has no token for {show(word)!r}")
-        return ids
+        return [backend.token_to_id(c if spelling == "bytes" else f"<0x{byte:02X}>")
+                for c, byte in zip(word, to_bytes(word))]
 
     def pieces(word):
         """Return the ids of the pieces of a word that is not one token."""
@@ -220,15 +195,13 @@ def word_ids(words, tokenizer):
             text = to_bytes(word).decode("utf-8", errors="surrogateescape")
         if spelling not in ("bytes", "text"):
             text = text.replace(" ", spelling)
-        try:
-            return [i for part in STRAY_BYTE.split(text) if part for i in spell(part)]
-        except ValueError as error:
-            raise ValueError(f"the word {show(word)!r} ({word!r}) cannot be spelt: "
-                             f"{error}") from None
+        return [i for part in STRAY_BYTE.split(text) if part for i in spell(part)]
 
     result = []
     for word in words:
         ids = [table[word]] if word in table else pieces(word)
+        if None in ids:
+            raise ValueError(f"this tokenizer cannot spell the word {show(word)!r} ({word!r})")
         assert ids and word_of(ids) == word, f"round trip: {word!r} -> {ids} -> {word_of(ids)!r}"
         result.append(ids)
     return result
@@ -243,11 +216,11 @@ def read_texts(path, count="all"):
     count: "all" takes every turn as it stands; "answers" takes the gpt turns, without "<image>".
     ValueError names the file and the first record that is not of the format.
     """
-    for number, record in enumerate(read_records(path)):
+    for place, record in read_records(path):
         try:
             messages = turns_of(record)
         except ValueError as error:
-            raise ValueError(f"{path}: record {number}: {error}") from None
+            raise ValueError(f"{place}: {error}") from None
         if count == "answers":
             answers = [m["content"] for m in messages if m["role"] == "assistant"]
             yield [text.replace(IMAGE, "") for text in answers]
@@ -260,22 +233,15 @@ def count_words(paths, tokenizer, count="all"):
     backend = rust_tokenizer(tokenizer)
     backend.no_truncation()                 # transformers sets both anew at each of its own calls
     backend.no_padding()
-    ids, texts, records = Counter(), [], 0
-
-    def count_texts():
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+    records = [texts for path in paths for texts in read_texts(path, count)]
+    texts = [text for record in records for text in record]
+    ids = Counter()
+    for start in range(0, len(texts), 10_000):          # bounds the memory of the encodings
+        part = texts[start:start + 10_000]
+        for encoding in backend.encode_batch_fast(part, add_special_tokens=False):
             ids.update(encoding.ids)
-        texts.clear()
-
-    for path in paths:
-        for turns in read_texts(path, count):
-            texts += turns
-            records += 1
-            if len(texts) >= 10_000:        # bounds the memory of the encodings
-                count_texts()
-    count_texts()
     words = tokenizer_words(tokenizer)
-    return Counter({word: ids[i] for word, i in words.items() if ids[i]}), ids.total(), records
+    return Counter({word: ids[i] for word, i in words.items() if ids[i]}), ids.total(), len(records)
 
 
 def rank_words(shared, counts, size):
@@ -333,9 +299,7 @@ def read_arguments():
     add("--size", type=int, default=19200, help="how many words (default 19200)")
     add("--count", choices=("all", "answers"), default="all",
         help="all turns, as for the official list, or the gpt turns without <image>")
-    add("--count_tokenizer", metavar="NAME", help="the tokenizer that counts (default: the first)")
     add("--out", required=True, metavar="words.json")
-    add("--counts", metavar="FILE", help="also write {word: count} of the shared words")
     add("--overwrite", action="store_true", help="replace existing files")
     add("--offline", action="store_true", help=OFFLINE)
     if any(argument.startswith("--import-official") for argument in sys.argv[1:]):
@@ -348,12 +312,8 @@ def read_arguments():
         parser.error("give two or more --tokenizers and a --corpus")
     if args.size < 1:
         parser.error("--size must be at least 1")
-    for path in filter(None, (args.out, args.counts)):
-        if os.path.exists(path) and not args.overwrite:
-            raise ValueError(f"{path} exists; --overwrite replaces it")
-    for path in args.corpus:
-        if not os.path.isfile(path):
-            raise ValueError(f"there is no file {path}")
+    if os.path.exists(args.out) and not args.overwrite:
+        raise ValueError(f"{args.out} exists; --overwrite replaces it")
     return args
 
 
@@ -363,13 +323,10 @@ def main():
     shared = shared_words(list(tokenizers.values()))
     if not shared:
         raise ValueError(f"{' and '.join(tokenizers)} share no word")
-    counter = args.count_tokenizer or args.tokenizers[0]
+    counter = args.tokenizers[0]
     start = time.time()
-    counts, total, records = count_words(
-        args.corpus, tokenizers.get(counter) or load_tokenizer(counter), args.count)
-    seconds = time.time() - start
-    print(f"counted      {records:,} records in {seconds:.1f} s, {records / seconds:,.0f} per "
-          f"second, by {counter}")
+    counts, total, records = count_words(args.corpus, tokenizers[counter], args.count)
+    print(f"counted      {records:,} records in {time.time() - start:.1f} s, by {counter}")
     words = rank_words(shared, counts, args.size)
     if len(words) < args.size:
         print(f"note         only {len(words):,} words are shared, {args.size:,} were asked for: "
@@ -380,9 +337,6 @@ def main():
         print(f"tokens       {len(table):,} ordinary ones in {name}")
     print(f"shared       {len(shared):,}\nkept         {len(words):,}, sha256 {words_hash(words)}")
     print_coverage(words, counts, total)
-    if args.counts:
-        ranked = rank_words(shared, counts, len(shared))
-        write_json({word: counts[word] for word in ranked if counts.get(word)}, args.counts, 0)
     save_words(words, args.out)
     print(f"wrote        {args.out}")
 

@@ -1,10 +1,9 @@
 """What the benchmarks share: reading files, pairing answers with questions, averages."""
-import json
 import math
 import os
 from collections import defaultdict
 
-from common import read_json
+from common import read_json, read_records
 
 # The sentences that LLaVA appends to a question.
 SHORT = "Answer the question using a single word or phrase."
@@ -39,20 +38,11 @@ def read_objects(path, *fields):
 
 
 def read_lines(path, *fields):
-    """Return the objects of a file of JSON lines. ValueError names the line that is not complete.
+    """Return the objects of a file of JSON lines or of a JSON list.
 
-    Half a file must not become a score, so an incomplete line is an error.
+    ValueError names the line that is not complete: half a file must not become a score.
     """
-    records = []
-    # Read bytes, so that only \n ends a line. In text mode \x85 or \u2028 in an answer would, too.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                raise ValueError(f"{path}, line {number}: not complete JSON") from None
-            records.append(require(record, fields, f"{path}, line {number}"))
-    return records
+    return [require(record, fields, place) for place, record in read_records(path)]
 
 
 def unique(records, key, path):

@@ -2,8 +2,8 @@
 import os
 import re
 
-from benchmarks.reading import (LETTER, image_file, mean, question, read_answers, require, stderr,
-                                unique)
+from benchmarks.reading import (LETTER, image_file, mean, question, read_answers, read_lines,
+                                require, stderr, unique)
 from common import read_json
 
 COLUMN = "SciQA"
@@ -17,11 +17,9 @@ SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
 
 def read_records(path):
     """Return {id: record} of llava_test_CQM-A.json; each has a first turn that has a text."""
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: not a list of records")
+    records = read_lines(path, "id", "conversations")
     for i, record in enumerate(records):
-        turns = require(record, ("id", "conversations"), f"{path}: record {i}")["conversations"]
+        turns = record["conversations"]
         require(turns[0] if turns else None, ("value",), f"{path}: record {i}, first turn")
     return unique(records, lambda record: str(record["id"]), path)
 
@@ -72,7 +70,7 @@ def score(questions, truth, predictions, partial=False):
     for k, answer in answers.items():
         has_image = "<image>" in answer["prompt"]
         same_text = text_of(official[k]) in answer["prompt"]
-        if has_image != ("image" in official[k]) or not same_text:
+        if has_image != bool(official[k].get("image")) or not same_text:
             raise ValueError(f"{predictions}: the prompt of question {k} is not that of the "
                              "question file")
         require(problems[k], ("choices", "answer"), f"{problems_path}: question {k}")

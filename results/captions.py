@@ -30,18 +30,18 @@ import data
 import model
 import transfer
 
-with open(args.data, encoding="utf-8") as f:
-    records = json.load(f)[:args.number]
+records = [data.messages_of(record) for _, record in data.read_records(args.data)[:args.number]]
 bits = {}
-rows = [{"image": r["image"], "true": r["conversations"][1]["value"]} for r in records]
+rows = [{"image": images[0], "true": messages[1]["content"]} for messages, images in records]
 for pair in args.checkpoints:
     name, _, folder = pair.partition("=")
     vlm = checkpoint.load(folder)
     _, whole = checkpoint.read_config(folder)
-    prompts = [data.encode_prompt([{"role": "user", "content": r["conversations"][0]["value"]}], vlm.tokenizer,
-                                  vlm.num_patches, whole["template"]) for r in records]
-    pixels = torch.stack([data.transform(data.open_image(data.image_path(args.images, r["image"])), **vlm.image_settings,
-                                         mode=whole["image_mode"]) for r in records])
+    prompts = [data.encode_prompt(messages[:1], vlm.tokenizer, vlm.num_patches, whole["template"])
+               for messages, _ in records]
+    pixels = torch.stack([data.transform(data.open_image(data.image_path(args.images, images[0])),
+                                         **vlm.image_settings, mode=whole["image_mode"])
+                          for _, images in records])
     for row, ids in zip(rows, generate(vlm, prompts, pixels, max_new_tokens=24)):
         row[name] = vlm.tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()   # a caption is one line
     bits[name] = transfer.measure(vlm, *transfer.caption_batches(vlm, args.data, args.images, whole, limit=128))

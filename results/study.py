@@ -216,7 +216,7 @@ def study_records(args):
     """
     truth = common.read_json(args.truth) if args.truth else None
     captions = {}
-    for record in data.read_records(args.data):
+    for _, record in data.read_records(args.data):
         messages, images = data.messages_of(record)
         if len(images) == 1 and (images[0] in captions or len(captions) < args.number):
             answers = [m["content"] for m in messages if m["role"] == "assistant"]

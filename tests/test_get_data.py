@@ -236,8 +236,8 @@ def test_a_dead_host_is_not_asked_for_all_pictures(server, get, tmp_path, monkey
 
 FAILS = {"404": (GQA, "always 404", None, "answers 404"), "403": (GQA, "always 403", None, "answers 403"),
          "a page": (GQA, "page", None, "sends a web page"), "no zip": (GQA, "", b"error: quota", "is no whole zip archive"),
-         "out of the root": (GQA, "", archive({"images/1.jpg": picture(), "../../evil.jpg": b"x"}), "is not inside"),
-         "an absolute name": (GQA, "", archive({"images/1.jpg": picture(), "/tmp/evil.jpg": b"x"}), "is not inside"),
+         "out of the root": (GQA, "", archive({"images/1.jpg": picture(), "../../evil.jpg": b"x"}), "leads out of"),
+         "an absolute name": (GQA, "", archive({"images/1.jpg": picture(), "/tmp/evil.jpg": b"x"}), "leads out of"),
          "a link": (GQA, "", archive({"images/1.jpg": picture()}, link="images/out"), "holds the link"),
          "other bytes": (COCO, "", archive({"train2017/9.jpg": b"x"}), "published is")}
 

@@ -225,13 +225,12 @@ def test_command_line_end_to_end(toks, tmp_path, monkeypatch, capsys):
         toks[name].save_pretrained(tmp_path / name)
     records = corpus(tmp_path / "c.json")
     a, b, out = tmp_path / "byte_level", tmp_path / "sentencepiece_bpe", tmp_path / "words.json"
-    build = ["--tokenizers", a, b, "--corpus", tmp_path / "c.json", "--out", out, "--counts", tmp_path / "counts.json"]
+    build = ["--tokenizers", a, b, "--corpus", tmp_path / "c.json", "--out", out]
     done = run(*build, "--size", 20)
     assert done.returncode == 0, done.stderr
     words, counts = vocab.load_words(out), slow_counts(records, toks["byte_level"])[0]
     shared = vocab.shared_words([toks["byte_level"], toks["sentencepiece_bpe"]])
     assert words == sorted(shared, key=lambda w: (-counts.get(w, 0), w.encode()))[:20]
-    assert json.loads((tmp_path / "counts.json").read_text()) == {w: n for w, n in counts.items() if w in set(shared)}
     assert "coverage" in done.stdout and vocab.words_hash(words) in done.stdout
 
     refused = run(*build)
@@ -250,9 +249,10 @@ def test_command_line_end_to_end(toks, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ('{"a": 1}', "list of records"), ('[{"conversations": [{"from": "gpt", "value": "x"}]}, {"text": 1}]', "record 1"),
+    ('{"a": 1}', "record 0: 'conversations' is missing"), ('[{"conversations": [{"from": "gpt", "value": "x"}]}, {"text": 1}]', "record 1"),
     ('[{"conversations": [{"from": "gpt", "value": 3}]}]', "record 0"), ('[{"conversations": [', "whole JSON"),
-    ('[{"conversations": [{"from": "wizard", "value": "x"}]}]', "record 0"), ("", "whole JSON")])
+    ('[{"conversations": [{"from": "wizard", "value": "x"}]}]', "record 0"), ("", "no records"),
+    ('{"conversations": [{"from": "gpt", "value": "x"}]}\n{"conversations": 1}\n', "line 2")])
 def test_broken_corpus_is_one_sentence_with_file_and_record(tmp_path, content, sentence):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(ValueError, match=sentence) as error:

@@ -30,7 +30,7 @@ FLATTEN = """\
 {%- set flat.text = flat.text + part.text -%}
 {%- endfor -%}
 {%- endif -%}
-{%- set flat.messages = flat.messages + [{'role': message.role, 'content': flat.text}] -%}
+{%- set flat.messages = flat.messages + [{'role': message.role, 'content': flat.text | trim}] -%}
 {%- endfor -%}
 {%- set messages = flat.messages %}
 """
@@ -87,16 +87,8 @@ def chat_template(tokenizer):
     if tokenizer.chat_template:
         return FLATTEN + tokenizer.chat_template
     starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    lines = data.TEMPLATES["chat"]
-    template = tokenizer.bos_token if starts_with_bos else ""
-    template += "{% for message in messages %}"
-    for role, (before, after) in lines.items():
-        end = tokenizer.eos_token if role == "assistant" else ""
-        template += (f"{{% if message.role == '{role}' %}}{{{{ {before!r} + message.content + "
-                     f"{end + after!r} }}}}{{% endif %}}")
-    opening = lines["assistant"][0]
-    return FLATTEN + (template + "{% endfor %}"
-                      f"{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}")
+    bos = tokenizer.bos_token if starts_with_bos else ""
+    return FLATTEN + f"{{% set bos = {bos!r} %}}" + data.TEMPLATES["chat"]
 
 
 def to_llava(vlm):

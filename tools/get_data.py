@@ -206,7 +206,7 @@ def to_jpeg(body):
     """Return the bytes of a picture as those of a JPEG in RGB or grey. BadSample if it is none."""
     from PIL import Image
     from data import BadSample, open_image
-    image = open_image(io.BytesIO(body))
+    image = open_image(body)
     if max(image.size) == 1:                    # the shop sends one pixel for a picture it has not
         raise BadSample("broken image", "the host sends a picture of one pixel")
     with Image.open(io.BytesIO(body)) as original:

@@ -10,7 +10,6 @@ no ids, because each tokenizer gives its own.
 """
 import argparse
 import hashlib
-import json
 import os
 import re
 import sys

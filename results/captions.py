@@ -27,7 +27,6 @@ import torch
 import checkpoint
 from generate import generate
 import data
-import model
 import transfer
 
 records = [data.messages_of(record) for _, record in data.read_records(args.data)[:args.number]]

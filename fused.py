@@ -1,25 +1,38 @@
 """
 The fused vocabulary combination: the same function as `combine` in model.py, with less memory.
 
-The plain formula keeps a score for each patch and word: 1.4 GB for 32 pictures at the paper's
-sizes, and several tensors of this size. The fused version keeps the scores of one block of words.
-In float32 it takes about 1/14 of the plain formula's extra memory. It costs one matrix product more in
-the backward pass: where memory suffices, the compiled plain formula is faster (bench.py combine).
+The plain formula keeps several tensors with a score for each patch and word. Each takes 1.4 GB for
+32 pictures at the paper's sizes in float32. The fused version has the scores of one block of words
+at a time, which takes about 1/14 of the plain formula's extra memory. It costs one matrix product
+more in the backward pass. LangBridge.forward therefore runs it only where the plain formula's
+scores would take more than a part of the memory, see `plain_limit`.
 
 This is the one file with a hand-made backward pass. Who reads for the method can skip it.
 Letters as in model.py. P here counts the patches of all images of a batch together.
 """
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
 
 from common import print_rank0
 
-NORMALIZE = ("unit", "softmax", "none")     # what this file knows; model.combine takes the others
+NORMALIZE = ("unit", "softmax", "none")     # what this file knows
 BLOCK = 1024            # words whose scores exist at one time
 # torch.compile takes seconds. With fewer scores (patches x words) than this it does not pay.
 COMPILE_FROM = 1 << 23
+
+
+@functools.cache
+def plain_limit(device):
+    """Return how many bytes of float32 scores the plain formula may make: 1/32 of the memory.
+
+    Forward and backward keep several tensors of this size.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 32
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 32
 
 
 def combine(z, W, b, E, normalize):
@@ -37,12 +50,11 @@ def combine(z, W, b, E, normalize):
         if normalize == "none":
             out = combine_raw(rows, W, b, E)
         else:
-            out = SoftmaxCombine.apply(rows, W, b, E, normalize == "unit")
-    return out.view(*z.shape[:-1], E.shape[1])                      # (P, D) -> (..., D)
+            out, norm = SoftmaxCombine.apply(rows, W, b, E, normalize == "unit")
+            if normalize == "unit":
+                out = out - E.mean(dim=0, dtype=out.dtype) / norm   # (P, D) - (D,) / (P, 1)
+    return out.to(dtype).view(*z.shape[:-1], E.shape[1])            # (P, D) -> (..., D)
 
-
-# --------------------------------------------------------------------------------------------------
-# raw scores
 
 def combine_raw(z, W, b, E):
     """Return (z W^T + b) E in the cheaper of its two orders: z float[P, H] -> float[P, D].
@@ -63,11 +75,8 @@ def combine_raw(z, W, b, E):
     return F.linear(z, W, b) @ E                                    # (P, H) x (H, K) x (K, D)
 
 
-# --------------------------------------------------------------------------------------------------
-# softmax scores
-
 class SoftmaxCombine(torch.autograd.Function):
-    """softmax(z W^T + b) E, like attention with the words as keys and E as values.
+    """p E, or p E / |p|, for p = softmax(z W^T + b): like attention with the words as keys.
 
     Forward is the online softmax of arXiv 1805.02867 and 2112.05682. For one patch
 
@@ -79,67 +88,55 @@ class SoftmaxCombine(torch.autograd.Function):
 
     Backward makes the scores of each block again. With g = dL/dout
 
-        p_k = exp(s_k - top - log_total)        dL/dp_k = g . e_k
-        dL/ds_k = p_k (g . e_k - sum_j p_j g . e_j) = p_k (g . e_k - g . out)
+        p_k = exp(s_k - top - log_total)        dL/ds_k = p_k (g . e_k - g . out)
 
     so the sum over all words is one number for each patch. top and log_total are kept apart: at a
     top of 1e4 their float32 sum would be wrong by 5e-4, and every p_k with it.
 
-    "unit" returns (sum_k p_k e_k - mean) / |p| with the mean of E. A common factor of all p_k
-    changes nothing, so sum_j p_j dL/dp_j = 0 and
+    For "unit", out is divided by n = |p|, and dn/ds_k = p_k^2 / n - p_k n. With h = dL/dn of what
+    follows
 
-        dL/ds_k = p_k ((g . e_k - g . mean) / |p| - p_k (g . out) / |p|^2)
+        dL/ds_k = p_k (g . e_k / n - h n + p_k (h - g . out / n) / n)
     """
 
     @staticmethod
     def forward(ctx, z, W, b, E, unit):
-        """z float[P, H], W float[K, H], b float[K], E float[K, D] -> float[P, D] in z's dtype."""
+        """z float[P, H], W [K, H], b [K], E [K, D] -> out [P, D] and norm [P, 1], like the sums."""
         P, D = len(z), E.shape[1]
-        sum_dtype = torch.promote_types(z.dtype, torch.float32)
-        top = torch.full((P, 1), torch.finfo(sum_dtype).min, dtype=sum_dtype, device=z.device)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        top = z.new_full((P, 1), torch.finfo(dtype).min, dtype=dtype)
         total = torch.zeros_like(top)                               # (P, 1) sum of exp(s - top)
         squares = torch.zeros_like(top)                             # (P, 1) sum of exp(s - top)^2
-        out = torch.zeros(P, D, dtype=sum_dtype, device=z.device)   # sum of exp(s - top) e
-        mean = torch.zeros(D, dtype=sum_dtype, device=z.device)     # of the rows of E
+        out = z.new_zeros(P, D, dtype=dtype)                        # sum of exp(s - top) e
         step = compiled(forward_step) if P * len(W) >= COMPILE_FROM else forward_step
         for Wk, bk, Ek in zip(W.split(BLOCK), b.split(BLOCK), E.split(BLOCK)):
             s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) -> (P, block)
             p, top, total, squares, rescale = step(s, top, total, squares)
             add_product(out.mul_(rescale), p, Ek.to(z.dtype))       # (P, block) x (block, D)
-            if unit:
-                mean += Ek.sum(0, dtype=sum_dtype) / len(E)
-        out = out.div_(total)
-        norm = torch.ones_like(total)
-        if unit:
-            norm = squares.sqrt() / total                           # (P, 1) |p|
-            out = out.sub_(mean).div_(norm)
-        out = out.to(z.dtype)
-        ctx.save_for_backward(z, W, b, E, out, top, total.log(), mean, norm)
+        norm = squares.sqrt() / total                               # (P, 1)
+        out.div_(total * norm if unit else total)
+        ctx.save_for_backward(z, W, b, E, out, top, total.log(), norm)
         ctx.unit = unit
-        return out
+        return out, norm
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        """g float[P, D] -> gradients of z, W and b, each in the dtype of its tensor."""
-        z, W, b, E, out, top, log_total, mean, norm = ctx.saved_tensors
-        g_out = (g.to(top.dtype) * out).sum(1, keepdim=True)        # (P, 1) g . out
-        # Both kinds are dL/ds_k = p_k ((g . e_k - shift) / norm - p_k curve). For "unit", shift is
-        # g . mean, because E is centred, and curve is the derivative of 1 / |p|.
-        shift, curve = g_out, torch.zeros_like(g_out)
+    def backward(ctx, g, h):
+        """g float[P, D], h [P, 1] -> gradients of z, W and b, each in the dtype of its tensor."""
+        z, W, b, E, out, top, log_total, norm = ctx.saved_tensors
+        shift = (g * out).sum(dim=1, keepdim=True)                  # (P, 1) g . out
+        scale, curve = torch.ones_like(norm), torch.zeros_like(norm)
         if ctx.unit:
-            shift = g.to(top.dtype) @ mean[:, None]                 # (P, D) x (D, 1) -> (P, 1)
-            curve = g_out / norm.square()                           # (P, 1)
-        dz = torch.zeros(z.shape, dtype=top.dtype, device=z.device)
-        dW = torch.empty_like(W)
-        db = torch.empty_like(b)
+            scale, shift, curve = norm, h * norm, (h - shift / norm) / norm
+        g = g.to(z.dtype)
+        dz, dW, db = torch.zeros_like(z, dtype=top.dtype), torch.empty_like(W), torch.empty_like(b)
         step = compiled(backward_step) if len(z) * len(W) >= COMPILE_FROM else backward_step
         for start in range(0, len(W), BLOCK):
             block = slice(start, start + BLOCK)
             Wk = W[block].to(z.dtype)
             s = F.linear(z, Wk, b[block].to(z.dtype))               # the same bits as in forward
             dp = g @ E[block].to(z.dtype).T                         # (P, D) x (D, block)
-            ds, db[block] = step(s, dp, top, log_total, shift, norm, curve)
+            ds, db[block] = step(s, dp, top, log_total, scale, shift, curve)
             dW[block] = ds.T @ z                                    # (block, P) x (P, H)
             add_product(dz, ds, Wk)                                 # (P, block) x (block, H)
         return dz.to(z.dtype), dW, db, None, None
@@ -159,51 +156,48 @@ def forward_step(s, top, total, squares):
     return p.to(s.dtype), new_top, total, squares, rescale
 
 
-def backward_step(s, dp, top, log_total, shift, norm, curve):
+def backward_step(s, dp, top, log_total, scale, shift, curve):
     """Return dL/ds of one block, float[P, block] in s's dtype, and its sum over patches, [block].
 
     s and dp = g . e are float[P, block], the other arguments float[P, 1].
     """
     p = (s.to(top.dtype) - top - log_total).exp()
-    ds = p * ((dp.to(top.dtype) - shift) / norm - p * curve)
+    ds = p * (dp.to(top.dtype) / scale - shift + p * curve)
     return ds.to(s.dtype), ds.sum(0)
 
 
 def add_product(total, a, b):
-    """Add a @ b to `total` in place."""
+    """Add a @ b to `total` in place. Where dtypes differ, a quarter of the product at a time."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-        return
-    # The product is a temporary in the dtype of a. Four chunks make it a quarter as large.
-    for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
-        total_rows.add_(a_rows @ b)
+    else:
+        for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
+            total_rows.add_(a_rows @ b)
+
+
+print_once = functools.cache(print_rank0)
 
 
 @functools.cache
-def compiled(step):
-    """Return `step` compiled, so that it passes over memory once instead of six times.
+def compiled(function):
+    """Return `function` compiled, so that it passes over memory once instead of six times.
 
-    Where torch.compile fails, the result runs `step` itself and says so once.
+    Where torch.compile fails, the result runs `function` itself and says so once.
     """
-    fast = torch.compile(step, dynamic=True)
+    fast = torch.compile(function, dynamic=True)
+    works = True
 
     def run(*args):
-        nonlocal fast
-        try:
-            return fast(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:      # no C++ compiler and no Triton raise errors of many types
-            if fast is step:
+        nonlocal works
+        if works:
+            try:
+                return fast(*args)
+            except torch.OutOfMemoryError:
                 raise
-            print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
-                       "combination runs uncompiled and slower")
-            fast = step
-            return step(*args)
+            except Exception as error:      # no C++ compiler and no Triton raise many types
+                works = False
+                print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
+                           "combination runs uncompiled and slower")
+        return function(*args)
 
     return run
-
-
-@functools.cache
-def print_once(text):
-    print_rank0(text)

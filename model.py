@@ -48,7 +48,7 @@ class LangBridge(nn.Module):
     torch's default. At the paper's sizes the connector has 129,790,720 parameters.
     """
 
-    def __init__(self, Dv, H=5120, K=19200, normalize="unit", gain=1.0):
+    def __init__(self, Dv, H=5120, K=19200, normalize="unit", gain=1.0, plain_bytes=0):
         super().__init__()
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize is one of {', '.join(NORMALIZE)}, not {normalize!r}")
@@ -60,14 +60,20 @@ class LangBridge(nn.Module):
         # E [K, D] belongs to the LLM. A non-persistent buffer is in no state dict, so E is not
         # saved with the connector, and no saved tensor has the dimension D.
         self.register_buffer("vocab_embeds", None, persistent=False)
+        # With more bytes of scores than this, fused.py computes. 0: a part of the device's memory.
+        self.plain_bytes = plain_bytes
 
     def forward(self, patches):
         """Return the image embeds: patches float[N, P, Dv] -> float[N, P, D]."""
         z = self.mlp(patches)                                       # (N, P, Dv) -> (N, P, H)
         W, b, E = self.to_scores.weight, self.to_scores.bias, self.vocab_embeds
-        # fused.combine is the same function as `combine` below and needs less memory.
-        combination = fused.combine if self.normalize in fused.NORMALIZE else combine
-        return combination(z, W, b, E, self.normalize)              # (N, P, H) -> (N, P, D)
+        num_scores = z[..., 0].numel() * len(W)
+        is_small = 4 * num_scores <= (self.plain_bytes or fused.plain_limit(z.device))
+        if self.normalize == "none" or self.normalize in fused.NORMALIZE and not is_small:
+            # The same function as `combine` below. It needs less memory, and for "none" less time.
+            return fused.combine(z, W, b, E, self.normalize)        # (N, P, H) -> (N, P, D)
+        plain = fused.compiled(combine) if num_scores >= fused.COMPILE_FROM else combine
+        return plain(z, W, b, E.to(z.dtype), self.normalize)
 
     def scores(self, patches):
         """Return each word's score in each patch: float[N, P, Dv] -> float32[N, P, K]."""

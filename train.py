@@ -88,6 +88,8 @@ class Settings:
     dtype: str = setting("bfloat16", "of activations and frozen weights; the others are float32",
                          choices=("bfloat16", "float32"))
     attention: str = setting("", common.ATTENTION)
+    plain_bytes: int = setting(0, "scores up to this size run the plain formula, see fused.py; 0: "
+                                  "1/32 of the memory", low=0)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first step")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
     shard_tower: bool = setting(False, "each rank holds a piece of the vision tower as well",
@@ -202,6 +204,7 @@ def make_model(cfg, device, world):
             W = model.initial_scores(vlm.connector.vocab_embeds, cfg.hidden) * cfg.gain
             vlm.connector.to_scores.weight.data.copy_(W)
             vlm.connector.to_scores.bias.data.zero_()
+    vlm.connector.plain_bytes = cfg.plain_bytes
     for part in trained_parts:
         getattr(vlm, part).requires_grad_(True).train()
     if "vision_tower" in trained_parts:

@@ -115,20 +115,16 @@ def measure(vlm, batches, num_bytes):
     weights = vlm.connector.weights(patches).abs().sum((0, 1)).cpu()        # (N, P, K) -> (K,)
     single = single_tokens(vlm)
     report["mass_on_single_tokens"] = (weights[single].sum() / weights.sum()).item()
-    report["rms_image_embeds"] = rms(vlm.connector(patches))
     ids = batches[0]["input_ids"]
-    report["rms_text_embeds"] = rms(vlm.llm.get_input_embeddings()(ids[ids >= 0]))
+    for name, x in (("image", vlm.connector(patches)),
+                    ("text", vlm.llm.get_input_embeddings()(ids[ids >= 0]))):
+        report[f"rms_{name}_embeds"] = x.float().square().mean().sqrt().item()
     return report
 
 
 def single_tokens(vlm):
     """Return for each word whether it is one token of this LLM's tokenizer: bool[K]."""
     return torch.tensor([len(ids) == 1 for ids in vocab.word_ids(vlm.words, vlm.tokenizer)])
-
-
-def rms(x):
-    """Return the root mean square of all entries as a float."""
-    return x.float().square().mean().sqrt().item()
 
 
 def print_report(report):
@@ -150,8 +146,8 @@ def main(args):
     if config.connector != "langbridge":
         sys.exit(f"{args.source} has an MLP connector: its output is in the embedding space of "
                  f"{config.llm} and means nothing to another LLM. Only a LangBridge can move.")
-    target_name = os.path.basename(os.path.normpath(args.target))
-    out = args.out or f"{os.path.normpath(args.source)}-to-{target_name}"
+    target = os.path.basename(os.path.normpath(args.target))
+    out = args.out or f"{os.path.normpath(args.source)}-to-{target}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
     if os.path.realpath(out) == os.path.realpath(args.source):

@@ -200,6 +200,55 @@ def test_no_compiler_is_said_once(monkeypatch, capsys):
     fused.compiled.cache_clear()
 
 
+def across_the_border(monkeypatch, normalize, inputs, plain_bytes):
+    """-> (which formula LangBridge.forward ran, its result, dz, dW, db)"""
+    z, W, b, E, g = inputs
+    bridge = model.LangBridge(Dv=H, H=H, K=K, normalize=normalize)
+    bridge.mlp = torch.nn.Identity()
+    bridge.to_scores.weight, bridge.to_scores.bias = torch.nn.Parameter(W.detach()), torch.nn.Parameter(b.detach())
+    bridge.vocab_embeds, bridge.plain_bytes = E, plain_bytes
+    ran = []
+    with monkeypatch.context() as patch:
+        for name, module in (("plain", model), ("fused", fused)):
+            patch.setattr(module, "combine", lambda *args, call=module.combine, name=name: ran.append(name) or call(*args))
+        out = bridge(z)
+    return ran, (out.detach(), *torch.autograd.grad(out, (z, bridge.to_scores.weight, bridge.to_scores.bias), g.to(out.dtype)))
+
+
+@pytest.mark.parametrize("normalize, below", [("unit", "plain"), ("softmax", "plain"), ("none", "fused")])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_both_sides_of_the_border_give_the_same(monkeypatch, normalize, below, dtype, limit, is_compiled):
+    """At plain_bytes the plain formula runs, with one byte less the fused one. In bfloat16 as in training, by autocast."""
+    if is_compiled:
+        if normalize != "unit":
+            pytest.skip("seconds for each compilation")
+        monkeypatch.setattr(fused, "COMPILE_FROM", 0)
+        fused.compiled.cache_clear()
+    *inputs, g = tensors(2, 150)
+    inputs[3] = inputs[3].to(dtype)                                 # E is held in the dtype of frozen weights
+    reference = exact(*inputs, g, normalize)
+    for plain_bytes, formula in ((4 * 300 * K, below), (4 * 300 * K - 1, "fused")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ran, result = across_the_border(monkeypatch, normalize, (*inputs, g), plain_bytes)
+        assert ran == [formula] and max(off(result, reference)) < limit
+    fused.compiled.cache_clear()
+
+
+def test_the_border_is_a_part_of_the_memory():
+    limit = fused.plain_limit(torch.device("cpu"))
+    assert 1 << 20 < limit < 1 << 40
+    assert fused.plain_limit(torch.device("cpu")) == limit
+
+
+def test_without_autocast_e_of_another_dtype_is_cast(monkeypatch):
+    """Evaluation in bfloat16 keeps the connector in float32 and E in bfloat16."""
+    *inputs, g = tensors(40)
+    inputs[3] = inputs[3].bfloat16()
+    ran, result = across_the_border(monkeypatch, "unit", (*inputs, g), 0)
+    assert ran == ["plain"] and max(off(result, exact(*inputs, g, "unit"))) < 3e-6
+
+
 def test_fold_is_the_same_function():
     torch.manual_seed(0)
     bridge = model.LangBridge(Dv=12, H=H, K=K, normalize="none")

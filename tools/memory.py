@@ -20,6 +20,7 @@ import vocab
 
 SIZES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config/paper/sizes.json")
 RANKS = (1, 8, 64)
+ASSUMED_MEMORY = 80 << 30           # bytes of a GPU, for the choice that fused.plain_limit makes
 
 
 def print_estimate(cfg, trained_parts, parts_table):
@@ -126,9 +127,12 @@ def memory(vlm, cfg, config, P, T, ranks):
     scores = E = 0
     if config.connector == "langbridge":
         scores = patches * min(config.num_words, fused.BLOCK) * 8
+        if config.normalize != "none" and 4 * patches * config.num_words <= (
+                cfg.plain_bytes or ASSUMED_MEMORY // 32):
+            scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
         E = config.num_words * D * width
     logits = min(model.LOSS_ROWS, tokens - patches) * embedding.num_embeddings * 12
     table = {"weights": weights + E, "gradients and AdamW's moments (float32)": state,
              "gathered from the other ranks": gathered, "activations of the LLM": activations,
-             "one block of scores and weights": scores, "logits": logits}
+             "scores and weights of the words": scores, "logits": logits}
     return {**table, "sum": sum(table.values())}

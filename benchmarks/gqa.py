@@ -1,6 +1,4 @@
 """GQA, testdev balanced: questions about real photographs, exact match."""
-import os
-
 from benchmarks.reading import (by_group, mean, questions_from_lines, read_answers, read_objects,
                                 require, stderr)
 
@@ -14,7 +12,7 @@ SOURCE = "GQA's site: questions v1.2, images"
 
 
 def questions(data):
-    return questions_from_lines(os.path.join(data, ASK), os.path.join(data, "gqa/images"))
+    return questions_from_lines(data, ASK, "gqa/images")
 
 
 def normalize(text):

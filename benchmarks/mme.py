@@ -21,8 +21,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def questions(data):
-    return questions_from_lines(os.path.join(data, ASK),
-                                os.path.join(data, "mme/MME_Benchmark_release_version"))
+    return questions_from_lines(data, ASK, "mme/MME_Benchmark_release_version")
 
 
 def parse(text):

@@ -17,7 +17,7 @@ SOURCE = "yuweihao/MM-Vet, release v1: mm-vet.zip"
 
 
 def questions(data):
-    return questions_from_lines(os.path.join(data, ASK), os.path.join(data, "mmvet/images"))
+    return questions_from_lines(data, ASK, "mmvet/images")
 
 
 def read_both(questions, predictions, partial=False):

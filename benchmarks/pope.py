@@ -18,7 +18,7 @@ SPLITS = ("random", "popular", "adversarial")
 
 
 def questions(data):
-    return questions_from_lines(os.path.join(data, ASK), os.path.join(data, "pope/val2014"))
+    return questions_from_lines(data, ASK, "pope/val2014")
 
 
 def parse(text):
@@ -31,7 +31,7 @@ def parse(text):
 
 
 def asked(record):
-    """Return what ties a question and its label: the image and the question without LLaVA's line."""
+    """Return what ties a question and its label: the image, and the question's first line."""
     question = record["text"].split("\n")[0]
     return f"{record['image']}: {question}"
 

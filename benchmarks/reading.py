@@ -94,8 +94,12 @@ def image_file(folder, name, where):
     return os.path.join(folder, name)
 
 
-def questions_from_lines(path, images):
-    """Return the questions of a file of JSON lines in LLaVA's format. images: their folder."""
+def questions_from_lines(data, lines, images):
+    """Return the questions of a file of JSON lines in LLaVA's format.
+
+    data: the folder of all benchmarks. lines, images: this file and its images' folder, below data.
+    """
+    path, images = os.path.join(data, lines), os.path.join(data, images)
     return [question(record["question_id"], record["text"],
                      image_file(images, record["image"], f"{path}: {record['question_id']}"))
             for record in read_lines(path, "question_id", "text", "image")]

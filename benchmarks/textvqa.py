@@ -1,5 +1,4 @@
 """TextVQA, val 0.5.1: text in photographs, soft accuracy against ten human answers."""
-import os
 import re
 
 from benchmarks.reading import (mean, questions_from_lines, read_answers, require, stderr,
@@ -16,8 +15,7 @@ SOURCE = "TextVQA's site: val 0.5.1, train_val_images.zip"
 
 
 def questions(data):
-    return questions_from_lines(os.path.join(data, ASK),
-                                os.path.join(data, "textvqa/train_images"))
+    return questions_from_lines(data, ASK, "textvqa/train_images")
 
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()

@@ -1,4 +1,4 @@
-"""bench.py in small: what it compares must compute the same. Alone: python -m pytest tests/test_bench.py"""
+"""bench.py with tiny models: what it compares must compute the same."""
 import json
 
 import pytest
@@ -8,10 +8,10 @@ from transformers import AutoConfig
 import bench
 import model
 
-TOWER = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-             num_attention_heads=2, image_size=24, patch_size=8)
-LLM = dict(model_type="qwen2", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-           num_key_value_heads=1, vocab_size=300, tie_word_embeddings=True)
+TOWER = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48,
+             num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8)
+LLM = dict(model_type="qwen2", hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+           num_attention_heads=2, num_key_value_heads=1, vocab_size=300, tie_word_embeddings=True)
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +24,18 @@ def configs():
 
 
 def test_a_step_is_llavas_step():
-    """Loss and gradients, with captions of different lengths"""
+    """Loss and gradients are equal for captions of different lengths."""
     vlm = bench.random_vlm(*configs(), side=24, dtype=torch.float32)
     seen = {}
     for name, step in bench.steps(vlm, bench.captions(vlm, 3, 12), "float32").items():
-        with pytest.MonkeyPatch.context() as m:                     # before the gradients are clipped and dropped
+        # `update` would clip and drop the gradients, so a function that keeps them replaces it.
+        with pytest.MonkeyPatch.context() as m:
             m.setattr(bench, "update", lambda connector, optimizer, count=1: seen.setdefault(
                 name, [p.grad / count for p in connector.parameters()]))
             loss = step()
         seen[name].append(torch.tensor(loss))
         vlm.zero_grad()
-    assert [g.abs().sum() > 0 for g in seen["ours"]]
+    assert all(g.abs().sum() > 0 for g in seen["ours"])
     torch.testing.assert_close(seen["ours"], seen["LLaVA"], atol=1e-6, rtol=1e-4)
 
 
@@ -62,27 +63,34 @@ def test_flops_are_those_that_torch_counts():
         z = torch.randn(n, Dv)
         connector = model.MLPConnector(Dv, D) if kind == "mlp" else model.LangBridge(Dv, H, K, kind)
         with FlopCounterMode(display=False) as counter:
-            if kind == "softmax":                                   # torch does not count what our backward pass does
+            if kind == "softmax":           # torch does not count the fused backward pass
                 scores = connector.to_scores(connector.mlp(z))
                 out = scores.softmax(-1) @ torch.randn(K, D)
             else:
                 connector.vocab_embeds = torch.randn(K, D)
                 out = connector(z)
             out.sum().backward()
-        small = 4 * K * D if kind == "none" else 0                  # b E and its gradient, products of a vector
-        assert abs(counter.get_total_flops() - bench.connector_flops(kind, n, Dv, H, K, D, needed)) <= small, kind
-    made, needed = (bench.connector_flops("softmax", n, Dv, H, K, D, needed) for needed in (False, True))
+        # The estimate leaves out b E and its gradient, which are products of a vector.
+        small = 4 * K * D if kind == "none" else 0
+        flops = bench.connector_flops(kind, n, Dv, H, K, D, needed)
+        assert abs(counter.get_total_flops() - flops) <= small, kind
+    made, needed = (bench.connector_flops("softmax", n, Dv, H, K, D, needed)
+                    for needed in (False, True))
     assert made - needed == 2 * n * K * H
 
 
 def test_connectors_and_their_overhead(monkeypatch):
     monkeypatch.setattr(bench, "dry_run_bytes", lambda kind, images: 1e6)
-    rows = bench.bench_connectors("step", 1, H=40, K=64, tower=configs()[0], llm=configs()[1], side=24)
-    assert [r["what"].split(": ")[1] for r in rows] == ["softmax, overhead by the FLOPs'", "raw, overhead in %"] + [
-        f"memory that --dry_run says by measured, {kind}" for kind in ("mlp", "softmax")]
+    tower, llm = configs()
+    rows = bench.bench_connectors("step", 1, H=40, K=64, tower=tower, llm=llm, side=24)
+    assert [r["what"].split(": ")[1] for r in rows] == [
+        "softmax, overhead by the FLOPs'", "raw, overhead in %",
+        "memory that --dry_run says by measured, mlp",
+        "memory that --dry_run says by measured, softmax"]
     mlp, softmax = (r["detail"]["measured, GB"] for r in rows[2:])
     parameters = 32 * 40 + 40 + 40 * 40 + 40 + 40 * 64 + 64 - (32 * 48 + 48 + 48 * 48 + 48)
-    assert softmax - mlp > 12e-9 * parameters                       # weight, two moments; a gradient fits in the LLM's peak
+    # A parameter has a weight and two moments. Its gradient fits below the peak of the LLM.
+    assert softmax - mlp > 12e-9 * parameters
 
 
 def test_dry_run_is_read():
@@ -91,7 +99,8 @@ def test_dry_run_is_read():
 
 def test_memory_is_counted_to_the_byte():
     x = torch.ones(1000)
-    assert bench.extra_memory(lambda: [x.exp().exp().exp()]) == 2 * 4000      # the third is returned
+    # The third of the tensors is returned, so it does not count.
+    assert bench.extra_memory(lambda: [x.exp().exp().exp()]) == 2 * 4000
     assert bench.extra_memory(lambda: None) == 0
 
 
@@ -122,7 +131,9 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_llava_step_reports_speed_and_memory(dtype, monkeypatch):
     made = []
-    monkeypatch.setattr("torch.nn.Module.compile", lambda block, **how: made.append(block))   # seconds, and tested with train.py
+    # Compilation takes seconds and is tested with train.py.
+    monkeypatch.setattr("torch.nn.Module.compile", lambda block, **options: made.append(block))
     speed, compiled, memory = bench.bench_llava_step("step", *configs(), 24, 3, dtype)
     assert speed["detail"]["images"] == 3 and compiled["bar"] == ">= 1.5" and len(made) > 1
-    assert 0 < memory["value"] < 1                                  # logits of 300 words at 60 positions against 24
+    # LLaVA has the logits of 60 positions in memory, and this code those of 24.
+    assert 0 < memory["value"] < 1

@@ -23,8 +23,8 @@ import pocket_world  # noqa: E402
 from pocket_world import SUFFIX  # noqa: E402
 
 
-# The JSON files of the tiny world: how many, and a hash of their hashes. With another hash the world
-# is another one, and the tables in results/ belong to the old one.
+# The JSON files of the tiny world: their number, and a hash of their hashes. If this hash changes,
+# the tables in results/ no longer belong to this world.
 DATA_FILES = (23, "5c44adcb5334790104e591712fb8497e84901ba055cadb29eea418b2dcb03f4f")
 
 

@@ -8,6 +8,9 @@ TGT is any causal LLM, a hub name or a folder. The tensors of the connector and 
 move. The LLM, its tokenizer and E are replaced: E becomes the new LLM's own input embeddings of the
 same words. The new checkpoint works as it is, and `train.py --stage=sft --init=DIR` trains it on.
 --eval measures source and target on captioned images.
+
+An MLP connector knows its LLM and has no words. --map words.json moves it all the same, as a
+baseline: by the linear map between the two LLMs' embeddings of these words.
 """
 import argparse
 import math
@@ -26,6 +29,7 @@ def read_arguments():
     add("target", help="LLM to move to: hub name or folder")
     add("--out", help="folder to write (default: SRC-to-TGT)")
     add("--eval", metavar="DATA.json", help="LLaVA-format captions to measure both LLMs on")
+    add("--map", metavar="words.json", help="move an MLP by a linear map, fitted on these words")
     add("--images", help="folder of their images (default: images/ beside DATA.json)")
     add("--limit", type=int, default=128, help="images to use, in batches of 16 (default 128)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -46,6 +50,7 @@ import torch
 import checkpoint
 import data
 import vocab
+from model import vocab_embeds
 
 BATCH_SIZE = 16
 
@@ -60,6 +65,43 @@ def move(source, target, device, dtype, attention=None):
                            tower_folder=tower_folder)               # makes the target's E
     checkpoint.load_connector(vlm.connector, source)
     return vlm
+
+
+def move_mlp(source, target, words_file, device, dtype, attention=None):
+    """Return the VLM of checkpoint folder `source`, an MLP, mapped to the LLM `target`.
+
+    The last layer of the MLP is followed by the map, so the result is an MLP again.
+    """
+    words = vocab.load_words(words_file)
+    old = checkpoint.load(source, device, dtype, attention)
+    first, _, last = old.connector.mlp
+    source_E = vocab_embeds(old.llm, old.tokenizer, words)
+    config = replace(old.config, llm=target, hidden=first.out_features)
+    del old.llm                                     # two LLMs need not fit into memory together
+    vlm = checkpoint.build(config, None, device, dtype, attention=attention,
+                           tower_folder=checkpoint.own_folder(source, "vision_tower"))
+    vlm.connector.mlp[0].load_state_dict(first.state_dict())
+    target_E = vocab_embeds(vlm.llm, vlm.tokenizer, words)
+    weight, bias = map_layer(last.weight, last.bias, source_E, target_E)
+    vlm.connector.mlp[2].weight.data.copy_(weight)
+    vlm.connector.mlp[2].bias.data.copy_(bias)
+    return vlm
+
+
+@torch.no_grad()
+def map_layer(weight, bias, source_E, target_E, ridge=0.01):
+    """Return the weight [Dt, H] and bias [Dt] of a layer [Ds, H], [Ds] with a linear map behind it.
+
+    The map is the ridge regression from the centred source_E [K, Ds] to the centred target_E
+    [K, Dt], in closed form. ridge is a part of the mean variance of a dimension of source_E.
+    Source of the idea: VPGTrans, arXiv 2305.01278.
+    """
+    mean_s, mean_t = source_E.mean(dim=0), target_E.mean(dim=0)
+    S, T = source_E - mean_s, target_E - mean_t
+    gram = S.T @ S                                                          # (Ds, Ds)
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    linear = torch.linalg.solve(gram, S.T @ T)                              # (Ds, Dt)
+    return linear.T @ weight.float(), (bias.float() - mean_s) @ linear + mean_t
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,9 +154,10 @@ def measure(vlm, batches, num_bytes):
         nats = sum(vlm(view(batch))[0].item() for batch in batches)
         report[f"bits_per_byte_{name}"] = nats / math.log(2) / num_bytes
     patches = vlm.patch_features(batches[0]["pixel_values"]).float()        # (N, P, Dv)
-    weights = vlm.connector.weights(patches).abs().sum((0, 1)).cpu()        # (N, P, K) -> (K,)
-    single = single_tokens(vlm)
-    report["mass_on_single_tokens"] = (weights[single].sum() / weights.sum()).item()
+    if vlm.words:
+        weights = vlm.connector.weights(patches).abs().sum((0, 1)).cpu()    # (N, P, K) -> (K,)
+        single = single_tokens(vlm)
+        report["mass_on_single_tokens"] = (weights[single].sum() / weights.sum()).item()
     ids = batches[0]["input_ids"]
     for name, x in (("image", vlm.connector(patches)),
                     ("text", vlm.llm.get_input_embeddings()(ids[ids >= 0]))):
@@ -129,9 +172,10 @@ def single_tokens(vlm):
 
 def print_report(report):
     """Print the report as a table, source and target side by side."""
-    from_pieces = report["words"] - report["single_tokens"]
-    print(f"words: {report['words']:,}, of which one token of the target "
-          f"{report['single_tokens']:,}, built from pieces {from_pieces:,}")
+    if "single_tokens" in report:
+        from_pieces = report["words"] - report["single_tokens"]
+        print(f"words: {report['words']:,}, of which one token of the target "
+              f"{report['single_tokens']:,}, built from pieces {from_pieces:,}")
     ends = [end for end in ("source", "target") if end in report]
     if ends:
         print(f"{'':26}" + "".join(f"{end:>12}" for end in ends))
@@ -143,9 +187,12 @@ def print_report(report):
 
 def main(args):
     config, metadata = checkpoint.read_config(args.source)
-    if config.connector != "langbridge":
+    if config.connector == "mlp" and not args.map:
         sys.exit(f"{args.source} has an MLP connector: its output is in the embedding space of "
-                 f"{config.llm} and means nothing to another LLM. Only a LangBridge can move.")
+                 f"{config.llm} and means nothing to another LLM. Only a LangBridge can move; "
+                 "--map words.json moves an MLP by a linear map, as a baseline.")
+    if config.connector == "langbridge" and args.map:
+        sys.exit(f"--map is for an MLP, and {args.source} has a LangBridge, which moves without it")
     target = os.path.basename(os.path.normpath(args.target))
     out = args.out or f"{os.path.normpath(args.source)}-to-{target}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
@@ -162,8 +209,11 @@ def main(args):
         batches = caption_batches(vlm, args.eval, images, metadata, args.limit)
         report["source"] = measure(vlm, *batches)
         del vlm                                     # two LLMs need not fit into memory together
-    vlm = move(args.source, args.target, device, dtype, args.attention)
-    report["single_tokens"] = int(single_tokens(vlm).sum())
+    if args.map:
+        vlm = move_mlp(args.source, args.target, args.map, device, dtype, args.attention)
+    else:
+        vlm = move(args.source, args.target, device, dtype, args.attention)
+        report["single_tokens"] = int(single_tokens(vlm).sum())
     if args.eval:
         batches = caption_batches(vlm, args.eval, images, metadata, args.limit)
         report["target"] = measure(vlm, *batches)

@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from conftest import run
@@ -82,3 +83,26 @@ def test_an_mlp_is_not_moved_and_the_reason_is_said(flow, tmp_path):
         "--workers=0", "--device=cpu", "--max_steps=1")
     done = run("transfer.py", tmp_path / "mlp", world / "pocket-llama", check=False)
     assert done.returncode != 0 and "MLP" in done.stderr and "Traceback" not in done.stderr
+    mapped = run("transfer.py", tmp_path / "mlp", world / "pocket-llama", "--map", world / "words.json",
+                 "--out", tmp_path / "mapped", "--eval", world / "captions_test.json", "--limit", 16)
+    assert "bits_per_byte_right" in mapped.stdout
+    before, after = (load_file(tmp_path / name / "connector.safetensors") for name in ("mlp", "mapped"))
+    assert (before["mlp.0.weight"] == after["mlp.0.weight"]).all()
+    assert before["mlp.2.weight"].shape != after["mlp.2.weight"].shape
+    done = run("transfer.py", out / "pretrain", world / "pocket-llama", "--map", world / "words.json",
+               "--out", tmp_path / "x", check=False)
+    assert done.returncode != 0 and "--map is for an MLP" in done.stderr
+
+
+def test_a_mapped_layer_says_the_target_word_for_the_source_word():
+    """If the target's embeddings are a rotation of the source's, the map is that rotation."""
+    import transfer
+    torch.manual_seed(0)
+    source_E = torch.randn(200, 12) + 3
+    rotation = torch.linalg.qr(torch.randn(12, 12))[0]
+    target_E = source_E @ rotation + 5
+    weight, bias = torch.randn(12, 7), torch.randn(12)
+    new_weight, new_bias = transfer.map_layer(weight, bias, source_E, target_E, ridge=1e-9)
+    hidden = torch.randn(4, 7)
+    expected = (hidden @ weight.T + bias) @ rotation + 5
+    torch.testing.assert_close(hidden @ new_weight.T + new_bias, expected, rtol=1e-3, atol=1e-3)

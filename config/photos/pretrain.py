@@ -1,0 +1,17 @@
+# Photographs, second stage: captions on SmolLM2, which stays frozen. The words loss holds the words.
+stage = "pretrain"
+out = "out/photos/pretrain"
+init = "out/photos/words"
+data = "data/photos/captions_train.json"
+images = "data/photos/images"
+features = "out/photos/features"
+template = "prompted"
+words_loss = 1.0
+global_batch = 16
+batch_size = 16
+max_steps = 600
+connector_lr = 5e-4
+dtype = "float32"
+workers = 0
+log_every = 10
+save_every = 50

@@ -1,0 +1,176 @@
+"""
+Measure checkpoints on photographs with captions and boxes: words, bits per byte, written captions.
+
+    python results/photos.py NAME=CHECKPOINT [...] --captions captions_val.json --boxes boxes_val.json
+        --images DIR --out FILE.json [--number 300] [--features DIR]
+
+Three measurements, each beside the same one with another picture:
+
+words      the strongest word of a patch stands in the label of the box that covers it; the same for
+           one of the five strongest. A patch belongs to the smallest box that holds its centre. For
+           an MLP the words are those whose embeddings have the largest cosine.
+captions   bits per byte of a human caption with the right, a wrong and no image.
+written    the caption that the model writes contains a word of a label of the picture.
+
+Intervals are 95 % bootstrap intervals over pictures. Images must be squares, because the boxes
+(fractions of a side, {file: {"objects": [{"label", "box": [x0, y0, x1, y1]}]}}) are not cropped.
+"""
+import argparse
+import math
+import os
+import random
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+import checkpoint
+import common
+import data
+import words
+from generate import generate
+
+# Words of a label that name no thing: function words, numbers, colours, places, pronouns.
+NO_THING = set("""a an the of in on at to and with his her its their one two three four five six some
+another other others many several all both each every left right front back side top bottom he she
+it they them him something someone group black white red blue green yellow orange brown pink purple
+gray grey""".split())
+BATCH_SIZE = 16
+
+
+def content_words(text):
+    """Return the set of lower-case words of a text that can name a thing."""
+    return set(re.findall(r"[a-z]+", text.lower())) - NO_THING
+
+
+def labels_of_patches(objects, side):
+    """Return for each of side x side patches the words of its label, a set, empty if it has none."""
+    labels = []
+    for i in range(side * side):
+        y, x = (i // side + 0.5) / side, (i % side + 0.5) / side
+        covering = [((x1 - x0) * (y1 - y0), label)
+                    for label, (x0, y0, x1, y1) in ((o["label"], o["box"]) for o in objects)
+                    if x0 <= x <= x1 and y0 <= y <= y1]
+        labels.append(content_words(min(covering)[1]) if covering else set())
+    return labels
+
+
+def interval(rows, seed=0, draws=1000):
+    """Return [mean, low, high] of sum(hits) / sum(counts) over rows of (hits, count)."""
+    rows = [row for row in rows if row[1]]
+    generator = random.Random(seed)
+    means = []
+    for _ in range(draws):
+        drawn = generator.choices(rows, k=len(rows))
+        means.append(sum(hits for hits, _ in drawn) / sum(count for _, count in drawn))
+    means.sort()
+    mean = sum(hits for hits, _ in rows) / sum(count for _, count in rows)
+    return [round(v, 4) for v in (mean, means[int(0.025 * draws)], means[int(0.975 * draws)])]
+
+
+@torch.no_grad()
+def strongest_words(vlm, patches):
+    """Return the five strongest words of each patch: float[1, P, Dv] -> P lists of 5 strings."""
+    if vlm.words:
+        names, scores = vlm.words, vlm.connector.weights(patches)[0]            # (P, K)
+    else:
+        names, E = words.vocabulary(vlm)
+        scores = words.cosine(vlm.connector(patches)[0].float(), E)             # (P, V)
+    top = scores.topk(5, dim=-1).indices.tolist()
+    names = [[name.strip("Ġ▁ ").lower() for name in (names[k] for k in row)] for row in top]
+    return names, scores
+
+
+@torch.no_grad()
+def measure(vlm, metadata, args):
+    """Return the report of one checkpoint, {name: [mean, low, high]}."""
+    settings = {**vlm.image_settings, "mode": metadata["image_mode"]}
+    dataset = data.Conversations([args.captions], args.images, vlm.tokenizer, vlm.num_patches,
+                                 settings, metadata["template"], features=args.features)
+    boxes = common.read_json(args.boxes)
+    first = {}
+    for i, record in enumerate(dataset.records):
+        if boxes.get(record["image"], {"objects": []})["objects"]:
+            first.setdefault(record["image"], i)
+    names = list(first)[:args.number]
+    samples = [dataset.sample(first[name]) for name in names]
+    side = math.isqrt(vlm.num_patches)
+
+    rows = {key: [] for key in ("top1", "top1_other", "top5", "top5_other")}
+    entropies = []
+    all_labels = [labels_of_patches(boxes[name]["objects"], side) for name in names]
+    for n, sample in enumerate(samples):
+        patches = vlm.patch_features(sample["images"]).float()
+        said, weights = strongest_words(vlm, patches)
+        if vlm.words and vlm.config.normalize != "none":
+            entropies.append(torch.special.entr(weights).sum(dim=-1).mean().item() / math.log(2))
+        for suffix, labels in (("", all_labels[n]), ("_other", all_labels[n - 1])):
+            pairs = [(five, label) for five, label in zip(said, labels) if label]
+            rows[f"top1{suffix}"].append((sum(five[0] in label for five, label in pairs), len(pairs)))
+            rows[f"top5{suffix}"].append((sum(bool(label & {*five}) for five, label in pairs),
+                                          len(pairs)))
+    report = {f"words_{key}": interval(value) for key, value in rows.items()}
+    if entropies:
+        report["entropy_bits"] = round(sum(entropies) / len(entropies), 3)
+
+    bits = {"right": [], "wrong": [], "none": []}
+    for n, (name, sample) in enumerate(zip(names, samples)):
+        batch = data.collate([sample], vlm.pad_id)
+        other = {**batch, "pixel_values": samples[n - 1]["images"]}
+        record = dataset.records[first[name]]
+        num_bytes = len(record["conversations"][1]["value"].encode())
+        for key, view in (("right", batch), ("wrong", other), ("none", data.without_images(batch))):
+            bits[key].append((vlm(view)[0].item() / math.log(2), num_bytes))
+    report |= {f"bits_per_byte_{key}": interval(value) for key, value in bits.items()}
+    report["wrong_minus_right"] = interval([(wrong - right, size) for (wrong, size), (right, _)
+                                            in zip(bits["wrong"], bits["right"])])
+
+    captions = []
+    for start in range(0, len(names), BATCH_SIZE):
+        chosen = names[start:start + BATCH_SIZE]
+        messages = [data.messages_of(dataset.records[first[name]], False)[0][:1] for name in chosen]
+        prompts = [data.encode_prompt(m, vlm.tokenizer, vlm.num_patches, metadata["template"])
+                   for m in messages]
+        images = torch.cat([s["images"] for s in samples[start:start + BATCH_SIZE]])
+        for ids in generate(vlm, prompts, images, max_new_tokens=24):
+            text = vlm.tokenizer.decode(ids, skip_special_tokens=True)
+            captions.append(text.split("\n")[0].strip())
+    things = [set().union(*(content_words(o["label"]) for o in boxes[name]["objects"]))
+              for name in names]
+    for suffix, shift in (("", 0), ("_other", 1)):
+        hits = [(bool(content_words(caption) & things[n - shift]), 1)
+                for n, caption in enumerate(captions)]
+        report[f"written{suffix}"] = interval(hits)
+    return report, dict(zip(names, captions))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    add("--captions", required=True, help="LLaVA-format captions; the first one of each picture")
+    add("--boxes", required=True)
+    add("--images", required=True)
+    add("--out", required=True, metavar="FILE.json", help="reports by name; old names are kept")
+    add("--number", type=int, default=300, help="pictures (default 300)")
+    add("--features", default="", help="a folder that train.py --features has filled")
+    add("--show", type=int, default=0, help="print so many written captions")
+    args = parser.parse_args()
+    reports = common.read_json(args.out) if os.path.isfile(args.out) else {}
+    for pair in args.checkpoints:
+        name, _, folder = pair.partition("=")
+        vlm = checkpoint.load(folder)
+        metadata = checkpoint.read_config(folder)[1]
+        reports[name], captions = measure(vlm, metadata, args)
+        reports[name]["pictures"] = min(args.number, len(captions))
+        reports[name]["git_commit"] = metadata["git_commit"]
+        print(name, *(f"  {key} {value}" for key, value in reports[name].items()), sep="\n")
+        print(*list(captions.items())[:args.show], sep="\n")
+        common.write_json(reports, args.out)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -228,10 +228,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     vlm = build(config, words, device, dtype, llm, frozen_dtype=frozen_dtype,
                 tower_dtype=tower_dtype, tower_folder=own_folder(folder, "vision_tower"),
                 sharded_parts=sharded_parts)
-    expected = metadata.get("num_patches", vlm.num_patches)
-    if vlm.num_patches != expected:
-        raise ValueError(f"{folder} was trained on {expected} patches of an image, "
-                         f"{config.vision_tower} gives {vlm.num_patches}")
+    check_patches(vlm, metadata, folder)
     load_connector(vlm.connector, folder)
     llm_fingerprint = {key: metadata[key] for key in vlm.llm_fingerprint}
     if llm_folder:
@@ -242,12 +239,22 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
             found = read_tensors(f"{llm_folder}/vocab_embeds.safetensors", {"vocab_embeds": E})
             vlm.connector.vocab_embeds = found["vocab_embeds"].to(E)
     check_fingerprint(vlm, folder, metadata)
-    # A checkpoint of an older version has no fingerprint, only these two hashes.
-    if not llm_folder and vlm.llm_fingerprint != llm_fingerprint:
+    # A checkpoint of an older version has no fingerprint, only these two hashes. They are empty in
+    # a connector that was published for any LLM.
+    is_tied = any(llm_fingerprint.values()) and not llm_folder
+    if is_tied and vlm.llm_fingerprint != llm_fingerprint:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; "
                          "transfer.py moves it")
     vlm.llm_fingerprint = llm_fingerprint           # of E's LLM, also where training changed it
     return vlm
+
+
+def check_patches(vlm, metadata, folder):
+    """Raise a ValueError if the tower gives another number of patches than in the training."""
+    expected = metadata.get("num_patches", vlm.num_patches)
+    if vlm.num_patches != expected:
+        raise ValueError(f"{folder} was trained on {expected} patches of an image, "
+                         f"{vlm.config.vision_tower} gives {vlm.num_patches}")
 
 
 def check_fingerprint(vlm, folder, metadata):

@@ -57,12 +57,15 @@ def read_records(path):
         content = file.read()
     try:
         text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8 text") from None
     try:
         value = json.loads(text)
         values = value if isinstance(value, list) else [value]
         places = [f"{path}: record {i}" for i in range(len(values))]
+        if isinstance(value, dict):
+            places = [f"{path}, line 1"]
     except (ValueError, RecursionError) as error:
         if text.lstrip()[:1] == "[":
             raise ValueError(f"{path} is not a whole JSON file: {error}") from None

@@ -29,6 +29,7 @@ def read_arguments():
     add("target", help="LLM to move to: hub name or folder")
     add("--out", help="folder to write (default: SRC-to-TGT)")
     add("--eval", metavar="DATA.json", help="LLaVA-format captions to measure both LLMs on")
+    add("--vision_tower", help="where the same tower is, if not under the name in SRC/config.json")
     add("--map", metavar="words.json", help="move an MLP by a linear map, fitted on these words")
     add("--images", help="folder of their images (default: images/ beside DATA.json)")
     add("--limit", type=int, default=128, help="images to use, in batches of 16 (default 128)")
@@ -55,14 +56,19 @@ from model import vocab_embeds
 BATCH_SIZE = 16
 
 
-def move(source, target, device, dtype, attention=None):
-    """Return the VLM of checkpoint folder `source` with `target` in place of its LLM."""
-    config, _ = checkpoint.read_config(source)
+def move(source, target, device, dtype, attention=None, vision_tower=None):
+    """Return the VLM of checkpoint folder `source` with `target` in place of its LLM.
+
+    vision_tower: where the same tower is, if not under the name in config.json.
+    """
+    config, metadata = checkpoint.read_config(source)
+    config = replace(config, llm=target, vision_tower=vision_tower or config.vision_tower)
     words = vocab.load_words(f"{source}/words.json")
     # A tower that was trained belongs to the connector and moves with it.
     tower_folder = checkpoint.own_folder(source, "vision_tower")
-    vlm = checkpoint.build(replace(config, llm=target), words, device, dtype, attention=attention,
+    vlm = checkpoint.build(config, words, device, dtype, attention=attention,
                            tower_folder=tower_folder)               # makes the target's E
+    checkpoint.check_patches(vlm, metadata, source)
     checkpoint.load_connector(vlm.connector, source)
     return vlm
 
@@ -212,7 +218,7 @@ def main(args):
     if args.map:
         vlm = move_mlp(args.source, args.target, args.map, device, dtype, args.attention)
     else:
-        vlm = move(args.source, args.target, device, dtype, args.attention)
+        vlm = move(args.source, args.target, device, dtype, args.attention, args.vision_tower)
         report["single_tokens"] = int(single_tokens(vlm).sum())
     if args.eval:
         batches = caption_batches(vlm, args.eval, images, metadata, args.limit)

@@ -36,6 +36,8 @@ def read_arguments():
     add("image", metavar="IMAGE", help="an image file")
     add("--out", metavar="DIR", help="folder to write (default: out/words/IMAGE)")
     add("--ask", metavar="QUESTION", help="let each checkpoint answer a question about the image")
+    add("--llm", help="read with this LLM instead: hub name or folder")
+    add("--vision_tower", help="where the same tower is, if not under the name in config.json")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--attention", help=common.ATTENTION)
@@ -59,6 +61,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import transfer
 import vocab
 from generate import generate
 
@@ -143,8 +146,11 @@ def read_checkpoint(folder, image, image_mode, args):
     along a side. "group": equal for checkpoints of one connector kind, LLM and list of words.
     """
     config, metadata = checkpoint.read_config(folder)
-    vlm = checkpoint.load(folder, common.choose_device(args.device, most=1),
-                          getattr(torch, args.dtype), args.attention)
+    place = common.choose_device(args.device, most=1), getattr(torch, args.dtype), args.attention
+    if args.llm or args.vision_tower:
+        vlm = transfer.move(folder, args.llm or config.llm, *place, args.vision_tower)
+    else:
+        vlm = checkpoint.load(folder, *place)
     pixels = data.transform(image, mode=image_mode, **vlm.image_settings)
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
     kind = "LangBridge" if vlm.words else "MLP"
@@ -156,8 +162,8 @@ def read_checkpoint(folder, image, image_mode, args):
         new_ids = generate(vlm, [prompt], pixels[None], max_new_tokens=64)[0]
         answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
     return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
-            "name": f"{os.path.basename(os.path.normpath(config.llm))} · {kind}",
-            "group": (config.connector, config.normalize, metadata["embeddings_hash"],
+            "name": f"{os.path.basename(os.path.normpath(vlm.config.llm))} · {kind}",
+            "group": (config.connector, config.normalize, vlm.llm_fingerprint["embeddings_hash"],
                       metadata["words_hash"]),
             "modes": read(vlm, pixels), "side": math.isqrt(vlm.num_patches),
             "mean": vlm.image_settings["mean"], "answer": answer}

@@ -384,7 +384,9 @@ def test_answers_missing_double_unknown_or_torn(tmp_path, run):
     assert "question 1 is there twice" in run("gqa", questions, save(tmp_path / "p", answers + answers[1:2]))
     assert "question 77 is unknown" in run("gqa", questions, save(tmp_path / "p", answers + [answer("77", "x")]))
     whole = "".join(json.dumps(a) + "\n" for a in answers)
-    for torn in (whole + '{"question_id": "0", "te', whole + "\n", whole + "3\n"):
+    scored = run("gqa", questions, save(tmp_path / "p.jsonl", whole + "\n"))
+    assert scored["total"] == 5                     # an empty last line is nothing
+    for torn in (whole + '{"question_id": "0", "te', whole + "3\n"):
         assert "p.jsonl, line 6" in run("gqa", questions, save(tmp_path / "p.jsonl", torn))
     (tmp_path / "p.jsonl").write_bytes(whole.encode() + '"\u00e9'.encode()[:-1])
     assert "p.jsonl, line 6" in run("gqa", questions, tmp_path / "p.jsonl")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import checkpoint
 import model
@@ -321,8 +322,9 @@ def checkpoints(tiny, world, tmp_path_factory):
 
 
 def arguments(checkpoints, image, out, **more):
-    return types.SimpleNamespace(**{"checkpoints": [str(c) for c in checkpoints], "image": str(image), "out": str(out), "ask": None,
-                                    "overwrite": False, "device": "cpu", "dtype": "float32", **more})
+    return types.SimpleNamespace(**{"checkpoints": [str(c) for c in checkpoints], "image": str(image),
+                                    "out": str(out), "ask": None, "llm": None, "vision_tower": None,
+                                    "attention": None, "overwrite": False, "device": "cpu", "dtype": "float32", **more})
 
 
 def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
@@ -514,3 +516,25 @@ def test_a_reader_that_keeps_the_cls_token_shows_the_grid(tiny, world):
     vlm.patch_features = lambda pixels: torch.cat([torch.zeros(1, 1, 32), features(pixels)], 1)
     assert words.grid_patches(vlm, pixels[None]).shape == (1, 9, 32)
     assert torch.equal(words.read(vlm, pixels)["weights"]["values"], plain_values)
+
+
+def test_a_published_connector_is_read_with_models_in_folders(tiny, world, tmp_path):
+    """results/release.py ties a connector to no LLM; --llm and --vision_tower name local folders."""
+    own = json.loads((world / "words.json").read_text())
+    vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, len(own), "softmax"), own)
+    checkpoint.save(vlm, str(tmp_path / "trained"), "pretrain", trained_parts=("connector",), template="plain", image_mode="pad")
+    out = tmp_path / "weights"
+    run("results/release.py", tmp_path / "trained", out, "--vision_tower", "nobody/tower", "--llm", "nobody/llm")
+    assert sorted(os.listdir(out)) == ["config.json", "connector.safetensors", "words.json"]
+    assert "fingerprint" not in json.loads((out / "config.json").read_text())
+    half, whole = (load_file(f"{folder}/connector.safetensors") for folder in (out, tmp_path / "trained"))
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float16
+        torch.testing.assert_close(tensor.float(), whole[name], rtol=1e-3, atol=1e-4)
+    place = ["--llm", tiny.llama, "--vision_tower", tiny.clip]
+    run("words.py", out, world / "images" / "0.png", "--out", tmp_path / "picture", *place, "--ask", "What is this?")
+    assert os.path.getsize(tmp_path / "picture" / "words.png") > 1000
+    run("transfer.py", out, tiny.llama, "--vision_tower", tiny.clip, "--out", tmp_path / "moved")
+    assert checkpoint.load(str(tmp_path / "moved")).config.llm == tiny.llama
+    failed = run("words.py", out, world / "images" / "0.png", "--out", tmp_path / "other", "--offline", check=False)
+    assert failed.returncode and "nobody/" in failed.stderr and "Traceback" not in failed.stderr

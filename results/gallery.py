@@ -65,22 +65,23 @@ def main():
     for n, pair in enumerate(args.checkpoints):
         name, _, folder = pair.partition("=")
         vlm, metadata = checkpoint.load(folder), checkpoint.read_config(folder)[1]
-        settings = {**vlm.image_settings, "mode": "pad"}
+        mode = metadata["image_mode"]                   # of the training
+        settings = {**vlm.image_settings, "mode": mode}
         pixels = torch.stack([data.transform(image, **settings) for image in images])
         captions[name] = caption(vlm, metadata, pixels)
         if n == 0:
             for photo, image, x in zip(photos, images, pixels):
-                shown = words.square(image, "pad", vlm.image_settings["mean"], SIDE)
+                shown = words.square(image, mode, vlm.image_settings["mean"], SIDE)
                 path = f"{args.out}/{os.path.basename(photo['image'])}"
                 draw(vlm, x, shown).savefig(path, dpi=words.DPI, pil_kwargs={"quality": 80})
     lines = ["# Gallery", "", "Made by `python results/gallery.py`. The photographs are the first "
              f"{len(photos)} of a list of COCO photographs under CC BY 2.0, whatever they show. The "
-             "model has seen none of them. On each patch stands the word of most weight. The "
-             "captions are greedy.", ""]
+             "model has seen none of them. It sees the square in the middle. On each patch stands "
+             "the word of most weight. The captions are greedy.", ""]
     for i, photo in enumerate(photos):
         file = os.path.basename(photo["image"])
         lines += [f"![{file}](gallery/{file})", ""]
-        lines += [f"- {name}: {texts[i]}" for name, texts in captions.items()]
+        lines += [f"- {name}: {texts[i] or '(nothing)'}" for name, texts in captions.items()]
         lines += [f"- photograph: [Flickr]({photo['flickr_url']}), CC BY 2.0, COCO {file}", ""]
     common.write_text("\n".join(lines), f"{args.out}.md")
     print(f"wrote {args.out}.md")

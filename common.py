@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
-ATTENTION = ("transformers' attn_implementation, such as eager, sdpa or flash_attention_2; default: "
+ATTENTION = ("transformers' attn_implementation, such as eager or flash_attention_2; default: "
              "that of the checkpoint, else what the library chooses")
 
 

@@ -98,7 +98,7 @@ def main():
 
 def make_model(job):
     """Make one model in a worker process. Return its name and the seconds that it took."""
-    import pocket_models                    # imports torch, for which the main process need not wait
+    import pocket_models                    # imports torch; the main process need not wait for it
     name, settings = job
     start = time.time()
     pocket_models.make_model(name, settings)

@@ -1,5 +1,5 @@
 """
-Several processes that train or evaluate together: torchrun starts them, a rank is the number of one.
+Several processes that train or evaluate together. torchrun starts them.
 """
 import os
 import sys

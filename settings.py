@@ -1,5 +1,5 @@
 """
-Settings of a script: a dataclass in which each field knows what it means and which values it may have.
+Settings of a script: a dataclass whose fields know what they mean and which values they may have.
 
 train.py declares such a class. A config file is a Python file of assignments, NAME = value.
 """
@@ -28,7 +28,7 @@ def print_help(settings_class):
 
 
 def read(settings_class, argv):
-    """Return (settings, {name: where it was set}): the defaults, then a config file, then --key=value.
+    """Return (settings, {name: where it was set}): defaults, then a config file, then --key=value.
 
     SystemExit with one sentence for anything that does not fit.
     """

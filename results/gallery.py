@@ -75,9 +75,9 @@ def main():
                 path = f"{args.out}/{os.path.basename(photo['image'])}"
                 draw(vlm, x, shown).savefig(path, dpi=words.DPI, pil_kwargs={"quality": 80})
     lines = ["# Gallery", "", "Made by `python results/gallery.py`. The photographs are the first "
-             f"{len(photos)} of a list of COCO photographs under CC BY 2.0, whatever they show. The "
-             "model has seen none of them. It sees the square in the middle. On each patch stands "
-             "the word of most weight. The captions are greedy.", ""]
+             f"{len(photos)} of a list of COCO photographs under CC BY 2.0, whatever they show. "
+             "The model has seen none of them. It sees the square in the middle. On each patch "
+             "stands the word of most weight. The captions are greedy.", ""]
     for i, photo in enumerate(photos):
         file = os.path.basename(photo["image"])
         lines += [f"![{file}](gallery/{file})", ""]

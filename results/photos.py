@@ -1,8 +1,8 @@
 """
 Measure checkpoints on photographs with captions and boxes: words, bits per byte, written captions.
 
-    python results/photos.py NAME=CHECKPOINT [...] --captions captions_val.json --boxes boxes_val.json
-        --images DIR --out FILE.json [--number 300] [--features DIR]
+    python results/photos.py NAME=CHECKPOINT [...] --captions captions_val.json
+        --boxes boxes_val.json --images DIR --out FILE.json [--number 300] [--features DIR]
 
 Three measurements, each beside the same one with another picture:
 
@@ -33,10 +33,10 @@ import words
 from generate import generate
 
 # Words of a label that name no thing: function words, numbers, colours, places, pronouns.
-NO_THING = set("""a an the of in on at to and with his her its their one two three four five six some
-another other others many several all both each every left right front back side top bottom he she
-it they them him something someone group black white red blue green yellow orange brown pink purple
-gray grey""".split())
+NO_THING = set("""a an the of in on at to and with his her its their one two three four five
+six some another other others many several all both each every left right front back side top
+bottom he she it they them him something someone group black white red blue green yellow orange
+brown pink purple gray grey""".split())
 BATCH_SIZE = 16
 
 
@@ -85,7 +85,7 @@ def strongest_words(vlm, patches):
 
 @torch.no_grad()
 def measure(vlm, metadata, args):
-    """Return (the report of one checkpoint, {name: [mean, low, high]}; {image: written caption})."""
+    """Return (the report of a checkpoint, {name: [mean, low, high]}; {image: written caption})."""
     settings = {**vlm.image_settings, "mode": metadata["image_mode"]}
     dataset = data.Conversations([args.captions], args.images, vlm.tokenizer, vlm.num_patches,
                                  settings, metadata["template"], features=args.features)

@@ -31,7 +31,7 @@ def main():
     args = parser.parse_args()
     metadata = checkpoint.read_config(args.checkpoint)[1]
     if any(checkpoint.own_folder(args.checkpoint, part) for part in ("llm", "vision_tower")):
-        raise ValueError(f"{args.checkpoint} holds an LLM or a tower of its own, which would be lost")
+        raise ValueError(f"{args.checkpoint} holds an LLM or tower of its own, which would be lost")
     tensors = checkpoint.read_safetensors(f"{args.checkpoint}/connector.safetensors")
     os.makedirs(args.out, exist_ok=True)
     half = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}

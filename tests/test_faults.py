@@ -85,7 +85,7 @@ DATA = {  # name: (what is in a.jpg, what is in d.json, exit status, words)
     "a link out": ("rgb.png", [record("<image>", "b", image="link.jpg")], 1, ["'link.jpg' leads through a link out of"]),
     "half a character as a name": ("rgb.png", [record("<image>", "b", image="\udcff.jpg")], 1, ["cannot be used"]),
     "JSON cut off": (None, b'[{"id": 1}, {"id": ', 1, ["d.json is not a whole JSON file"]),
-    "no list": (None, b'{"id": 1}', 1, ["record 0 (id '1'): 'conversations' is missing"]),
+    "no list": (None, b'{"id": 1}', 1, ["line 1 (id '1'): 'conversations' is missing"]),
     "two lists": (None, b"[{}]\n[{}]", 1, ["d.json is not a whole JSON file"]),
     "no record": (None, b"[]", 1, ["d.json holds no records"]), "no byte": (None, b"", 1, ["d.json holds no records"]),
     "no object": (None, [SEEN, 7], 1, ["d.json: record 1 is not a JSON object but '7'"]),

@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 from datetime import datetime
 
+DATE = datetime(2024, 7, 26)            # the date that Llama-3's template writes without a clock
 OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
 ATTENTION = ("transformers' attn_implementation, such as eager or flash_attention_2; default: "
              "that of the checkpoint, else what the library chooses")
@@ -130,9 +131,8 @@ def freeze_date(template):
     strftime_now for the date. A macro of this name replaces it, also in the tokenizer that a
     checkpoint holds.
     """
-    date = datetime(2024, 7, 26)        # the date that Llama-3's template writes without a clock
     codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
-    changes = "".join(f" | replace('{code}', '{date.strftime(code)}')" for code in codes)
+    changes = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
     macro = "{%- macro strftime_now(format) -%}{{ format" + changes + " }}{%- endmacro -%}"
     is_frozen = "strftime_now" not in template or template.startswith(macro)
     return template if is_frozen else macro + template

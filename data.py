@@ -11,7 +11,6 @@ that no text can produce. A label is IGNORE wherever the model does not learn.
 """
 import argparse
 import copy
-import datetime
 import functools
 import hashlib
 import io
@@ -60,9 +59,6 @@ TEMPLATES = {
     "prompted": "{{ bos }}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}",
     "plain": None,
 }
-# Some templates write today's date. With a fixed date the same data has the same ids tomorrow.
-DATE = datetime.date(2024, 7, 26)
-WRITES_TODAY = re.compile(r"strftime_now\((['\"])(.*?)\1\)")
 
 # Before a text is tokenized, its control tokens and images are written as characters that Unicode
 # leaves to private use. JSON can also spell half a character ("\ud800"), which UTF-8 cannot.
@@ -165,8 +161,7 @@ def _texts(messages, tokenizer, template):
 
     source = TEMPLATES[template]
     if template == "chat" and tokenizer.chat_template:
-        source = WRITES_TODAY.sub(lambda call: repr(DATE.strftime(call[2])),
-                                  tokenizer.get_chat_template())
+        source = common.freeze_date(tokenizer.get_chat_template())
     # Half of the templates drop this white space themselves.
     contents = [content.strip() for content in contents]
     gaps = _gaps(tokenizer, source, roles)
@@ -224,7 +219,7 @@ def _render(tokenizer, source, roles, contents):
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=source, tokenize=False, bos=_bos(tokenizer),
-            date_string=f"{DATE:%d %b %Y}")
+            date_string=f"{common.DATE:%d %b %Y}")
     except Exception as error:          # a template is a program: it may raise anything
         raise ValueError(f"the chat template refuses the turns {', '.join(roles)}: "
                          f"{' '.join(str(error).split())}") from None

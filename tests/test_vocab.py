@@ -249,7 +249,7 @@ def test_command_line_end_to_end(toks, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ('{"a": 1}', "record 0: 'conversations' is missing"), ('[{"conversations": [{"from": "gpt", "value": "x"}]}, {"text": 1}]', "record 1"),
+    ('{"a": 1}', "line 1: 'conversations' is missing"), ('[{"conversations": [{"from": "gpt", "value": "x"}]}, {"text": 1}]', "record 1"),
     ('[{"conversations": [{"from": "gpt", "value": 3}]}]', "record 0"), ('[{"conversations": [', "whole JSON"),
     ('[{"conversations": [{"from": "wizard", "value": "x"}]}]', "record 0"), ("", "no records"),
     ('{"conversations": [{"from": "gpt", "value": "x"}]}\n{"conversations": 1}\n', "line 2")])

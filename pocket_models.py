@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 import data
-from common import read_json, write_json
+from common import choose_dtype, read_json, write_json
 from pocket_world import (CELLS, COLORS, EASY_KINDS, SHAPES, SIZES, TRAIN_KINDS, WORDS, corpus,
                           describe, document, sign_of)
 
@@ -69,14 +69,13 @@ def train_model(name, model, steps, batch_loss):
         torch.optim.Muon(in_layers, lr=LEARNING_RATE, weight_decay=0.01,
                          adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
-    fast_bf16 = (torch.backends.cpu.get_cpu_capability() == "AVX512"
-                 and torch.cpu._is_avx512_bf16_supported())
+    has_bfloat16 = choose_dtype("auto", "cpu") == "bfloat16"
     start = last = time.time()
     for step in range(steps):
         for optimizer in optimizers:
             factor = min(1, (step + 1) / 20, 2 * (steps - step) / steps)
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16):
             loss = batch_loss()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,8 +13,12 @@ import common
 
 
 def setup_ranks(cfg):
-    """Return (rank, number of ranks, device) of this process, alone or one of torchrun's."""
+    """Return (rank, number of ranks, device) of this process, alone or one of torchrun's.
+
+    The dtype "auto" of the settings becomes the dtype that the device computes in.
+    """
     device = torch.device(common.choose_device(cfg.device, most=1))
+    cfg.dtype = common.choose_dtype(cfg.dtype, device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)

@@ -85,8 +85,9 @@ class Settings:
     beta1: float = setting(0.9, "AdamW's")
     beta2: float = setting(0.999, "AdamW's")
     clip: float = setting(1.0, "largest gradient norm; 0 means no clipping", low=0)
-    dtype: str = setting("bfloat16", "of activations and frozen weights; the others are float32",
-                         choices=("bfloat16", "float32"))
+    dtype: str = setting("bfloat16", "of activations and frozen weights; the others are float32; "
+                                     "auto: bfloat16 if the hardware has it, else float32",
+                         choices=("bfloat16", "float32", "auto"))
     attention: str = setting("", common.ATTENTION)
     plain_bytes: int = setting(0, "scores up to this size run the plain formula, see fused.py; 0: "
                                   "1/32 of the memory", low=0)

@@ -106,6 +106,19 @@ def world(tiny, tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def pocket_worlds(tmp_path_factory):
+    """Two tiny pocket worlds of the same seed, made side by side: a list of two folders."""
+    folders = [tmp_path_factory.mktemp("pocket") / name for name in ("a", "b")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    jobs = [subprocess.Popen([sys.executable, "pocket.py", "--tiny", "--out", str(folder)], cwd=ROOT, env=env, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for folder in folders]
+    for job in jobs:
+        text, _ = job.communicate()
+        assert job.returncode == 0, text
+    return folders
+
+
 def settings(tiny, world, out, *more):
     """Arguments of train.py for a run of seconds."""
     parts = [f"--llm={tiny.qwen}", f"--vision_tower={tiny.clip}", f"--words={world}/words.json"]

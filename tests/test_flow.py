@@ -1,6 +1,7 @@
 """The README's flow at a tiny size, by the real command lines: world, words, pretrain, transfer, SFT, benchmark, picture."""
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from conftest import run
 
 
 @pytest.fixture(scope="module")
-def flow(tmp_path_factory):
+def flow(pocket_worlds, tmp_path_factory):
     root = tmp_path_factory.mktemp("flow")
     world, out = root / "world", root / "out"
-    run("pocket.py", "--tiny", "--out", world)
+    shutil.copytree(pocket_worlds[0], world)
     run("vocab.py", "--tokenizers", world / "pocket-qwen", world / "pocket-llama", "--corpus", world / "pretrain.json",
         world / "sft.json", "--size", 300, "--out", world / "words.json")
     paths = [f"--images={world}/images", "--workers=0", "--device=cpu", "--max_steps=3"]

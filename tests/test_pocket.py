@@ -36,13 +36,8 @@ def run(out, *more):
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    """Two runs with the same seed."""
-    folders = [tmp_path_factory.mktemp("pocket") / name for name in ("a", "b")]
-    for folder in folders:
-        done = run(folder)
-        assert done.returncode == 0, done.stderr
-    return folders
+def worlds(pocket_worlds):
+    return pocket_worlds
 
 
 def lines(path):

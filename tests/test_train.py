@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import checkpoint
+import common
 import train
 from conftest import ROOT, run, settings, train_here
 from tools.memory import print_estimate
@@ -88,6 +89,25 @@ def test_accumulation_changes_nothing(tiny, world, tmp_path, pretrained, stage):
 def test_bfloat16_and_checkpointing_run_and_learn(tiny, world, tmp_path):
     assert train_here(settings(tiny, world, tmp_path / "x", "--dtype=bfloat16", "--checkpointing=True")) == 0
     assert losses(tmp_path / "x")[-1] < 0.9 * losses(tmp_path / "x")[0]
+
+
+@pytest.mark.parametrize("capability, has_bfloat16, expected", [
+    ("AVX512", True, "bfloat16"), ("AVX512", False, "float32"), ("AVX2", True, "float32")])
+def test_dtype_auto_is_what_the_cpu_computes_in(monkeypatch, capability, has_bfloat16, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    assert common.choose_dtype("auto", "cpu") == expected
+    assert common.choose_dtype("bfloat16", "cpu") == "bfloat16"
+
+
+def test_a_run_with_dtype_auto_keeps_the_dtype_of_its_start(tiny, world, tmp_path, monkeypatch):
+    """Its states name the dtype that was chosen, so another machine does not go on in another dtype."""
+    monkeypatch.setattr(common, "choose_dtype", lambda name, device: "float32" if name == "auto" else name)
+    argv = settings(tiny, world, tmp_path / "x", "--dtype=auto", "--max_steps=2")
+    argv.remove("--dtype=float32")
+    assert train_here(argv) == 0
+    state = sorted((tmp_path / "x" / "state").glob("step-*"))[-1]
+    assert json.loads((state / "state.json").read_text())["settings"]["dtype"] == "float32"
 
 
 def test_compiled_blocks_learn_the_same(tiny, world, tmp_path, pretrained, monkeypatch):

@@ -33,6 +33,8 @@ def print_estimate(cfg, trained_parts, parts_table):
             setattr(cfg, key, value)
     elif cfg.init:
         print(f"{cfg.init} is not there yet: the sizes are those of the settings")
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16"                      # as on the GPUs that the estimate is for
     vlm, config = meta_model(cfg, trained_parts)
     print(parts_table(vlm, cfg))
     P = (vlm.image_size // vlm.vision_tower.config.patch_size // cfg.pool) ** 2

@@ -105,7 +105,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
             model = getattr(vlm, part)
             save_model(model, f"{folder}/{part}", dtype or model.dtype, is_writer)
         elif is_writer and os.path.isfile(f"{folder}/config.json"):
-            # A part of the checkpoint that is overwritten. `load` would take it for ours.
+            # Delete the old checkpoint's copy of this part. Otherwise `load` would use it.
             shutil.rmtree(f"{folder}/{part}", ignore_errors=True)
     if not is_writer:
         return
@@ -209,14 +209,16 @@ def git_commit():
 # load
 
 def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype=None,
-         tower_dtype=None, sharded_parts=()):
+         tower_dtype=None, sharded_parts=(), vision_tower=None):
     """Return the VLM of a checkpoint, in evaluation mode. The arguments are those of `build`.
 
-    attention: default is the one of the training.
+    attention: default is the one of the training. vision_tower: where the same tower is, if it is
+    not under the name in config.json.
     ValueError where its parts do not belong together: another word list, another LLM than the one
     of the training, or a vision tower that gives another number of patches.
     """
     config, metadata = read_config(folder)
+    config.vision_tower = vision_tower or config.vision_tower
     llm_folder = own_folder(folder, "llm")
     llm = load_llm(llm_folder or config.llm, dtype, device,
                    attention or metadata.get("attention"), bool(sharded_parts))
@@ -239,8 +241,8 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
             found = read_tensors(f"{llm_folder}/vocab_embeds.safetensors", {"vocab_embeds": E})
             vlm.connector.vocab_embeds = found["vocab_embeds"].to(E)
     check_fingerprint(vlm, folder, metadata)
-    # A checkpoint of an older version has no fingerprint, only these two hashes. They are empty in
-    # a connector that was published for any LLM.
+    # These two hashes protect checkpoints of older versions, which have no fingerprint. A published
+    # connector leaves both hashes empty, because it belongs to no LLM.
     is_tied = any(llm_fingerprint.values()) and not llm_folder
     if is_tied and vlm.llm_fingerprint != llm_fingerprint:
         raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; "
@@ -265,11 +267,13 @@ def check_fingerprint(vlm, folder, metadata):
     source = changed[0][0]
     parts = ", ".join(part for other, part in changed if other == source)
     name = own_folder(folder, source) or getattr(vlm.config, source)
-    advice = "; transfer.py moves it" if source == "llm" else ""
-    label = "LLM" if source == "llm" else "vision tower"
+    label = "vision tower"
+    advice = f"to accept the change, remove \"fingerprint\" from {folder}/config.json"
+    if source == "llm":
+        label = "LLM"
+        advice = f"transfer.py moves the connector to another LLM, or {advice}"
     raise ValueError(f"{folder} was trained on another {label} than what {name} is now ({parts} "
-                     f"changed){advice}. To accept the change, remove \"fingerprint\" from "
-                     f"{folder}/config.json")
+                     f"changed): {advice}")
 
 
 def own_folder(folder, part):
@@ -278,7 +282,7 @@ def own_folder(folder, part):
     if not os.path.isdir(path):
         return None
     if not glob(f"{escape(path)}/model*.safetensors"):
-        raise ValueError(f"{path} holds no model*.safetensors, and no other file is read there")
+        raise ValueError(f"{path} has no model*.safetensors; only such files are read from it")
     return path
 
 

@@ -7,7 +7,7 @@ at a time, which takes about 1/14 of the plain formula's extra memory. It costs 
 more in the backward pass. LangBridge.forward therefore runs it only where the plain formula's
 scores would take more than a part of the memory, see `plain_limit`.
 
-This is the one file with a hand-made backward pass. Who reads for the method can skip it.
+This is the one file with a hand-made backward pass. You need not read it to understand the method.
 Letters as in model.py. P here counts the patches of all images of a batch together.
 """
 import functools

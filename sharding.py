@@ -1,7 +1,7 @@
 """
 An LLM that is larger than one device: FSDP2. Every rank holds a piece of each tensor.
 
-Who trains on one device, or on several that each hold the whole model, can skip this file.
+You can skip this file if every device of yours holds the whole model.
 """
 import torch
 import torch.distributed as dist
@@ -54,7 +54,8 @@ def run_gathered(vlm, function):
     """Call a function that uses the parts of a sharded VLM. It runs as FSDP runs vlm.forward."""
     vlm.gathered = function
     register_fsdp_forward_method(vlm, "gathered")
-    # FSDP now fixes the dtype in which gradients are summed, by the parameters that require one.
+    # The first call fixes the dtype in which FSDP sums gradients. It reads this dtype from the
+    # parameters that require a gradient, so for this call all parameters must require one.
     vlm.requires_grad_(True)
     vlm.gathered()
     vlm.reshard()                                   # from here on the parameters are pieces again

@@ -6,7 +6,8 @@ Move a trained LangBridge to another LLM, without training.
 SRC is a checkpoint folder, after pretraining ("Pretrain-LB" in the paper) or after SFT ("SFT-LB").
 TGT is any causal LLM, a hub name or a folder. The tensors of the connector and the list of words
 move. The LLM, its tokenizer and E are replaced: E becomes the new LLM's own input embeddings of the
-same words. The new checkpoint works as it is, and `train.py --stage=sft --init=DIR` trains it on.
+same words. The new checkpoint works as it is. `train.py config/pocket/sft.py --init=DIR --out=...`
+trains it on.
 --eval measures source and target on captioned images.
 
 An MLP connector knows its LLM and has no words. --map words.json moves it all the same, as a
@@ -73,13 +74,13 @@ def move(source, target, device, dtype, attention=None, vision_tower=None):
     return vlm
 
 
-def move_mlp(source, target, words_file, device, dtype, attention=None):
+def move_mlp(source, target, words_file, device, dtype, attention=None, vision_tower=None):
     """Return the VLM of checkpoint folder `source`, an MLP, mapped to the LLM `target`.
 
     The last layer of the MLP is followed by the map, so the result is an MLP again.
     """
     words = vocab.load_words(words_file)
-    old = checkpoint.load(source, device, dtype, attention)
+    old = checkpoint.load(source, device, dtype, attention, vision_tower=vision_tower)
     first, _, last = old.connector.mlp
     source_E = vocab_embeds(old.llm, old.tokenizer, words)
     config = replace(old.config, llm=target, hidden=first.out_features)
@@ -211,12 +212,14 @@ def main(args):
 
     report = {"words": config.num_words, "connector_from": metadata["stage"]}
     if args.eval:
-        vlm = checkpoint.load(args.source, device, dtype, args.attention)
+        vlm = checkpoint.load(args.source, device, dtype, args.attention,
+                              vision_tower=args.vision_tower)
         batches = caption_batches(vlm, args.eval, images, metadata, args.limit)
         report["source"] = measure(vlm, *batches)
         del vlm                                     # two LLMs need not fit into memory together
     if args.map:
-        vlm = move_mlp(args.source, args.target, args.map, device, dtype, args.attention)
+        vlm = move_mlp(args.source, args.target, args.map, device, dtype, args.attention,
+                       args.vision_tower)
     else:
         vlm = move(args.source, args.target, device, dtype, args.attention, args.vision_tower)
         report["single_tokens"] = int(single_tokens(vlm).sum())

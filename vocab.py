@@ -126,8 +126,9 @@ def tokenizer_words(tokenizer):
     """Return {word: id} of every ordinary token.
 
     Special, added, reserved and unused tokens are not words. A byte token such as "<0x61>" is a
-    word only if no other token spells its byte: beside "a" it is never produced, so its embedding
-    was never trained. ValueError if tokens are not bytes.
+    word only if no other token spells its byte. If the vocabulary also has "a", the tokenizer never
+    produces "<0x61>", so the embedding of "<0x61>" was never trained. ValueError if tokens are not
+    bytes.
     """
     spelling = spelling_of(tokenizer)
     special, added = special_tokens(tokenizer, spelling)

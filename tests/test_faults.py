@@ -277,7 +277,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "a pickle with a payload": ("ck", lambda d: pickled(d, 2), ["qwen cannot be loaded"]),
     "a zipped pickle with a payload": ("ck", lambda d: pickled(d, None), ["cannot be loaded: Weights only load"]),
     "a pickle in a checkpoint of ours": ("sft", lambda d: (d / "sft/llm/model.safetensors").rename(d / "sft/llm/a.bin"),
-                                         ["llm holds no model*.safetensors"]),
+                                         ["llm has no model*.safetensors"]),
     "tokenizer beyond the embedding": ("ck", fewer_rows, ["the tokenizer has ids up to", "the embedding has 300 rows"]),
     "tokenizer far below the embedding": ("ck", lambda d: another_tokenizer(d, 280), ["trained on another LLM"]),
     "tokenizer cut off": ("ck", lambda d: cut(d / "qwen/tokenizer.json"), ["qwen cannot be loaded"]),

@@ -4,7 +4,7 @@
 stage = "pretrain"
 out = "out/paper/pretrain"
 llm = "Qwen/Qwen2-0.5B-Instruct"
-words = "words.json"                                    # 19,200 words; num_words = 25600, 32000
+words = "words.json"                                    # 19,200 words; others: --size of vocab.py
 normalize = "none"                                      # the code; the text says "softmax"
 connector_lr = 2e-5
 vision_tower = "openai/clip-vit-large-patch14-336"      # 336 pixels, 576 patches

@@ -48,6 +48,7 @@ if __name__ == "__main__":                  # before the slow imports, so that -
 import torch
 
 import checkpoint
+import conversation
 import data
 import fused
 import model
@@ -348,9 +349,9 @@ def captions(vlm, images, tokens):
         if images > 1:
             length = tokens // 4 + (tokens - tokens // 4) * i // (images - 1)
         text = torch.randint(1, vlm.llm.config.vocab_size - 1, (length,), generator=generator)
-        image = torch.full((vlm.num_patches,), data.IMAGE_ID)
+        image = torch.full((vlm.num_patches,), conversation.IMAGE_ID)
         samples.append({"id": str(i), "input_ids": torch.cat([image, text]),
-                        "labels": torch.cat([torch.full_like(image, data.IGNORE), text]),
+                        "labels": torch.cat([torch.full_like(image, conversation.IGNORE), text]),
                         "images": torch.randn(1, 3, side, side, generator=generator)})
     batch = data.collate(samples, pad_id=0)
     return {k: v.to(vlm.llm.device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -394,7 +395,7 @@ def steps(vlm, batch, dtype):
     """
     llava, optimizer = as_llava(vlm), adamw(vlm.connector)
     pixels = batch["pixel_values"].to(vlm.vision_tower.dtype)
-    is_image = batch["input_ids"] == data.IMAGE_ID
+    is_image = batch["input_ids"] == conversation.IMAGE_ID
     ids = batch["input_ids"].masked_fill(is_image, llava.config.image_token_index)
 
     def autocast():
@@ -463,7 +464,7 @@ def rest_flops(vlm, batch):
     llm, tower = vlm.llm.config, vlm.vision_tower
     B, T = batch["input_ids"].shape
     body = sum(p.numel() for p in vlm.llm.get_decoder().layers.parameters())
-    trained = int((batch["labels"] != data.IGNORE).sum())
+    trained = int((batch["labels"] != conversation.IGNORE).sum())
     head_size = llm.hidden_size // llm.num_attention_heads
     attention = 4 * T * llm.num_attention_heads * head_size * llm.num_hidden_layers
     logits = 2 * trained * llm.hidden_size * llm.vocab_size
@@ -573,7 +574,7 @@ def pope_prompts(vlm, images, each, shortest=24, longest=32):
     opening = random_ids(12)
     side = vlm.image_settings["size"]
     lengths = torch.randint(shortest, longest + 1, (images * each,), generator=generator).tolist()
-    prompts = [opening + [data.IMAGE_ID] * vlm.num_patches + random_ids(length)
+    prompts = [opening + [conversation.IMAGE_ID] * vlm.num_patches + random_ids(length)
                for length in lengths]
     pixels = torch.randn(images, 3, side, side, generator=generator).to(vlm.llm.device)
     return prompts, pixels, [i // each for i in range(images * each)]
@@ -601,7 +602,7 @@ def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
             i = asked * 7 % len(prompts)            # another image and question each time
             asked += 1
             ids = torch.tensor([prompts[i]], device=vlm.llm.device)
-            ids = ids.masked_fill(ids == data.IMAGE_ID, llava.config.image_token_index)
+            ids = ids.masked_fill(ids == conversation.IMAGE_ID, llava.config.image_token_index)
             out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
                                  pixel_values=pixels[image_index[i]][None], do_sample=False,
                                  max_new_tokens=2)

@@ -271,7 +271,7 @@ def check_fingerprint(vlm, folder, metadata):
     advice = f"to accept the change, remove \"fingerprint\" from {folder}/config.json"
     if source == "llm":
         label = "LLM"
-        advice = f"transfer.py moves the connector to another LLM, or {advice}"
+        advice = f"transfer.py moves it to another LLM; {advice}"
     raise ValueError(f"{folder} was trained on another {label} than what {name} is now ({parts} "
                      f"changed): {advice}")
 

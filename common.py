@@ -15,6 +15,20 @@ ATTENTION = ("transformers' attn_implementation, such as eager or flash_attentio
              "that of the checkpoint, else what the library chooses")
 
 
+class BadSample(ValueError):
+    """A record that cannot be used.
+
+    kind: "malformed", "missing image", "broken image" or "untrainable". --check counts by kind.
+    """
+
+    def __init__(self, kind, sentence):
+        super().__init__(kind, sentence)
+        self.kind = kind
+
+    def __str__(self):
+        return self.args[1]
+
+
 @contextmanager
 def replacing(path):
     """Give a temporary name to write to. It becomes `path` if the block ends without an error."""
@@ -159,7 +173,7 @@ def choose_device(text, most=None):
 
 
 def choose_dtype(name, device):
-    """Return the name of a dtype; "auto" is bfloat16 where the hardware computes in it, else float32.
+    """Return the name of a dtype. "auto" is bfloat16 if the hardware computes in it, else float32.
 
     A CPU without such instructions takes ten times as long in bfloat16 as in float32.
     """

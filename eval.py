@@ -100,7 +100,7 @@ def load_all_questions(tasks, data):
 
 def prompt_ids(vlm, question):
     """Return the ids of one prompt; they end where the model begins to answer."""
-    from data import IMAGE, encode_prompt
+    from conversation import IMAGE, encode_prompt
     # The image comes before the question, as in the training data.
     image_line = f"{IMAGE}\n" if question["image"] else ""
     message = {"role": "user", "content": image_line + question["text"]}
@@ -146,7 +146,7 @@ def make_batches(groups, lengths, size):
 def answer_batch(vlm, batch, prompts, max_new_tokens):
     """Return the texts of the answers to a batch of questions. Each image is encoded once."""
     import torch
-    from data import open_image, transform
+    from pictures import open_image, transform
     from generate import generate
     asked = [q["image"] for q in batch if q["image"]]
     # Each image is sent once; image_index names its row for each question that has an image.

@@ -11,6 +11,7 @@ import torch
 import checkpoint
 import common
 import data
+import pictures
 
 
 def is_newer(path, made):
@@ -37,12 +38,13 @@ def write_missing(vlm, dataset, folder, batch_size):
     os.makedirs(folder, exist_ok=True)
     common.write_json(what, path)
     names = {name for names in dataset.image_names for name in names}
-    paths = sorted(data.image_path(dataset.image_folder, name) for name in names)
+    paths = sorted(pictures.image_path(dataset.image_folder, name) for name in names)
     paths = [p for p in paths if is_newer(p, data.features_path(folder, p))]
     start = time.time()
     for i in range(0, len(paths), batch_size):
         batch = paths[i:i + batch_size]
-        pixels = torch.stack([data.transform(data.open_image(p), **dataset.image) for p in batch])
+        images = [pictures.open_image(p) for p in batch]
+        pixels = torch.stack([pictures.transform(image, **dataset.image) for image in images])
         for p, patches in zip(batch, vlm.patch_features(pixels).to("cpu", torch.float16)):
             file = data.features_path(folder, p)
             os.makedirs(os.path.dirname(file), exist_ok=True)

@@ -13,7 +13,9 @@ from glob import escape, glob
 
 from transformers.utils import cached_file
 
+import common
 import data
+import pictures
 
 # A tensor or a picture of up to 64 blocks is read completely. Of a larger one, 64 blocks are read.
 BLOCK, BLOCKS = 1 << 14, 64
@@ -58,8 +60,8 @@ def of_dataset(dataset, paths):
     for record in spread(dataset.records):
         try:
             names = data.messages_of(record)[1]
-            images += [data.image_path(dataset.image_folder, name) for name in names]
-        except data.BadSample:
+            images += [pictures.image_path(dataset.image_folder, name) for name in names]
+        except common.BadSample:
             images.append("")                       # it changes the hash when it is repaired
     return {"data": {"data": value_hash([file_hash(path, complete=True) for path in paths]),
                      "number of records": len(dataset)},

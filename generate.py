@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from data import IMAGE_ID
+from conversation import IMAGE_ID
 
 # Layers of these types keep keys and values of all tokens, so a prefix can be copied between rows.
 # Other layers (Mamba, for example) remember by a state that cannot be shifted.

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from data import IGNORE, IMAGE_ID, encode
+from conversation import IGNORE, IMAGE_ID, eos_ids
 from vocab import word_ids
 
 NORMALIZE = ("unit", "softmax", "none")     # what `word_weights` and `combine` know
@@ -372,24 +372,3 @@ def tower_hidden(tower, pixel_values, layer):
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             options["interpolate_pos_encoding"] = True
     return tower(pixel_values, output_hidden_states=True, **options).hidden_states[layer]
-
-
-def eos_ids(llm, tokenizer):
-    """Return the set of ids that end an answer.
-
-    They are the end tokens of the tokenizer and of the LLM's generation config, and the token that
-    the chat template writes after an answer. In a base LLM that is another one: Qwen2.5's
-    end-of-sequence token is <|endoftext|>, and its template ends a turn with <|im_end|>.
-    """
-    ids = [tokenizer.eos_token_id]
-    if llm.generation_config:
-        eos = llm.generation_config.eos_token_id
-        ids += eos if isinstance(eos, list) else [eos]
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            _, labels = encode(turns, tokenizer, num_patches=0)
-            ids.append([label for label in labels if label != IGNORE][-1])
-        except ValueError:
-            pass    # This template cannot be used. Who trains with it gets encode's sentence.
-    return {i for i in ids if i is not None}

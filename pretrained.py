@@ -97,9 +97,9 @@ def vision_config(name):
 def image_settings(name, config, image_size):
     """Return {"size": pixels, "mean": 3 floats, "std": 3 floats} of a tower's pictures.
 
-    data.py computes (pixels / 255 - mean) / std. If the tower's preprocessor scales pixels by another
-    factor than 1 / 255, mean and std are divided by the ratio of the two factors, which gives the
-    same result. ValueError for a preprocessor that cannot be expressed in this way.
+    pictures.py computes (pixels / 255 - mean) / std. If the tower's preprocessor scales pixels by
+    another factor than 1 / 255, mean and std are divided by the ratio of the two factors, which
+    gives the same result. ValueError for a preprocessor that cannot be expressed in this way.
     """
     processor, _ = from_hub(ImageProcessingMixin.get_image_processor_dict, name)
     for flag in ("do_flip_channel_order", "rescale_offset", "do_grayscale"):
@@ -149,8 +149,8 @@ def probe_tower(tower, name, layer, image_size):
             if len(shape) == 3 and shape[1] >= P:   # CLS and registers are more rows
                 return shape[2]
             found = f"{tuple(shape)} for an image of {P} patches"
-    raise ValueError(f"{name} gives no row of patch vectors ({found}): take a CLIP, SigLIP, DINO or "
-                     "ViT tower, whose output has the shape (images, patches, width)")
+    raise ValueError(f"{name} gives no row of patch vectors ({found}): take a CLIP, SigLIP, DINO "
+                     "or ViT tower, whose output has the shape (images, patches, width)")
 
 
 # --------------------------------------------------------------------------------------------------

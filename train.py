@@ -163,6 +163,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
+import conversation
 import data
 import features
 import fingerprint
@@ -416,9 +417,9 @@ def main(cfg):
     if rank == 0:
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
-        if not isinstance(first, data.BadSample):
+        if not isinstance(first, common.BadSample):
             ids, labels = first["input_ids"].tolist(), first["labels"].tolist()
-            print(data.show_sample(ids, labels, vlm.tokenizer), flush=True)
+            print(conversation.show_sample(ids, labels, vlm.tokenizer), flush=True)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     save_kwargs = {"trained_parts": STAGES[cfg.stage], "dtype": getattr(torch, cfg.dtype),
@@ -578,8 +579,8 @@ def losses(vlm, batch, cfg):
 def dummy_batch(batch, device):
     """Return a batch of two tokens, none of them trained, in place of an empty batch."""
     two = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    return batch | {"input_ids": two, "labels": two + data.IGNORE, "attention_mask": two + 1,
-                    "position_ids": two}
+    return batch | {"input_ids": two, "labels": two + conversation.IGNORE,
+                    "attention_mask": two + 1, "position_ids": two}
 
 
 if __name__ == "__main__":

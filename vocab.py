@@ -17,7 +17,8 @@ import time
 from collections import Counter
 
 from common import OFFLINE, go_offline, load_tokenizer, read_json, run_script, write_json
-from data import IMAGE, read_records, turns_of
+from conversation import IMAGE
+from data import read_records, turns_of
 
 # The GPT-2 byte alphabet. Printable latin-1 bytes stand for themselves. The other 68 bytes take the
 # code points from 256 on. Both dicts are tables for str.translate.

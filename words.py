@@ -60,7 +60,8 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 import checkpoint
-import data
+import conversation
+import pictures
 import transfer
 import vocab
 from generate import generate
@@ -151,14 +152,14 @@ def read_checkpoint(folder, image, image_mode, args):
         vlm = transfer.move(folder, args.llm or config.llm, *place, args.vision_tower)
     else:
         vlm = checkpoint.load(folder, *place)
-    pixels = data.transform(image, mode=image_mode, **vlm.image_settings)
+    pixels = pictures.transform(image, mode=image_mode, **vlm.image_settings)
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
     kind = "LangBridge" if vlm.words else "MLP"
     answer = None
     if args.ask:
         messages = [{"role": "user", "content": f"<image>\n{args.ask}"}]
         template = metadata.get("template", "chat")
-        prompt = data.encode_prompt(messages, vlm.tokenizer, vlm.num_patches, template)
+        prompt = conversation.encode_prompt(messages, vlm.tokenizer, vlm.num_patches, template)
         new_ids = generate(vlm, [prompt], pixels[None], max_new_tokens=64)[0]
         answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
     return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
@@ -188,7 +189,7 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Thai"
 
 def square(image, mode, mean, side):
     """Return the square that the vision tower sees, for people: PIL RGB of side x side pixels."""
-    pixels = data.transform(image, side, mean, std=(1, 1, 1), mode=mode)    # colour minus mean
+    pixels = pictures.transform(image, side, mean, std=(1, 1, 1), mode=mode)    # colour minus mean
     colours = (pixels.permute(1, 2, 0).numpy() + np.float32(mean)) * 255
     return Image.fromarray(colours.round().clip(0, 255).astype(np.uint8))
 
@@ -344,7 +345,7 @@ def main(args):
     png = os.path.join(out, "words.png")
     html = os.path.join(out, "words.html")
     refuse_to_overwrite([png, html], args)
-    image = data.open_image(args.image)
+    image = pictures.open_image(args.image)
     metadata = [checkpoint.read_config(folder)[1] for folder in args.checkpoints]
     # All checkpoints see the same square, or their patches could not be compared.
     image_mode = metadata[-1].get("image_mode", "pad")

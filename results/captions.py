@@ -26,7 +26,9 @@ import torch
 
 import checkpoint
 from generate import generate
+import conversation
 import data
+import pictures
 import transfer
 
 records = [data.messages_of(record) for _, record in data.read_records(args.data)[:args.number]]
@@ -36,9 +38,9 @@ for pair in args.checkpoints:
     name, _, folder = pair.partition("=")
     vlm = checkpoint.load(folder)
     _, whole = checkpoint.read_config(folder)
-    prompts = [data.encode_prompt(messages[:1], vlm.tokenizer, vlm.num_patches, whole["template"])
+    prompts = [conversation.encode_prompt(messages[:1], vlm.tokenizer, vlm.num_patches, whole["template"])
                for messages, _ in records]
-    pixels = torch.stack([data.transform(data.open_image(data.image_path(args.images, images[0])),
+    pixels = torch.stack([pictures.transform(pictures.open_image(pictures.image_path(args.images, images[0])),
                                          **vlm.image_settings, mode=whole["image_mode"])
                           for _, images in records])
     for row, ids in zip(rows, generate(vlm, prompts, pixels, max_new_tokens=24)):
@@ -55,7 +57,7 @@ figure, axes = plt.subplots(-(-len(rows) // 5), 5, figsize=(16, 3.9 * -(-len(row
 for axis in axes.flat:
     axis.axis("off")
 for axis, row in zip(axes.flat, rows):
-    axis.imshow(data.open_image(os.path.join(args.images, row["image"])))
+    axis.imshow(pictures.open_image(os.path.join(args.images, row["image"])))
     text = "\n".join(textwrap.fill(f"{k}: {v}", 40) for k, v in row.items() if k != "image")
     axis.set_title(text.replace("$", r"\$"), fontsize=8, loc="left")
 figure.tight_layout()

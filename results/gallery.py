@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 import checkpoint
 import common
-import data
+import conversation
+import pictures
 import words
 from generate import generate
 
@@ -29,8 +30,9 @@ SIDE = 512                      # pixels of a picture in the gallery
 @torch.no_grad()
 def caption(vlm, metadata, pixels):
     """Return what the model says about each picture: float32[N, 3, S, S] -> list of N strings."""
-    message = {"role": "user", "content": f"{data.IMAGE}\n{PROMPT}"}
-    prompt = data.encode_prompt([message], vlm.tokenizer, vlm.num_patches, metadata["template"])
+    message = {"role": "user", "content": f"{conversation.IMAGE}\n{PROMPT}"}
+    prompt = conversation.encode_prompt([message], vlm.tokenizer, vlm.num_patches,
+                                        metadata["template"])
     answers = generate(vlm, [prompt] * len(pixels), pixels, max_new_tokens=24)
     texts = [vlm.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     return [text.split("\n")[0].strip() for text in texts]
@@ -59,7 +61,7 @@ def main():
     args = parser.parse_args()
     photos = [photo for photo in common.read_json(f"{args.photos}/photos.json")
               if photo["licence"] == "Attribution License"][:args.number]
-    images = [data.open_image(f"{args.photos}/{photo['image']}") for photo in photos]
+    images = [pictures.open_image(f"{args.photos}/{photo['image']}") for photo in photos]
     os.makedirs(args.out, exist_ok=True)
     captions = {}
     for n, pair in enumerate(args.checkpoints):
@@ -67,7 +69,7 @@ def main():
         vlm, metadata = checkpoint.load(folder), checkpoint.read_config(folder)[1]
         mode = metadata["image_mode"]                   # of the training
         settings = {**vlm.image_settings, "mode": mode}
-        pixels = torch.stack([data.transform(image, **settings) for image in images])
+        pixels = torch.stack([pictures.transform(image, **settings) for image in images])
         captions[name] = caption(vlm, metadata, pixels)
         if n == 0:
             for photo, image, x in zip(photos, images, pixels):

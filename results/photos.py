@@ -28,6 +28,7 @@ import torch
 
 import checkpoint
 import common
+import conversation
 import data
 import words
 from generate import generate
@@ -135,7 +136,8 @@ def measure(vlm, metadata, args):
     for start in range(0, len(names), BATCH_SIZE):
         chosen = names[start:start + BATCH_SIZE]
         messages = [data.messages_of(dataset.records[first[name]], False)[0][:1] for name in chosen]
-        prompts = [data.encode_prompt(m, vlm.tokenizer, vlm.num_patches, metadata["template"])
+        template = metadata["template"]
+        prompts = [conversation.encode_prompt(m, vlm.tokenizer, vlm.num_patches, template)
                    for m in messages]
         images = torch.cat([s["images"] for s in samples[start:start + BATCH_SIZE]])
         for ids in generate(vlm, prompts, images, max_new_tokens=24):

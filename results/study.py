@@ -58,6 +58,7 @@ from matplotlib.figure import Figure
 
 import checkpoint
 import data
+import pictures
 import vocab
 from words import (cosine, cosine_null, grid_patches, refuse_to_overwrite, save_figure,
                    vocabulary)
@@ -100,7 +101,7 @@ def names_of_patches(objects, size, side, mode):
     """Return the possible names of each patch: side * side sets {shape, colour}, or empty sets.
 
     objects: [{"shape", "color", "box": [x0, y0, x1, y1]}] in pixels of an image of `size` (w, h),
-    which data.transform shows to the tower in `mode`, "crop" or "pad". A patch belongs to the
+    which pictures.transform shows to the tower in `mode`, "crop" or "pad". A patch belongs to the
     object whose box covers most of it, and at least COVER of it.
     """
     edge = min(size) if mode == "crop" else max(size)               # of the square that is seen
@@ -229,7 +230,7 @@ def study_records(args):
         raise ValueError(f"{args.truth} does not know {missing[0]}")
     records = []
     for name, caption in captions.items():
-        image = data.open_image(data.image_path(args.images, name))
+        image = pictures.open_image(pictures.image_path(args.images, name))
         records.append((image, caption, truth and truth[name]["objects"]))
     return records
 
@@ -266,7 +267,7 @@ def observe(folder, records, device=None, dtype="float32"):
         tops.setdefault(how, []).append([[names[how][i] for i in row] for row in columns])
 
     for n, (picture, _, _) in enumerate(records):
-        pixels = data.transform(picture, mode=mode, **vlm.image_settings)   # (3, S, S)
+        pixels = pictures.transform(picture, mode=mode, **vlm.image_settings)   # (3, S, S)
         generator = torch.Generator().manual_seed(n)
         order = torch.randperm(pixels[0].numel(), generator=generator)
         mixed = pixels.flatten(1)[:, order].view_as(pixels)         # the same pixels, no picture

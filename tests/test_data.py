@@ -20,9 +20,13 @@ from PIL import Image, ImageOps
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import conversation
 import data
+import pictures
 import vocab
-from data import IGNORE, IMAGE_ID, BadSample, Conversations, collate, encode, encode_prompt, global_batches, messages_of
+from common import BadSample
+from conversation import IGNORE, IMAGE_ID, encode, encode_prompt
+from data import Conversations, collate, global_batches, messages_of
 
 ROOT = pathlib.Path(data.__file__).parent
 P = 3
@@ -75,7 +79,7 @@ def marked(ids, labels, tokenizer):
     """A sample as text, trained tokens in «», an image as <P>: what tests compare"""
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels)), "a label is its own id or ignored"
     assert all(label == IGNORE for i, label in zip(ids, labels) if i == IMAGE_ID), "images are not trained"
-    text = re.sub("\033\\[2m(.*?)\033\\[0m", r"\1", data.show_sample(ids, labels, tokenizer), flags=re.S)
+    text = re.sub("\033\\[2m(.*?)\033\\[0m", r"\1", conversation.show_sample(ids, labels, tokenizer), flags=re.S)
     return re.sub("\033\\[32m(.*?)\033\\[0m", r"«\1»", text, flags=re.S).replace(f"[image x {P}]", f"<{P}>")
 
 
@@ -219,7 +223,7 @@ def test_another_chat_template_on_the_same_tokenizer_is_used():
 
 def test_show_decodes_characters_of_several_tokens_and_escapes_terminal_codes():
     tokenizer = make_tokenizer(CHATML)
-    text = data.show_sample(*encode(turns("ⴲ\033[31m", "žluť"), tokenizer, P), tokenizer)
+    text = conversation.show_sample(*encode(turns("ⴲ\033[31m", "žluť"), tokenizer, P), tokenizer)
     assert "ⴲ␛[31m" in text and "\033[32mžluť<|im_end|>\033[0m" in text
 
 
@@ -301,16 +305,16 @@ def reference(image, **more):
 @pytest.mark.parametrize("w, h", [(64, 48), (48, 64), (33, 97), (97, 33), (32, 32), (7, 5), (51, 50), (1, 9)])
 def test_transform_equals_transformers_processor(w, h):
     image = noise(w, h)
-    torch.testing.assert_close(data.transform(image, 32, MEAN, STD, "crop"), reference(image), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pictures.transform(image, 32, MEAN, STD, "crop"), reference(image), rtol=0, atol=1e-5)
     square = Image.new("RGB", (max(w, h),) * 2, (122, 116, 104))
     square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
-    torch.testing.assert_close(data.transform(image, 32, MEAN, STD, "pad"), reference(square), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pictures.transform(image, 32, MEAN, STD, "pad"), reference(square), rtol=0, atol=1e-5)
     squashed = image.resize((32, 32), Image.Resampling.BICUBIC)
-    torch.testing.assert_close(data.transform(image, 32, MEAN, STD, "squash"), reference(squashed), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pictures.transform(image, 32, MEAN, STD, "squash"), reference(squashed), rtol=0, atol=1e-5)
 
 
 def test_pad_puts_80_rows_of_the_mean_colour_above_and_below_640_by_480():
-    x = data.transform(Image.new("RGB", (640, 480), (255, 0, 0)), 640, MEAN, STD, "pad")          # no resizing
+    x = pictures.transform(Image.new("RGB", (640, 480), (255, 0, 0)), 640, MEAN, STD, "pad")          # no resizing
     rgb = (x * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
     rgb = rgb.round().int().permute(1, 2, 0)
     assert x.dtype == torch.float32 and x.shape == (3, 640, 640)
@@ -322,7 +326,7 @@ def test_pad_puts_80_rows_of_the_mean_colour_above_and_below_640_by_480():
 @pytest.mark.parametrize("size", [(200_000, 1), (1, 200_000), (4000, 3), (20_000, 30)])
 def test_thin_pictures_are_read_in_every_mode(mode, size):
     """No setting of a run decides whether a picture can be used, so --check cannot judge otherwise than training."""
-    x = data.transform(Image.new("RGB", size, (255, 0, 0)), 336, MEAN, STD, mode)
+    x = pictures.transform(Image.new("RGB", size, (255, 0, 0)), 336, MEAN, STD, mode)
     rgb = (x[:, 168, 168] * torch.tensor(STD) + torch.tensor(MEAN)) * 255
     # The middle is red; where the line is padded, 336 rows of which one was red leave little of it.
     assert x.shape == (3, 336, 336) and (mode == "pad" or rgb.round().tolist() == [255, 0, 0])
@@ -331,7 +335,7 @@ def test_thin_pictures_are_read_in_every_mode(mode, size):
 def test_a_thin_picture_is_cut_in_its_middle():
     picture = Image.new("RGB", (3001, 2), (0, 0, 255))
     picture.paste((255, 0, 0), (1490, 0, 1511, 2))
-    x = data.transform(picture, 32, [0, 0, 0], [1, 1, 1], "crop")
+    x = pictures.transform(picture, 32, [0, 0, 0], [1, 1, 1], "crop")
     assert (x[0] > 0.99).all() and (x[2] < 0.01).all()
 
 
@@ -357,7 +361,7 @@ def test_broken_pictures_are_named(tmp_path, kind):
     path = tmp_path / "a.jpg"
     path.write_bytes(bad_pictures(tmp_path)[kind])
     with pytest.raises(BadSample, match="a.jpg' cannot be read") as caught:
-        data.open_image(path)
+        pictures.open_image(path)
     assert caught.value.kind == "broken image"
 
 
@@ -378,7 +382,7 @@ def save_pictures(folder):
 @pytest.mark.parametrize("name", ["rgb.png", "cmyk.jpg", "palette.png", "alpha.png", "animated.gif", "turned.png"])
 def test_formats_come_out_as_the_same_upright_rgb(tmp_path, name):
     save_pictures(tmp_path)
-    image = data.open_image(tmp_path / name)
+    image = pictures.open_image(tmp_path / name)
     assert image.mode == "RGB" and image.size == (40, 20)
     for x, colour in ((5, (255, 0, 0)), (35, (0, 0, 255))):
         assert np.abs(np.subtract(image.getpixel((x, 10)), colour)).max() < 12
@@ -386,7 +390,7 @@ def test_formats_come_out_as_the_same_upright_rgb(tmp_path, name):
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "grey.png")
-    assert [p[0] for p in data.open_image(tmp_path / "grey.png").get_flattened_data()] == [0, 1, 128, 255]
+    assert [p[0] for p in pictures.open_image(tmp_path / "grey.png").get_flattened_data()] == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("name, words", [
@@ -406,7 +410,7 @@ def test_image_names_stay_in_the_folder(tmp_path, name, words):
     os.symlink("nothing.png", tmp_path / "images" / "gone.png")
     os.symlink("loop.png", tmp_path / "images" / "loop.png")
     with pytest.raises(BadSample, match=words) as caught:
-        data.image_path(tmp_path / "images", name)
+        pictures.image_path(tmp_path / "images", name)
     assert len(str(caught.value)) < 700
 
 
@@ -416,8 +420,8 @@ def test_links_inside_the_folder_and_a_linked_folder_are_fine(tmp_path):
     os.symlink(tmp_path / "images" / "a.png", tmp_path / "images" / "b.png")
     os.symlink(tmp_path / "images", tmp_path / "elsewhere")
     inside = str(tmp_path / "images" / "a.png")
-    assert data.image_path(tmp_path / "images", inside) == data.image_path("/", inside) == os.path.realpath(inside)
-    assert data.image_path(tmp_path / "elsewhere", "b.png") == os.path.realpath(tmp_path / "images" / "a.png")
+    assert pictures.image_path(tmp_path / "images", inside) == pictures.image_path("/", inside) == os.path.realpath(inside)
+    assert pictures.image_path(tmp_path / "elsewhere", "b.png") == os.path.realpath(tmp_path / "images" / "a.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -440,7 +444,7 @@ def test_samples_and_batches(tmp_path):
                  record("<image> or <image>?", "Yes", image=["b.png", "a.png"]))
     dataset = Conversations([path, path], tmp_path, tokenizer, P, IMAGE)
     samples = [dataset[i] for i in range(3)]
-    a, b = (data.transform(data.open_image(tmp_path / name), **IMAGE) for name in ("a.png", "b.png"))
+    a, b = (pictures.transform(pictures.open_image(tmp_path / name), **IMAGE) for name in ("a.png", "b.png"))
     assert len(dataset) == 6 and [len(s["images"]) for s in samples] == [1, 0, 2]
     assert "user\n<3>\nWhat?<" in marked(samples[0]["input_ids"].tolist(), samples[0]["labels"].tolist(), tokenizer)
     batch = collate(samples, pad_id=7)
@@ -667,13 +671,13 @@ def test_pixels_are_scaled_with_certainty_or_refused(tmp_path, name):
         assert words in sentence and "a.png' cannot be read: " in sentence and "\n" not in sentence
         return
     assert sentence == ""
-    grey = np.asarray(data.open_image(tmp_path / "a.png"))[..., 0].astype(float)[0]
+    grey = np.asarray(pictures.open_image(tmp_path / "a.png"))[..., 0].astype(float)[0]
     wanted = (RAMP[0] > 0.5) * 255 if name == "1 bit" else RAMP[0] * 255
     assert np.abs(grey - wanted).max() <= 1.01
 
 
 def test_one_colour_with_transparency_is_a_picture():
-    assert data.open_image(saved(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))).getpixel((0, 0)) == (9, 9, 9)
+    assert pictures.open_image(saved(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))).getpixel((0, 0)) == (9, 9, 9)
 
 
 def chunk(kind, body, crc=None):
@@ -743,7 +747,7 @@ DAMAGED = damaged()
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_metadata_does_not_cost_the_picture(tmp_path, name):
     assert sentence_of(tmp_path, {"conversations": list(SAID), "image": "a.png"}, DAMAGED[name]) == ""
-    image = data.open_image(tmp_path / "a.png")
+    image = pictures.open_image(tmp_path / "a.png")
     assert image.size == (40, 20)
     for x, colour in ((5, (255, 0, 0)), (35, (0, 0, 255))):
         assert np.abs(np.subtract(image.getpixel((x, 10)), colour)).max() < 12
@@ -756,7 +760,7 @@ def test_all_eight_orientations_as_pillow_turns_them(orientation, form):
     exif[0x0112] = orientation
     content = saved(noise(7, 5), form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    assert data.open_image(content).tobytes() == wanted.tobytes()
+    assert pictures.open_image(content).tobytes() == wanted.tobytes()
 
 
 OTHERS = {  # name: (how the file begins, what the sentence says it is)

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 import checkpoint
-import data
+import conversation
 import eval
 import generate
 import model
 import vocab
 from conftest import run
+from pictures import open_image, transform
 from tools import export
 
 QUESTION = "what colour is the big circle?"
@@ -67,7 +68,7 @@ def ours(folder, picture, question=QUESTION):
     vlm = checkpoint.load(str(folder))
     ids = eval.prompt_ids(vlm, {"image": picture, "text": question})
     s = vlm.image_settings
-    pixels = data.transform(data.open_image(picture), s["size"], s["mean"], s["std"], "pad")[None]
+    pixels = transform(open_image(picture), s["size"], s["mean"], s["std"], "pad")[None]
     with torch.no_grad():
         logits = vlm.llm(inputs_embeds=vlm.splice(torch.tensor([ids]), pixels)).logits[0]
     answer, = generate.generate(vlm, [ids], pixels, max_new_tokens=12)
@@ -128,7 +129,7 @@ def test_the_chat_template_writes_our_ids_for_whole_conversations(llm, tiny, tmp
         tokenizer.chat_template = None
     messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "<image>\nwhat is 'this'?"},
                 {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "and {{ this }}?\n\nyes"}]
-    ours = data.encode_prompt(messages, tokenizer, 1)
+    ours = conversation.encode_prompt(messages, tokenizer, 1)
     template = export.chat_template(tokenizer)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -138,7 +139,7 @@ def test_the_chat_template_writes_our_ids_for_whole_conversations(llm, tiny, tmp
     for turns in (messages, lists):
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        assert [data.IMAGE_ID if i == image_id else i for i in ids] == ours
+        assert [conversation.IMAGE_ID if i == image_id else i for i in ids] == ours
 
 
 REFUSED = {"a softmax": (dict(normalize="softmax"), "normalize=softmax is no two-layer MLP"),

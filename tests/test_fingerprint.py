@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils
 
 import checkpoint
 import common
-import data
+import conversation
 import eval as evaluation
 import fingerprint
 import test_benchmarks
@@ -260,11 +260,11 @@ def test_a_template_that_prints_the_date_prints_the_same_one_tomorrow(tiny, tmp_
     dated, tokenizer = tokenizer, common.load_tokenizer(str(tmp_path / "dated"))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     render = lambda: dated.apply_chat_template(messages, tokenize=False)
-    plain, ours, asked = render(), data.encode(messages, tokenizer, 1), data.encode_prompt(messages[:1], tokenizer, 1)
+    plain, ours, asked = render(), conversation.encode(messages, tokenizer, 1), conversation.encode_prompt(messages[:1], tokenizer, 1)
     mark = fingerprint.template_hash(tokenizer)
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     assert render() != plain                                        # so the test would notice
-    assert data.encode(messages, tokenizer, 1) == ours and ours[0][:len(asked)] == asked
+    assert conversation.encode(messages, tokenizer, 1) == ours and ours[0][:len(asked)] == asked
     assert fingerprint.template_hash(tokenizer) == mark
     assert words in tokenizer.decode(ours[0])
     tokenizer.save_pretrained(tmp_path / "saved")                   # and so does the tokenizer of a checkpoint

@@ -17,7 +17,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextCo
 import checkpoint
 import vocab
 from conftest import run
-from data import IMAGE_ID
+from conversation import IMAGE_ID
 from tools import import_official
 
 TOOL = "tools/import_official.py"

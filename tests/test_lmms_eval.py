@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import checkpoint
-import data
+import pictures
 import eval
 import generate
 import model
@@ -105,7 +105,7 @@ def test_the_loss_of_a_continuation(adapter, ours):
     got = lm.loglikelihood(requests_for(lm, lambda doc: lambda doc: doc["answer"]))
     vlm, doc = lm.vlm, documents()[1]
     s = vlm.image_settings
-    pixels = data.transform(doc["image"], s["size"], s["mean"], s["std"], "pad")[None]
+    pixels = pictures.transform(doc["image"], s["size"], s["mean"], s["std"], "pad")[None]
     prompt = eval.prompt_ids(vlm, {"image": True, "text": doc["question"]})
     end = vlm.tokenizer.eos_token_id
     answer = vlm.tokenizer(doc["answer"], add_special_tokens=False).input_ids + [end]

@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalG
 import checkpoint
 import common
 from generate import generate
+import conversation
 import data
 import model
 import pretrained
 import vocab
-from data import IGNORE, IMAGE_ID
+from conversation import IGNORE, IMAGE_ID
 
 P = 9                                                               # 24 pixels, patches of 8
 
@@ -32,7 +33,7 @@ def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="unit
 
 
 def sample(tokenizer, messages, images, seed=0):
-    ids, labels = data.encode(messages, tokenizer, P)
+    ids, labels = conversation.encode(messages, tokenizer, P)
     pixels = torch.randn(images, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
     return {"id": str(seed), "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "images": pixels}
 
@@ -87,7 +88,7 @@ def test_logits_loss_gradients_and_answers_equal_transformers_llava(tiny, connec
         torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-3, msg=name)
         assert p.grad.abs().sum() > 0, name
 
-    prompt = data.encode_prompt(turns("<image>\nwhat colour is the star?"), vlm.tokenizer, P)
+    prompt = conversation.encode_prompt(turns("<image>\nwhat colour is the star?"), vlm.tokenizer, P)
     pixels = batch["pixel_values"][:1]
     mine = generate(vlm, [prompt], pixels, max_new_tokens=12)[0]
     ids = torch.tensor([prompt])
@@ -143,7 +144,7 @@ def test_a_batch_of_four_equals_four_batches_of_one(tiny, llm):
 def test_a_greedy_answer_does_not_depend_on_its_batch(tiny):
     vlm = make(tiny)
     questions = ["<image>\nwhat colour is the big circle?", "Is there a star?", "<image> <image>\ntwo?", "<image>"]
-    prompts = [data.encode_prompt(turns(q), vlm.tokenizer, P) for q in questions]
+    prompts = [conversation.encode_prompt(turns(q), vlm.tokenizer, P) for q in questions]
     pixels = [torch.randn(q.count("<image>"), 3, 24, 24, generator=torch.Generator().manual_seed(7)) for q in questions]
     together = generate(vlm, prompts, torch.cat(pixels), 10)
     alone = [generate(vlm, [p], x, 10)[0] for p, x in zip(prompts, pixels)]
@@ -157,7 +158,7 @@ def test_sampling_draws_from_the_distribution_of_the_logits(tiny):
     """The first token of 200 equal prompts: frequencies near the softmax at this temperature; a seed repeats them."""
     vlm = make(tiny)
     vlm.eos_ids = set()
-    prompt = data.encode_prompt(turns("Is there a star?"), vlm.tokenizer, P)
+    prompt = conversation.encode_prompt(turns("Is there a star?"), vlm.tokenizer, P)
     draw = lambda: (torch.manual_seed(5), [a[0] for a in generate(vlm, [prompt] * 200, None, 1, temperature=0.5)])[1]
     first = draw()
     assert first == draw() and len(set(first)) > 1
@@ -180,7 +181,7 @@ def test_an_llm_spread_by_accelerate_answers_the_same(tiny, tmp_path):
     llm = accelerate.dispatch_model(llm, places, main_device="cpu", offload_dir=str(tmp_path))
     spread = build((llm, tokenizer))
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(7)) * 5
-    prompts = [data.encode_prompt(turns(q), one.tokenizer, P) for q in ("<image>\nwhat colour?", "<image>\nIs it red?")]
+    prompts = [conversation.encode_prompt(turns(q), one.tokenizer, P) for q in ("<image>\nwhat colour?", "<image>\nIs it red?")]
     assert generate(spread, prompts, pixels, 8, image_index=[0, 0]) == generate(one, prompts, pixels, 8, image_index=[0, 0])
 
 
@@ -209,7 +210,7 @@ def test_questions_about_one_image_share_its_prefix(tiny, llm, attention, monkey
         kwargs["inputs_embeds"].shape[:2] if kwargs.get("inputs_embeds") is not None else ())
         or decode(vlm.llm.get_decoder(), **kwargs))
     for questions in (asked, asked[::-1], [*asked[:2], text, *asked[2:]]):
-        prompts = [data.encode_prompt(turns(q), vlm.tokenizer, P) for q, _ in questions]
+        prompts = [conversation.encode_prompt(turns(q), vlm.tokenizer, P) for q, _ in questions]
         alone = [generate(vlm, [p], pixels[which] if which else None, 20)[0]
                  for p, (_, which) in zip(prompts, questions)]
         lengths.clear()

@@ -8,7 +8,9 @@ import torch
 import transformers
 
 import checkpoint
+import conversation
 import data
+import pictures
 import model
 import pretrained
 import train
@@ -128,7 +130,7 @@ def test_preprocessors(name, tiny, tmp_path):
     from PIL import Image
     vlm = build(tiny, vision_tower=str(tmp_path / "tower"))
     dry_run(tiny, vision_tower=str(tmp_path / "tower"))
-    pixels = data.transform(Image.new("RGB", (24, 24), (200, 200, 200)), mode="crop", **vlm.image_settings)
+    pixels = pictures.transform(Image.new("RGB", (24, 24), (200, 200, 200)), mode="crop", **vlm.image_settings)
     assert float(pixels[0, 3, 3]) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -256,7 +258,7 @@ def test_an_answer_ends_where_the_template_ends_it(tiny, tmp_path):
     assert vlm.tokenizer.eos_token_id == 0 and vlm.eos_ids == {0, end}
     torch.nn.init.zeros_(vlm.llm.lm_head.weight)
     vlm.llm.model.norm.weight.data.fill_(1)
-    prompt = data.encode_prompt(turns("what?"), vlm.tokenizer, P)
+    prompt = conversation.encode_prompt(turns("what?"), vlm.tokenizer, P)
     hidden = vlm.llm.get_decoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
     vlm.llm.lm_head.weight.data[end] = hidden                       # it answers with the end, and then again
     assert generate(vlm, [prompt], None, 5) == [[]]

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from common import DATE
-from data import IGNORE, encode, encode_prompt
+from conversation import IGNORE, encode, encode_prompt
 
 TEXT = ["Is the bicycle leaning on a fence? Yes, it leans on a wooden fence.", "What colour is it? Red!\n\nIt is red.",
         "system user assistant model You are a helpful assistant. [INST] [/INST]", "Today Date: 26 Jul 2024"] * 3

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import data
+import pictures
 import model
 import train
 from conftest import settings, train_here
@@ -111,9 +112,9 @@ def test_cached_features_give_what_the_tower_gives(tiny, world, words_stage):
     out, _ = words_stage
     vlm = checkpoint.load(str(out))
     image = {**vlm.image_settings, "mode": "crop"}
-    path = data.image_path(f"{world}/images", "3.png")
+    path = pictures.image_path(f"{world}/images", "3.png")
     cached = load_file(data.features_path(f"{out}-features", path))["patches"]
-    pixels = data.transform(data.open_image(path), **image)
+    pixels = pictures.transform(pictures.open_image(path), **image)
     with torch.no_grad():
         expected = vlm.patch_features(pixels[None])[0]
     torch.testing.assert_close(cached.float(), expected, rtol=1e-3, atol=1e-3)

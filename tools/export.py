@@ -70,10 +70,10 @@ def two_layers(connector):
 
 def add_image_token(vlm):
     """Return the id of "<image>", which is new in the tokenizer, and in the embedding if needed."""
-    import data
+    import conversation
     tokenizer, llm = vlm.tokenizer, vlm.llm
-    tokenizer.add_tokens([data.IMAGE], special_tokens=True)
-    image_id = tokenizer.convert_tokens_to_ids(data.IMAGE)
+    tokenizer.add_tokens([conversation.IMAGE], special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(conversation.IMAGE)
     if image_id >= llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(image_id + 1, mean_resizing=False)
     # Its row is of no training, and no answer may hold it.
@@ -82,13 +82,16 @@ def add_image_token(vlm):
 
 
 def chat_template(tokenizer):
-    """Return a Jinja template that writes what data.encode writes, from strings or from lists."""
-    import data
+    """Return a Jinja template that writes what conversation.encode writes.
+
+    It takes contents that are strings or lists.
+    """
+    import conversation
     if tokenizer.chat_template:
         return FLATTEN + tokenizer.chat_template
     starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     bos = tokenizer.bos_token if starts_with_bos else ""
-    return FLATTEN + f"{{% set bos = {bos!r} %}}" + data.TEMPLATES["chat"]
+    return FLATTEN + f"{{% set bos = {bos!r} %}}" + conversation.TEMPLATES["chat"]
 
 
 def to_llava(vlm):
@@ -152,14 +155,15 @@ def check_prompt(processor, ours):
 
     ours: (question, ids) with IMAGE_ID once for each patch.
     """
-    import data
+    import conversation
     from PIL import Image
     question, ids = ours
     content = [{"type": "image", "image": Image.new("RGB", (8, 8))},
                {"type": "text", "text": question}]
     theirs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
                                            add_generation_prompt=True, return_dict=True)
-    theirs = [data.IMAGE_ID if i == processor.image_token_id else i for i in theirs["input_ids"][0]]
+    theirs = [conversation.IMAGE_ID if i == processor.image_token_id else i
+              for i in theirs["input_ids"][0]]
     if theirs != ids:
         at = len(os.path.commonprefix([theirs, ids]))
         raise ValueError(f"the processor of transformers writes {theirs[at:at + 3]} where this "
@@ -193,7 +197,7 @@ def main():
         raise ValueError(f"{args.out} exists; --overwrite replaces it")
     import torch
     import checkpoint
-    import data
+    import pictures
     from eval import prompt_ids
 
     vlm = checkpoint.load(args.checkpoint, dtype=getattr(torch, args.dtype))
@@ -209,8 +213,8 @@ def main():
     pixel_values = None
     if args.image:
         settings = vlm.image_settings
-        image = data.transform(data.open_image(args.image), settings["size"], settings["mean"],
-                               settings["std"], mode="pad")
+        image = pictures.transform(pictures.open_image(args.image), settings["size"],
+                                   settings["mean"], settings["std"], mode="pad")
         pixel_values = image[None]
     with torch.no_grad():
         embeds = vlm.splice(torch.tensor([ids]), pixel_values)[0]           # (T, D)

@@ -167,7 +167,7 @@ def unpack(path, folder):
     ValueError before anything is written if a name leads out of the folder, if it is a link, or if
     the disk is too small.
     """
-    from data import inside
+    from pictures import inside
     try:
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir()]
@@ -205,7 +205,8 @@ def check_space(folder, need):
 def to_jpeg(body):
     """Return the bytes of a picture as those of a JPEG in RGB or grey. BadSample if it is none."""
     from PIL import Image
-    from data import BadSample, open_image
+    from common import BadSample
+    from pictures import open_image
     image = open_image(body)
     if max(image.size) == 1:                    # the shop sends one pixel for a picture it has not
         raise BadSample("broken image", "the host sends a picture of one pixel")
@@ -273,7 +274,7 @@ class Data:
 
     def get_pictures(self):
         """Make a JPEG of each OCR-VQA picture that the mix names, downloaded if need be."""
-        from data import BadSample
+        from common import BadSample
         from tqdm import tqdm
         addresses = common.read_json(f"{self.root}/ocr_vqa/dataset.json") if self.has_list() else {}
         names = {record.get("image", "") for record in common.read_json(f"{self.root}/{MIX}.json")}

@@ -16,7 +16,8 @@ import torch
 from lmms_eval.api.model import lmms
 
 import common
-import data
+import conversation
+import pictures
 from checkpoint import load
 from generate import generate
 
@@ -43,10 +44,10 @@ class LangBridge(lmms):
         visuals = list(doc_to_visual(doc) or []) if doc_to_visual else []
         if any(isinstance(visual, (str, dict)) for visual in visuals):
             raise ValueError("this model sees images only, no video and no sound")
-        if data.IMAGE not in context:
-            context = f"{data.IMAGE}\n" * len(visuals) + context
+        if conversation.IMAGE not in context:
+            context = f"{conversation.IMAGE}\n" * len(visuals) + context
         s = self.vlm.image_settings
-        pixels = [data.transform(image.convert("RGB"), s["size"], s["mean"], s["std"], "pad")
+        pixels = [pictures.transform(image.convert("RGB"), s["size"], s["mean"], s["std"], "pad")
                   for image in visuals]
         return [{"role": "user", "content": context}], pixels
 
@@ -57,7 +58,7 @@ class LangBridge(lmms):
             context, settings, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             messages, pixels = self.prompt(context, doc_to_visual, doc)
-            ids = data.encode_prompt(messages, self.vlm.tokenizer, self.vlm.num_patches)
+            ids = conversation.encode_prompt(messages, self.vlm.tokenizer, self.vlm.num_patches)
             is_sampled = settings.get("do_sample", bool(settings.get("temperature")))
             temperature = (settings.get("temperature") or 1.0) if is_sampled else 0.0
             shared = settings.get("max_new_tokens", 1024), temperature      # by a batch
@@ -94,13 +95,13 @@ class LangBridge(lmms):
                 continuation = continuation(doc)
             messages, pixels = self.prompt(context, doc_to_visual, doc)
             messages.append({"role": "assistant", "content": str(continuation).strip()})
-            ids, labels = data.encode(messages, self.vlm.tokenizer, self.vlm.num_patches)
+            ids, labels = conversation.encode(messages, self.vlm.tokenizer, self.vlm.num_patches)
             pixels = torch.stack(pixels) if pixels else None
             with torch.no_grad():
                 embeds = self.vlm.splice(torch.tensor([ids]), pixels)
                 hidden = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
                 targets = torch.tensor(labels[1:], device=embeds.device)
-                trained = targets != data.IGNORE
+                trained = targets != conversation.IGNORE
                 logits = self.vlm.logits(hidden.last_hidden_state[0, :-1][trained])
             targets = targets[trained]
             loss = torch.nn.functional.cross_entropy(logits, targets).item()

@@ -1,0 +1,164 @@
+"""
+A picture file becomes the pixels that a vision tower takes.
+
+    file --open_image--> PIL image --transform--> float32[3, S, S]
+
+S is the side of the square picture in pixels.
+"""
+import io
+import os
+import re
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from common import BadSample
+# torch is imported where it is used, so that --help does not wait for it.
+
+# EPS is not among the formats, because Pillow would start Ghostscript to read it.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+# How other files begin that are found under the name of a picture.
+OTHER_FILES = {"empty": rb"\Z", "AVIF": rb"....ftypavi", "HEIC": rb"....ftyp(hei|hev|mif|msf)",
+               "a video": rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "SVG": rb"\s*(<\?xml.*?)?<svg",
+               "JPEG XL": rb"\xff\x0a|\0{3}\x0cJXL", "JPEG 2000": rb"\xff\x4f|\0{3}\x0cjP",
+               "PDF": rb"%PDF", "PostScript": rb"%!PS", "PSD": rb"8BPS", "ICO": rb"\0\0\x01\0",
+               "a web page": rb"\s*<(!doctype|html)", "a Git LFS pointer": rb"version https://"}
+
+
+def inside(folder, name):
+    """Return the real path of a file name in the folder.
+
+    Raises BadSample for a path, or a link in it, that leads out of the folder.
+    """
+    root = os.path.realpath(folder)
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+    except ValueError as error:                             # a null byte
+        raise BadSample("malformed", f"image {name[:200]!r} is not a file name: {error}") from None
+    above = os.path.commonpath([path, root])
+    if above != root:
+        link = " through a link" if path != os.path.normpath(os.path.join(root, name)) else ""
+        raise BadSample("malformed", f"image {name!r} leads{link} out of the image folder {folder} "
+                                     f"to {path}: put the file itself into the image folder, or "
+                                     f"take {above} as the image folder")
+    return path
+
+
+def image_path(folder, name):
+    """Return the path of an image in the folder. Raises BadSample if there is no such file."""
+    path = inside(folder, name)
+    if not os.path.isfile(path):
+        path = os.path.join(folder, name)[:200]
+        raise BadSample("missing image", f"image {path!r} does not exist or is not a file")
+    return path
+
+
+def open_image(source):
+    """Return a picture as a PIL image: RGB, upright by its EXIF, an animation's first frame.
+
+    source: a path, or the bytes of a file. Transparency is dropped as in LLaVA, not blended.
+    Raises BadSample if it is not a complete picture.
+    """
+    try:
+        content = source
+        if not isinstance(source, bytes):
+            with open(source, "rb") as file:
+                content = file.read()
+        pixels = io.BytesIO(without_png_metadata(content))
+        with Image.open(pixels, formats=FORMATS) as image:
+            image.load()
+            rgb = to_rgb(image)
+            try:
+                orientation = image.getexif().get(0x0112)
+            except Exception:                               # damaged EXIF does not cost the picture
+                orientation = None
+        rgb.info = {}                                       # exif_transpose would rewrite the EXIF
+        rgb.getexif()[0x0112] = orientation
+        return ImageOps.exif_transpose(rgb)
+    except Exception as error:                              # Pillow's readers raise nearly anything
+        if isinstance(error, UnidentifiedImageError):
+            kinds = [kind for kind, start in OTHER_FILES.items()
+                     if re.match(start, content, re.DOTALL | re.IGNORECASE)]
+            error = (f"it is {(kinds + ['damaged or of another format'])[0]}; the formats that are "
+                     f"read are {', '.join(FORMATS)}")
+        name = "" if isinstance(source, bytes) else f" {str(source)!r}"
+        raise BadSample("broken image", f"image{name} cannot be read: {error}") from None
+
+
+def without_png_metadata(content):
+    """Return a PNG file without the chunks that its pixels do not need; other files as they are.
+
+    Pillow refuses a picture for a damaged colour profile or comment, which nothing here reads.
+    """
+    start = content[:8]
+    if start != b"\x89PNG\r\n\x1a\n":
+        return content
+    kept, at = [start], 8
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at:at + 4], "big")
+        chunk = content[at:end]
+        kind, is_whole = chunk[4:8], zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and is_whole:
+            kept.append(chunk)
+        at = end
+    return b"".join(kept)
+
+
+def to_rgb(image):
+    """Return a loaded PIL image as RGB. ValueError if it is not certain which value is white."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        is_deep = image.mode == "I" and image.format == "TIFF"      # more than 16 bits, or signed
+        if is_deep or 0 < grey.max() < 4096 or getattr(image, "tag_v2", {}).get(262) == 0:
+            raise ValueError(f"its grey values go from {grey.min()} to {grey.max()}, and it is not "
+                             "certain which is white: save it with 8 bits")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))       # 16 bits
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, and it is not certain which is "
+                         "white: save it with 8 bits")
+    rgb = image.convert("RGB")
+    if image.has_transparency_data and is_uniform(rgb) and not is_uniform(image.convert("RGBA")):
+        raise ValueError("it has one colour, and what it shows is in its transparency: "
+                         "save it on a background")
+    return rgb
+
+
+def is_uniform(image):
+    """Return whether all pixels are equal."""
+    return all(low == high for low, high in image.getextrema())
+
+
+def transform(image, size, mean, std, mode="pad"):
+    """Return a PIL RGB image as float32[3, S, S], S = size, normalised.
+
+    mode: "crop" scales the short edge to S and cuts out the middle (LLaVA's stage 1); "pad" first
+        centres the image on a square of the mean colour (LLaVA's stage 2 and evaluation);
+        "squash" changes the aspect ratio.
+    The numbers are those of transformers' CLIPImageProcessor (bicubic).
+    """
+    import torch
+
+    w, h = image.size
+    # Lines of pixels would become pictures of many GB on the way. They are made smaller before.
+    if mode == "crop" and max(w, h) > 100 * min(w, h):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    if mode == "pad" and max(w, h) > 13_000:
+        image = image.reduce(max(w, h) // 13_000 + 1)
+    w, h = image.size
+    short, long = min(w, h), max(w, h)
+    if mode == "crop":
+        scaled = int(size * long / short)
+        w, h = (size, scaled) if w <= h else (scaled, size)
+        left, top = (w - size) // 2, (h - size) // 2
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+    elif mode == "pad":
+        canvas = Image.new("RGB", (long, long), tuple(int(m * 255) for m in mean))
+        canvas.paste(image, ((long - w) // 2, (long - h) // 2))
+        image = canvas.resize((size, size), Image.Resampling.BICUBIC)
+    else:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    x = np.asarray(image, dtype=np.float32) / 255                       # (S, S, 3)
+    x = (x - np.float32(mean)) / np.float32(std)
+    return torch.from_numpy(x.transpose(2, 0, 1).copy())                # (3, S, S)

@@ -8,7 +8,7 @@ TGT is any causal LLM, a hub name or a folder. The tensors of the connector and 
 move. The LLM, its tokenizer and E are replaced: E becomes the new LLM's own input embeddings of the
 same words. The new checkpoint works as it is. `train.py config/pocket/sft.py --init=DIR --out=...`
 trains it on.
---eval measures source and target on captioned images.
+--eval measures source and target on captioned images, --tasks on benchmarks. Nothing is trained.
 
 An MLP connector knows its LLM and has no words. --map words.json moves it all the same, as a
 baseline: by the linear map between the two LLMs' embeddings of these words.
@@ -16,6 +16,7 @@ baseline: by the linear map between the two LLMs' embeddings of these words.
 import argparse
 import math
 import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -33,13 +34,18 @@ def read_arguments():
     add("--vision_tower", help="where the same tower is, if not under the name in SRC/config.json")
     add("--map", metavar="words.json", help="move an MLP by a linear map, fitted on these words")
     add("--images", help="folder of their images (default: images/ beside DATA.json)")
+    add("--tasks", help="benchmarks of eval.py to run on SRC and on the result, such as pope,gqa")
+    add("--data", help="the folder of the benchmarks, as for eval.py")
     add("--limit", type=int, default=128, help="images to use, in batches of 16 (default 128)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--attention", help=common.ATTENTION)
     add("--device", help="default: cuda if there is one, else cpu; auto spreads the LLM over GPUs")
     add("--overwrite", action="store_true", help="replace a checkpoint at --out")
     add("--offline", action="store_true", help=common.OFFLINE)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.tasks) != bool(args.data):
+        parser.error("--tasks and --data go together")
+    return args
 
 
 if __name__ == "__main__":                   # before the slow imports, so that --help is quick
@@ -190,6 +196,17 @@ def print_report(report):
             print(f"{key:26}" + "".join(f"{report[end][key]:12.4f}" for end in ends))
 
 
+def run_benchmarks(folder, args):
+    """Run eval.py on a checkpoint. Its answers and scores go to the folder eval/ in it."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval.py")
+    command = [sys.executable, script, folder, "--tasks", args.tasks, "--data", args.data]
+    for flag in ("device", "attention"):
+        if getattr(args, flag):
+            command += [f"--{flag}", getattr(args, flag)]
+    if subprocess.run(command + ["--offline"] * args.offline).returncode:
+        raise ValueError(f"the benchmarks could not be run on {folder}")
+
+
 # --------------------------------------------------------------------------------------------------
 
 def main(args):
@@ -210,6 +227,8 @@ def main(args):
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")
 
+    if args.tasks:
+        run_benchmarks(args.source, args)           # first, so that a missing file is found now
     report = {"words": config.num_words, "connector_from": metadata["stage"]}
     if args.eval:
         vlm = checkpoint.load(args.source, device, dtype, args.attention,
@@ -233,6 +252,8 @@ def main(args):
     common.write_json(report, f"{out}/transfer.json")
     print_report(report)
     print(f"wrote {out}")
+    if args.tasks:
+        run_benchmarks(out, args)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,25 @@ def test_the_picture_and_the_page_are_there(flow):
     assert os.path.getsize(out / "words" / "words.png") > 1000 and os.path.getsize(out / "words" / "words.html") > 1000
 
 
+def test_the_move_can_be_followed_by_benchmarks(flow, tmp_path):
+    """--tasks asks the source and the result. Two questions of TextVQA stand for a benchmark."""
+    world, out, _, _ = flow
+    shutil.copytree(world / "eval" / "textvqa", tmp_path / "data" / "textvqa")
+    ask, truth = (tmp_path / "data" / "textvqa" / name for name in ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"))
+    ask.write_text("".join(ask.read_text().splitlines(keepends=True)[:2]))
+    labels = json.loads(truth.read_text())
+    truth.write_text(json.dumps({**labels, "data": labels["data"][:2]}))
+    argv = [out / "pretrain", world / "pocket-llama", "--out", tmp_path / "moved", "--tasks", "textvqa", "--device", "cpu", "--offline"]
+    done = run("transfer.py", *argv, "--data", tmp_path / "nowhere", check=False)
+    assert done.returncode == 1 and "files are missing" in done.stderr and not (tmp_path / "moved").exists()
+    run("transfer.py", *argv, "--data", tmp_path / "data")
+    for folder in (out / "pretrain", tmp_path / "moved"):
+        results = json.loads((folder / "eval" / "results.json").read_text())
+        assert results["tasks"]["textvqa"]["total"] == 2
+    done = run("transfer.py", *argv, check=False)
+    assert done.returncode == 2 and "go together" in done.stderr
+
+
 def test_an_mlp_is_not_moved_and_the_reason_is_said(flow, tmp_path):
     world, out, _, _ = flow
     run("train.py", "config/pocket/pretrain.py", f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",

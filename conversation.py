@@ -3,6 +3,16 @@ A conversation becomes ids and labels, by the chat template of the tokenizer.
 
     messages --encode--> ids, labels
 
+`encode` works in three steps:
+    1. `_gaps` renders the template once with a marker in place of each content. The text between
+       the markers is what the template writes around the turns: the gaps.
+    2. `_texts` joins gaps and contents to one text. It notes at which character each answer begins
+       and ends.
+    3. The tokenizer reads this text and says which characters each token covers. A token that
+       covers a part of an answer is trained.
+A content may hold "<|im_end|>" as ordinary text. Therefore the control tokens of the gaps are
+written as private characters of Unicode, and `_encoder` reads only these as control tokens.
+
 T counts tokens and P the patches of an image. An image takes P places in the ids. Each of them has
 IMAGE_ID, an id that no text can produce. A label is IGNORE wherever the model does not learn.
 """
@@ -152,8 +162,8 @@ def _texts(messages, tokenizer, template):
                                      "so that no answer could end")
             end = CONTROL.search(gap)
             answers.append((start, len(text) + (end.end() if end else len(gap))))
-        # The first template of Llama-3 opens one more answer at the end, asked or not. Only the
-        # token that ends the turn is kept of it.
+        # The first template of Llama-3 always opens one more answer at the end. That opening is
+        # left out, and only the token that ends the turn is kept.
         if roles[i - 1:] == ("user", "assistant") and gaps[-1].strip() == gaps[-2].strip():
             gap = gap[:1]
         text += gap

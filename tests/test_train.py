@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from glob import glob
 
 import pytest
 import torch
@@ -208,6 +209,16 @@ def test_the_schedule_is_the_recipes():
     for steps, rise in ((2181, 66), (5198, 156)):
         factors = [train.lr_factor(s, steps, 0.03) for s in range(steps)]
         assert factors[0] == 0 and factors.index(1.0) == rise and factors[-1] < 1e-5
+
+
+@pytest.mark.parametrize("path", sorted(glob(f"{ROOT}/config/paper/*.py")), ids=os.path.basename)
+def test_every_config_of_the_paper_works_for_a_dry_run(path, capsys, monkeypatch):
+    """Nothing is downloaded and no checkpoint exists yet. The tests have no network."""
+    monkeypatch.chdir(ROOT)
+    cfg = train.read_settings([path, "--dry_run", "--llm=Qwen/Qwen2-7B-Instruct"])
+    train.check(cfg)
+    print_estimate(cfg, train.STAGES[cfg.stage], train.parts_table)
+    assert "7,615,616,512" in capsys.readouterr().out
 
 
 def test_dry_run_tells_the_memory_of_a_sharded_llm(capsys):

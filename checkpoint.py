@@ -4,7 +4,8 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
     config.json              what the VLM is made of, and what ties it to its LLM and words
     words.json               the K shared words as strings
     connector.safetensors    the connector; a LangBridge's tensors have no dimension of the LLM
-    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, and E
+    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, and E;
+                             with tiles also image_newline, which has the dimension of the LLM
     vision_tower/            if a stage trained the vision tower: a Hugging Face folder
 
 pretrained.py reads the LLM and the vision tower that a config names.
@@ -35,6 +36,7 @@ from pretrained import (errors_name, image_settings, load_llm, load_weights, pro
 from vocab import load_words, save_words, words_hash
 
 FORMAT = 1
+NEWLINE = "image_newline.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,6 +114,8 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     os.makedirs(folder, exist_ok=True)
     connector = {name: t.float() for name, t in vlm.connector.state_dict().items()}
     write_safetensors(connector, f"{folder}/connector.safetensors")
+    if os.path.exists(f"{folder}/llm/{NEWLINE}"):   # of a checkpoint that is overwritten
+        os.remove(f"{folder}/llm/{NEWLINE}")
     if vlm.words:
         save_words(vlm.words, f"{folder}/words.json")
     if "llm" in own_parts:
@@ -125,6 +129,9 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
             # The E of training. The trained LLM's embedding has moved away from it.
             E = {"vocab_embeds": vlm.connector.vocab_embeds}
             write_safetensors(E, f"{folder}/llm/vocab_embeds.safetensors")
+    if vlm.image_newline is not None:
+        os.makedirs(f"{folder}/llm", exist_ok=True)
+        write_safetensors({"image_newline": vlm.image_newline}, f"{folder}/llm/{NEWLINE}")
     if "vision_tower" in own_parts:
         settings = vlm.image_settings
         write_json({"image_mean": settings["mean"], "image_std": settings["std"]},
@@ -209,16 +216,18 @@ def git_commit():
 # load
 
 def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype=None,
-         tower_dtype=None, sharded_parts=(), vision_tower=None):
+         tower_dtype=None, sharded_parts=(), vision_tower=None, tiles=None):
     """Return the VLM of a checkpoint, in evaluation mode. The arguments are those of `build`.
 
     attention: default is the one of the training. vision_tower: where the same tower is, if it is
-    not under the name in config.json.
+    not under the name in config.json. tiles: in place of the checkpoint's own; without image_newline
+    in the checkpoint a new one is drawn.
     ValueError where its parts do not belong together: another word list, another LLM than the one
     of the training, or a vision tower that gives another number of patches.
     """
     config, metadata = read_config(folder)
     config.vision_tower = vision_tower or config.vision_tower
+    config.tiles = config.tiles if tiles is None else tiles
     llm_folder = own_folder(folder, "llm")
     llm = load_llm(llm_folder or config.llm, dtype, device,
                    attention or metadata.get("attention"), bool(sharded_parts))
@@ -232,6 +241,9 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
                 sharded_parts=sharded_parts)
     check_patches(vlm, metadata, folder)
     load_connector(vlm.connector, folder)
+    if vlm.image_newline is not None and metadata["tiles"]:
+        newline = read_tensors(f"{folder}/llm/{NEWLINE}", {"image_newline": vlm.image_newline})
+        vlm.image_newline.data.copy_(newline["image_newline"])
     llm_fingerprint = {key: metadata[key] for key in vlm.llm_fingerprint}
     if llm_folder:
         vlm.own_parts.add("llm")
@@ -279,7 +291,7 @@ def check_fingerprint(vlm, folder, metadata):
 def own_folder(folder, part):
     """Return the folder in which a checkpoint holds its own `part`, or None."""
     path = f"{folder}/{part}"
-    if not os.path.isdir(path):
+    if not os.path.isdir(path) or os.listdir(path) == [NEWLINE]:    # transfer.py writes only this
         return None
     if not glob(f"{escape(path)}/model*.safetensors"):
         raise ValueError(f"{path} has no model*.safetensors; only such files are read from it")
@@ -298,7 +310,9 @@ def read_config(folder):
     found = metadata.get("format") if isinstance(metadata, dict) else metadata
     if not isinstance(metadata, dict) or found != FORMAT:
         raise ValueError(f"{path}: format {str(found)[:60]!r}; this code reads format {FORMAT}")
-    metadata = {"pool": 1, **metadata}              # checkpoints from before `pool`
+    metadata = {"pool": 1, "tiles": [], **metadata}     # checkpoints from before these settings
+    if isinstance(metadata["tiles"], list):         # JSON has no tuples
+        metadata["tiles"] = tuple(tuple(t) if isinstance(t, list) else t for t in metadata["tiles"])
     types = {field.name: field.type for field in fields(Config)}
     required = types | {"stage": str, "tokenizer_hash": str, "embeddings_hash": str}
     for name, kind in required.items():

@@ -18,6 +18,7 @@ IMAGE_ID, an id that no text can produce. A label is IGNORE wherever the model d
 """
 import copy
 import functools
+import itertools
 import re
 
 import common
@@ -56,12 +57,14 @@ def encode(messages, tokenizer, num_patches, template="chat"):
     messages: [{"role": "system"|"user"|"assistant", "content": str}, ...]. Each "<image>" in a
         user's content becomes the ids of an image. Control tokens come from the template only:
         "<|im_end|>" in a content stays text. White space around a content is dropped.
+    num_patches: the ids that an image takes, or a list of them, one for each image in the text.
     template: "chat" is the tokenizer's own chat template, or USER:/ASSISTANT: lines if it has none;
         "plain" is image, caption, newline; "prompted" is prompt, image, newline, caption, newline.
     Each answer is trained, up to and including the token that ends its turn.
     Raises ValueError if the template cannot write these turns as they are.
     """
     ids, labels = [], []
+    counts = iter(num_patches) if isinstance(num_patches, list) else itertools.repeat(num_patches)
     encoder, _, ids_of_marks = _encoder(tokenizer)
     for text, answers in _texts(messages, tokenizer, template):
         encoding = encoder.encode(text, add_special_tokens=False)
@@ -70,7 +73,7 @@ def encode(messages, tokenizer, num_patches, template="chat"):
             is_trained = any(start < to and max(end, start + 1) > at for at, to in answers)
             new = [ids_of_marks.get(i, i)]
             if new == [IMAGE_ID]:
-                new, is_trained = image_token_ids(num_patches), False
+                new, is_trained = image_token_ids(next(counts)), False
             ids += new
             labels += new if is_trained else [IGNORE] * len(new)
     return ids, labels

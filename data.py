@@ -18,7 +18,7 @@ import re
 import common
 from conversation import IGNORE, IMAGE, IMAGE_ID, TEMPLATES, check_text, encode, show_sample
 from common import BadSample
-from pictures import image_path, open_image, transform
+from pictures import check_tiles, image_path, num_tokens, open_image, tile_pixels
 # torch is imported where it is used, so that --help does not wait for it.
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -133,19 +133,21 @@ def messages_of(record, image_first=True):
 class Conversations:
     """A map-style dataset over LLaVA-format JSON files; several files are read as one.
 
-    image: {"size", "mean", "std"[, "mode"]} for transform.
+    image: {"size", "mean", "std"[, "mode"]} for pictures.transform.
     max_length: a sample keeps its first max_length tokens; None keeps all.
     image_names: for each record its image names; none for a record that is malformed.
     word_of_id: {id: index of the shared word that the id is}, for "words".
-    features: a folder with the patches of each picture, see train.cache_features. They then take
-        the place of pixels.
+    features: a folder with the patches of each picture, see features.py. They then take the place
+        of pixels.
+    tiles: see model.Config. With tiles an image is n rows of "images" and not one.
     [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
-        "images": float32[n, 3, S, S]}, or a BadSample that names file, record and id. train.py
-        decides what to do with it. "words" is the shared word of each trained token, or -1.
+        "images": float32[n, 3, S, S], "image_sizes": [(width, height), ...]}, or a BadSample that
+        names file, record and id. train.py decides what to do with it. "words" is the shared word
+        of each trained token, or -1. "image_sizes" is None without tiles.
     """
 
     def __init__(self, paths, image_folder, tokenizer, num_patches, image, template="chat",
-                 max_length=2048, word_of_id=None, features=""):
+                 max_length=2048, word_of_id=None, features="", tiles=()):
         self.image_folder = str(image_folder)
         self.tokenizer = tokenizer
         self.num_patches = num_patches
@@ -154,6 +156,8 @@ class Conversations:
         self.max_length = max_length
         self.word_of_id = word_of_id or {}
         self.features = features
+        self.tiles = tiles
+        check_tiles(tiles, image["size"])
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         self.places, self.records = zip(*[pair for path in paths for pair in read_records(path)])
         self.image_names, self.lengths = [], []
@@ -186,9 +190,17 @@ class Conversations:
         record = self.records[i]
         try:
             messages, names = messages_of(record, image_first=self.template == "chat")
-            ids, labels = self.encode(messages) if self.tokenizer else ([], [])
             paths = [image_path(self.image_folder, name) for name in names]
-            images = [self.image_tensor(path) for path in paths]
+            images, counts = [], []                 # counts: the ids of each image
+            sizes = [] if self.tiles else None
+            for path in paths:
+                pixels, image_size = self.read_image(path)
+                images.append(pixels)
+                counts.append(num_tokens(image_size, self.num_patches, self.tiles,
+                                         self.image["size"]))
+                if self.tiles:
+                    sizes.append(image_size)
+            ids, labels = self.encode(messages, counts) if self.tokenizer else ([], [])
         except ValueError as error:
             where = f"{self.places[i]} (id {str(record.get('id'))[:60]!r})"
             kind = getattr(error, "kind", "untrainable")
@@ -199,15 +211,20 @@ class Conversations:
                 "input_ids": torch.tensor(ids, dtype=torch.int64),
                 "labels": torch.tensor(labels, dtype=torch.int64),
                 "words": torch.tensor(words, dtype=torch.int64),
-                "images": torch.stack(images) if images else torch.zeros(0, 3, size, size)}
+                "images": torch.cat(images) if images else torch.zeros(0, 3, size, size),
+                "image_sizes": sizes}
 
-    def image_tensor(self, path):
-        """Return a picture's pixels float32[3, S, S], or its cached patches float16[P, Dv]."""
+    def read_image(self, path):
+        """Return (a picture's pixels float32[n, 3, S, S], (width, height) of the picture).
+
+        Cached patches float16[1, P, Dv] come in place of the pixels, and then there is no size.
+        """
         if self.features:
             from safetensors.torch import load_file
 
-            return load_file(features_path(self.features, path))["patches"]
-        return transform(open_image(path), **self.image)
+            return load_file(features_path(self.features, path))["patches"][None], None
+        image = open_image(path)
+        return tile_pixels(image, **self.image, tiles=self.tiles), image.size
 
     def word_frequencies(self, num_words, limit=10_000):
         """Return which part of all words in the answers each shared word is: float32[num_words].
@@ -221,19 +238,19 @@ class Conversations:
         for record in self.records[::len(self.records) // limit + 1]:
             try:
                 messages, _ = messages_of(record, image_first=self.template == "chat")
-                labels = self.encode(messages)[1]
+                labels = self.encode(messages, self.num_patches)[1]
             except ValueError:                      # sample() reports it when its turn comes
                 continue
             words = [self.word_of_id[label] for label in labels if label in self.word_of_id]
             counts += torch.bincount(torch.tensor(words, dtype=torch.int64), minlength=num_words)
         return counts / counts.sum().clamp(min=1)
 
-    def encode(self, messages):
-        """Return (ids, labels), at most max_length of each.
+    def encode(self, messages, num_patches):
+        """Return (ids, labels), at most max_length of each. num_patches: see conversation.encode.
 
         Raises ValueError if an image is cut or if no trained token is left.
         """
-        ids, labels = encode(messages, self.tokenizer, self.num_patches, self.template)
+        ids, labels = encode(messages, self.tokenizer, num_patches, self.template)
         T = self.max_length or len(ids)
         if IMAGE_ID in ids[T:]:
             raise ValueError(f"an image does not fit into the first {T} of {len(ids)} tokens")
@@ -255,7 +272,8 @@ def collate(samples, pad_id):
     """Return a batch of samples, padded on the right.
 
     {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
-     "pixel_values": float32[N, 3, S, S], "bad": [str]}
+     "pixel_values": float32[N, 3, S, S], "image_sizes": [(width, height), ...] with tiles, else
+     None, "bad": [str]}
     Images are in the order of their places in input_ids. A BadSample is left out, and its sentence
     is in "bad". The mask comes from lengths and not from values, because "!" is id 0 for Qwen.
     """
@@ -274,11 +292,14 @@ def collate(samples, pad_id):
         labels[b, :n] = s["labels"]
         words[b, :n] = s.get("words", words[b, :n])
         mask[b, :n] = 1
-    images = [s["images"] for s in good if len(s["images"])]
-    images = torch.cat(images) if images else torch.zeros(0, 3, 0, 0)
+    with_images = [s for s in good if len(s["images"])]
+    images = torch.cat([s["images"] for s in with_images] or [torch.zeros(0, 3, 0, 0)])
+    sizes = [s.get("image_sizes") for s in with_images]
+    sizes = None if None in sizes else sum(sizes, [])
     return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels, "words": words,
             "attention_mask": mask, "position_ids": torch.arange(T).repeat(B, 1),
             "pixel_values": images,                                     # (N, 3, S, S)
+            "image_sizes": sizes,
             "bad": [str(s) for s in samples if isinstance(s, BadSample)]}
 
 
@@ -339,7 +360,9 @@ def main(argv=None):
     add("--check", nargs="+", required=True, metavar="DATA.json", help="LLaVA-format JSON files")
     add("--images", required=True, metavar="DIR", help="the folder that image paths start from")
     add("--tokenizer", help="hub name or folder; without one the texts are not encoded")
-    add("--num_patches", type=int, default=576, help="ids that one image takes")
+    add("--num_patches", type=int, default=576, help="P, patches of a square picture")
+    add("--tiles", default="()", help="the setting of train.py: ((336, 672), ...)")
+    add("--image_size", type=int, default=336, help="S, pixels of a tile; with --tiles only")
     add("--max_length", type=int, default=2048, help="tokens, image patches included")
     add("--template", default="chat", choices=TEMPLATES)
     add("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -349,12 +372,14 @@ def main(argv=None):
         common.go_offline()
     import torch
     from tqdm import tqdm
+    from settings import parse_value
 
     tokenizer = common.load_tokenizer(args.tokenizer) if args.tokenizer else None
     # Small, because no picture is refused for the mode or the size that a run has.
-    image = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    tiles = parse_value(args.tiles)
+    image = {"size": args.image_size if tiles else 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image,
-                            args.template, args.max_length)
+                            args.template, args.max_length, tiles=tiles)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=args.workers)
     shown, problems = tokenizer is None, {}
     for sample in tqdm(loader, unit=" records"):

@@ -104,7 +104,11 @@ def prompt_ids(vlm, question):
     # The image comes before the question, as in the training data.
     image_line = f"{IMAGE}\n" if question["image"] else ""
     message = {"role": "user", "content": image_line + question["text"]}
-    return encode_prompt([message], vlm.tokenizer, vlm.num_patches)
+    num_patches = vlm.num_patches
+    if question["image"] and vlm.config.tiles:
+        from pictures import open_image
+        num_patches = vlm.num_tokens(open_image(question["image"]).size)
+    return encode_prompt([message], vlm.tokenizer, num_patches)
 
 
 def group_by_image(questions):
@@ -146,20 +150,22 @@ def make_batches(groups, lengths, size):
 def answer_batch(vlm, batch, prompts, max_new_tokens):
     """Return the texts of the answers to a batch of questions. Each image is encoded once."""
     import torch
-    from pictures import open_image, transform
+    from pictures import open_image, tile_pixels
     from generate import generate
     asked = [q["image"] for q in batch if q["image"]]
     # Each image is sent once; image_index names its row for each question that has an image.
     images = list(dict.fromkeys(asked))
     image_index = [images.index(image) for image in asked]
-    settings = vlm.image_settings
-    pixel_values = []
-    for image in images:
+    tiles = vlm.config.tiles
+    pixel_values, image_sizes = [], []
+    for image in map(open_image, images):
         # mode="pad" makes the image square with a border, as LLaVA does for all benchmarks.
-        pixel_values.append(transform(open_image(image), **settings, mode="pad"))
-    pixel_values = torch.stack(pixel_values) if images else None            # (N, 3, S, S)
+        pixel_values.append(tile_pixels(image, **vlm.image_settings, mode="pad", tiles=tiles))
+        image_sizes.append(image.size)
+    pixel_values = torch.cat(pixel_values) if images else None              # (N, 3, S, S)
     # Greedy, as the papers do. Up to rounding, an answer does not depend on its batch.
-    answers = generate(vlm, prompts, pixel_values, max_new_tokens, image_index=image_index)
+    answers = generate(vlm, prompts, pixel_values, max_new_tokens, image_index=image_index,
+                       image_sizes=image_sizes if tiles else None)
     return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 

@@ -21,30 +21,35 @@ SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 @torch.no_grad()
 def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=None,
-             temperature=0.0):
+             temperature=0.0, image_sizes=None):
     """Return the answer to each prompt: a list of B lists of new ids, without the end token.
 
     prompts: B lists of ids. pixel_values: float32[N, 3, S, S] or None. image_index: for each image
-    in the prompts, in reading order, its row of pixel_values; default 0, 1, 2, ...
+    in the prompts, in reading order, its number; default 0, 1, 2, ... image_sizes: with tiles the
+    (width, height) of each image; without them each row of pixel_values is an image.
     temperature 0 takes the most probable token; above 0 tokens are drawn with torch's generator.
     Greedy answers do not depend on the other prompts of the batch, up to rounding. An answer also
     ends where the LLM has no more positions.
     """
     device = vlm.llm.device
+    if image_sizes:
+        image_tokens = [vlm.num_tokens(image_size) for image_size in image_sizes]
+    else:
+        image_tokens = [vlm.num_patches] * (0 if pixel_values is None else len(pixel_values))
     if image_index is None:
-        image_index = list(range(0 if pixel_values is None else len(pixel_values)))
+        image_index = list(range(len(image_tokens)))
     # Pad on the left, so that the last column is the newest token of every row.
     T = max(len(prompt) for prompt in prompts)
     padding = [T - len(prompt) for prompt in prompts]
     padded = [[vlm.pad_id] * n + prompt for n, prompt in zip(padding, prompts)]
-    input_ids = torch.tensor(padded, device=device)                                     # (B, T)
+    input_ids = torch.tensor(padded)                                                    # (B, T)
     mask = torch.tensor([[0] * n + [1] * (T - n) for n in padding], device=device)      # (B, T)
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)                                    # (B, T)
-    embeds = vlm.splice(input_ids, pixel_values, image_index)                           # (B, T, D)
+    embeds = vlm.splice(input_ids, pixel_values, image_index, image_sizes)              # (B, T, D)
 
     decoder = vlm.llm.get_decoder()
     cache_name = cache_argument(decoder)
-    cache = shared_prefix(vlm, prompts, embeds, mask, position, image_index)
+    cache = shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_tokens)
     start = cache.get_seq_length() if cache else 0
     output = decoder(inputs_embeds=embeds[:, start:], attention_mask=mask, use_cache=True,
                      position_ids=position[:, start:], **{cache_name: cache})
@@ -85,12 +90,12 @@ def cache_argument(decoder):
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def shared_prefix(vlm, prompts, embeds, mask, position, image_index):
+def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_tokens):
     """Return a cache of the first columns, in which every distinct prefix was computed once.
 
     A prefix is a prompt up to its last patch, with its images. The arguments are those of
-    `generate`: embeds float[B, T, D], mask and position int64[B, T]. The cache covers T - S columns
-    where S is the largest number of tokens that a prompt has after its last patch. The result is
+    `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of ids
+    of each image. The cache covers T - S columns where S is the largest number of tokens that a prompt has after its last patch. The result is
     None if no two prompts share a prefix or if the LLM has layers of another type.
     """
     B, T = mask.shape
@@ -98,8 +103,11 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index):
     prefixes = []                       # for each prompt: its ids up to the last patch, its images
     for prompt in prompts:
         end = len(prompt) - prompt[::-1].index(IMAGE_ID) if IMAGE_ID in prompt else 0
-        number = prompt.count(IMAGE_ID) // vlm.num_patches
-        prefixes.append((tuple(prompt[:end]), *(next(remaining_images) for _ in range(number))))
+        images, number = [], prompt.count(IMAGE_ID)
+        while number > 0:
+            images.append(next(remaining_images))
+            number -= image_tokens[images[-1]]
+        prefixes.append((tuple(prompt[:end]), *images))
     # The longest prompt of each prefix is computed for all prompts that share the prefix.
     longest = {}
     for row, prefix in enumerate(prefixes):

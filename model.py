@@ -19,6 +19,7 @@ This file holds the model alone. checkpoint.py builds, loads and saves it, train
 generate.py writes answers with it.
 """
 import inspect
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 from conversation import IGNORE, IMAGE_ID, eos_ids
+from pictures import check_tiles, num_tokens, tile_layout
 from vocab import word_ids
 
 NORMALIZE = ("unit", "softmax", "none")     # what `word_weights` and `combine` know
@@ -198,6 +200,9 @@ class Config:
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size
     pool: int = 1                       # so many x so many patches become one, their mean
+    # LLaVA-NeXT: the grids of tiles that a picture may fill, ((width, height), ...) in pixels, for
+    # example ((336, 672), (672, 336)). Empty: a picture is one square.
+    tiles: tuple = ()
 
 
 def make_connector(config, Dv, D, gain=1.0):
@@ -233,6 +238,14 @@ class VLM(nn.Module):
             raise ValueError(f"image_size {image_settings['size']} gives {side} x {side} patches "
                              f"of {patch_size} pixels, which pool {config.pool} does not divide")
         self.num_patches = (side // config.pool) ** 2
+        check_tiles(config.tiles, image_settings["size"])
+        # It ends each row of patches of a grid of tiles. It has the dimension D, so it belongs to
+        # the LLM's side and is no part of the connector.
+        self.image_newline = None
+        if config.tiles:
+            D = llm.get_input_embeddings().embedding_dim
+            device = next(connector.parameters()).device
+            self.image_newline = nn.Parameter((torch.randn(D) / D ** 0.5).to(device))       # (D,)
         self.eos_ids = eos_ids(llm, tokenizer)
         # Padding is known by lengths, so any id can serve. Id 0 would be "!" in many LLMs.
         self.pad_id = tokenizer.pad_token_id
@@ -268,12 +281,44 @@ class VLM(nn.Module):
         dtype = next(self.connector.parameters()).dtype
         return self.connector(patches.to(dtype))                    # (N, P, Dv) -> (N, P, D)
 
-    def splice(self, input_ids, pixel_values, image_index=None):
+    def num_tokens(self, image_size):
+        """Return how many ids a picture takes: image_size (width, height) in pixels -> int."""
+        return num_tokens(image_size, self.num_patches, self.config.tiles,
+                          self.image_settings["size"])
+
+    def images(self, image_embeds, image_sizes):
+        """Return what the LLM sees of each image: float[rows, P, D] -> list of float[P_i, D].
+
+        image_sizes: the (width, height) of each image in pixels, whose rows of image_embeds are the
+        square picture and then the tiles of a grid. None: each row is an image. The square picture
+        comes first, then the patches of the grid row by row, without those that show only border.
+        Each row ends with the newline. Source: LLaVA-NeXT, "spatial_unpad".
+        """
+        if not image_sizes:
+            return list(image_embeds)
+        size, side = self.image_settings["size"], math.isqrt(self.num_patches)
+        newline = self.image_newline.to(image_embeds.dtype)
+        images, start = [], 0
+        for image_size in image_sizes:
+            layout = tile_layout(image_size, self.config.tiles, size, side)
+            end = start + 1 + layout.rows * layout.columns
+            square, grid = image_embeds[start], image_embeds[start + 1:end]
+            grid = grid.unflatten(1, (side, side)).unflatten(0, (layout.rows, layout.columns))
+            grid = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)     # (rows, columns, D)
+            rows, columns, _ = grid.shape
+            grid = grid[layout.top:rows - layout.top, layout.left:columns - layout.left]
+            grid = torch.cat([grid, newline.expand(len(grid), 1, -1)], dim=1)
+            images.append(torch.cat([square, grid.flatten(0, 1)]))      # (P_i, D)
+            start = end
+        return images
+
+    def splice(self, input_ids, pixel_values, image_index=None, image_sizes=None):
         """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
 
-        input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None. Images fill the positions
-        in reading order, row by row. image_index: for each image in the text the row of
-        pixel_values, default 0, 1, 2, ...; an image that comes twice is then encoded once.
+        input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; image_sizes: see `images`.
+        Images fill the positions in reading order, row by row. image_index: for each image in the
+        text its number, default 0, 1, 2, ...; an image that comes twice is then encoded once.
+        The ids are best on the CPU: a GPU would have to stop and tell where the images are.
         ValueError if the number of image positions is not that of the image embeds, or if T is more
         than the LLM has positions.
         """
@@ -281,10 +326,11 @@ class VLM(nn.Module):
         if self.max_positions and T > self.max_positions:
             raise ValueError(f"{T} tokens are more than the {self.max_positions} positions of "
                              f"{self.config.llm}")
-        input_ids = input_ids.to(self.llm.device)
+        device = self.llm.device
         is_image = input_ids == IMAGE_ID                            # (B, T)
         embed = self.llm.get_input_embeddings()
-        embeds = embed(input_ids.masked_fill(is_image, 0))          # (B, T) -> (B, T, D)
+        text_ids = input_ids.masked_fill(is_image, 0).to(device, non_blocking=True)
+        embeds = embed(text_ids)                                    # (B, T) -> (B, T, D)
         if pixel_values is None or len(pixel_values) == 0:
             if self.sharded:
                 # Another rank may have images, and it waits for this rank's pieces of the tower.
@@ -293,34 +339,43 @@ class VLM(nn.Module):
                 blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
                 embeds = embeds + 0 * blank.sum().to(embeds.dtype)
             return embeds
-        image_embeds = self.encode(pixel_values)                    # (N, P, D)
+        images = self.images(self.encode(pixel_values), image_sizes)
         if image_index is not None:
-            image_embeds = image_embeds[image_index]                # (images in the text, P, D)
-        images, P, _ = image_embeds.shape
-        if is_image.sum() != images * P:
-            raise ValueError(f"{is_image.sum()} image positions for {images} images of {P} patches")
-        return embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
+            images = [images[i] for i in image_index]
+        image_embeds = torch.cat(images).to(embeds.dtype)           # (image positions, D)
+        positions = is_image.flatten().nonzero()[:, 0]              # in B * T
+        if len(positions) != len(image_embeds):
+            raise ValueError(f"{len(positions)} image positions for {len(images)} images of "
+                             f"{len(image_embeds)} patches")
+        positions = positions.to(device, non_blocking=True)
+        flat = embeds.flatten(0, 1)                                 # (B, T, D) -> (B * T, D)
+        return flat.index_copy(0, positions, image_embeds).view_as(embeds)
 
     def forward(self, batch):
         """Return the summed cross-entropy of the trained tokens (float32) and their number (int).
 
         batch: as data.collate makes it. The caller divides, because only the caller knows the
         number of trained tokens in the whole global batch. `words_loss` is another loss.
+        All integers stay on the CPU until the GPU needs them, so that nothing waits for the GPU.
         """
-        embeds = self.splice(batch["input_ids"], batch["pixel_values"])     # (B, T, D)
+        embeds = self.splice(batch["input_ids"], batch["pixel_values"],
+                             image_sizes=batch.get("image_sizes"))  # (B, T, D)
         # Attention is causal, so padding on the right needs no mask, and attention without a mask
         # is faster. Images that are hidden (data.without_images) do need the mask.
         mask = batch["attention_mask"]                              # (B, T)
         is_right_padded = (mask.diff(dim=1) <= 0).all()
         output = self.llm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=None if is_right_padded else mask,
-            position_ids=batch["position_ids"], use_cache=False)
-        hidden = output.last_hidden_state[:, :-1]                   # (B, T-1, D)
-        targets = batch["labels"][:, 1:]                            # position t predicts token t+1
-        trained = targets != IGNORE                                 # (B, T-1)
+            inputs_embeds=embeds, attention_mask=None if is_right_padded else mask.to(embeds.device),
+            position_ids=batch["position_ids"].to(embeds.device, non_blocking=True),
+            use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)             # (B, T, D) -> (B * T, D)
+        targets = batch["labels"].roll(-1, dims=1)                  # position t predicts token t+1
+        targets[:, -1] = IGNORE                                     # (B, T)
         # Logits of all positions would be the largest tensor of the run.
-        loss = self.token_loss(hidden[trained], targets[trained])
-        return loss, int(trained.sum())
+        trained = (targets != IGNORE).flatten().nonzero()[:, 0]     # in B * T
+        targets = targets.flatten()[trained].to(hidden.device, non_blocking=True)
+        hidden = hidden.index_select(0, trained.to(hidden.device, non_blocking=True))
+        return self.token_loss(hidden, targets), len(trained)
 
     def words_loss(self, batch):
         """Return the words loss summed over the words of all answers, and their number (int).
@@ -334,7 +389,7 @@ class VLM(nn.Module):
         counts = (batch["input_ids"] == IMAGE_ID).sum(dim=1) // self.num_patches
         loss, number = scores.sum() * 0, 0
         for row, images in zip(batch["words"], scores.split(counts.tolist())):
-            targets = row[row >= 0]
+            targets = row[row >= 0].to(scores.device, non_blocking=True)
             if len(images) and len(targets):
                 loss = loss + words_loss(images, targets, self.background)
                 number += len(targets)

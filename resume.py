@@ -4,6 +4,7 @@ States that a run can go on from: out/state/step-00000100, of which the last two
 A state is a folder of safetensors and JSON with the trained weights, AdamW's moments, the settings
 and the fingerprint of all inputs. Every rank writes and reads its own pieces of sharded tensors.
 """
+import json
 import os
 import shutil
 import sys
@@ -107,7 +108,8 @@ def resume(vlm, optimizer, inputs, cfg, rank, world):
     for f in fields(cfg):
         now = getattr(cfg, f.name)
         old = state["settings"].get(f.name, f.default)      # a setting that was not there then
-        if old != now and not f.metadata["free"]:
+        is_other = json.dumps(old) != json.dumps(now)       # a tuple comes back as a list
+        if is_other and not f.metadata["free"]:
             differ.append(f"{f.name} was {old!r}, is {now!r}")
     if differ:
         sys.exit(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, or use "

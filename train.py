@@ -56,6 +56,7 @@ class Settings:
     vision_layer: int = setting(-2, "the hidden state of the tower that the connector reads")
     image_size: int = setting(0, "pixels; 0 means the tower's own", low=0)
     pool: int = setting(1, "pool x pool patches become one before the connector", low=1)
+    tiles: tuple = setting((), "LLaVA-NeXT: grids of tiles, ((width, height), ...) in pixels")
     # The data.
     data: str = setting("", "LLaVA-format JSON; several files with commas between them")
     images: str = setting("", "the folder that the records' image paths start from")
@@ -131,6 +132,8 @@ def check(cfg):
     needs_words = cfg.words_loss or cfg.stage == "words"
     if needs_words and cfg.connector == "mlp":
         sys.exit("the words loss needs the words of a LangBridge, and connector is mlp")
+    if cfg.tiles and (cfg.features or needs_words or "llm" not in STAGES[cfg.stage]):
+        sys.exit("tiles are for stages that train the LLM, without words_loss and features")
     if cfg.features and "vision_tower" in STAGES[cfg.stage]:
         sys.exit(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
@@ -191,6 +194,7 @@ def make_model(cfg, device, world):
     torch.manual_seed(cfg.seed)                     # of a new connector
     if cfg.init:
         check_init(cfg, checkpoint.read_config(cfg.init)[0])
+        options["tiles"] = cfg.tiles if "tiles" in cfg.given else None
         vlm = checkpoint.load(cfg.init, device, llm_dtype, **options)
     else:
         words = None
@@ -206,6 +210,12 @@ def make_model(cfg, device, world):
             W = model.initial_scores(vlm.connector.vocab_embeds, cfg.hidden) * cfg.gain
             vlm.connector.to_scores.weight.data.copy_(W)
             vlm.connector.to_scores.bias.data.zero_()
+    if vlm.image_newline is not None:
+        needs_squares = cfg.features or cfg.words_loss or "llm" not in trained_parts
+        if needs_squares:                           # the tiles are those of init
+            sys.exit(f"{cfg.init} has tiles: set tiles to (), or train the LLM without words_loss "
+                     "and features")
+        vlm.image_newline.requires_grad_(True)
     vlm.connector.plain_bytes = cfg.plain_bytes
     for part in trained_parts:
         getattr(vlm, part).requires_grad_(True).train()
@@ -226,7 +236,8 @@ def make_model(cfg, device, world):
 def check_init(cfg, config):
     """End the process if a setting asks for another model than `config` of the checkpoint init."""
     for key, value in asdict(config).items():
-        if key in cfg.given and key not in ("llm", "vision_tower") and getattr(cfg, key) != value:
+        is_free = key in ("llm", "vision_tower", "tiles")
+        if key in cfg.given and not is_free and getattr(cfg, key) != value:
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
     # A config file may name these for its --dry_run. On the command line they are a mistake.
     for key in ("llm", "vision_tower", "words", "gain", "words_init"):
@@ -255,6 +266,8 @@ def make_optimizer(vlm, cfg):
     groups = []
     for part in ("connector", "llm", "vision_tower"):
         parameters = [p for p in getattr(vlm, part).parameters() if p.requires_grad]
+        if part == "llm" and vlm.image_newline is not None:
+            parameters.append(vlm.image_newline)
         if parameters:
             groups.append({"params": parameters, "base_lr": getattr(cfg, f"{part}_lr")})
     return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
@@ -271,6 +284,9 @@ def parts_table(vlm, cfg):
         lr = getattr(cfg, f"{part}_lr") if trained else 0
         dtype = str(parameters[0].dtype).removeprefix("torch.")
         lines.append(f"{part:14}{total:16,}{trained:16,}  {dtype:10}{lr:8.1e}")
+    if vlm.image_newline is not None:
+        D = len(vlm.image_newline)
+        lines.append(f"{'image_newline':14}{D:16,}{D:16,}  {'float32':10}{cfg.llm_lr:8.1e}")
     return "\n".join(lines)
 
 
@@ -398,7 +414,7 @@ def main(cfg):
     dataset = data.Conversations(
         cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
         {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
-        word_of_id, cfg.features)
+        word_of_id, cfg.features, vlm.config.tiles)
     inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, cfg.data.split(",")),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
     if word_of_id:
@@ -466,8 +482,10 @@ def main(cfg):
                 reason = (f"{skipped + int(sums['bad'])} samples were skipped, more than bad_limit "
                           f"{cfg.bad_limit}; data.py --check {cfg.data.replace(',', ' ')} --images "
                           f"{cfg.images} --tokenizer {vlm.config.llm} --template {cfg.template} "
-                          f"--num_patches {vlm.num_patches} --max_length {cfg.max_length} names "
-                          "them all")
+                          f"--num_patches {vlm.num_patches} --max_length {cfg.max_length}"
+                          + (f" --image_size {vlm.image_settings['size']} --tiles "
+                             f"'{vlm.config.tiles}'" if vlm.config.tiles else "")
+                          + " names them all")
             sys.exit(f"train.py: {reason}")
 
         # 4. Divide once by the number of trained tokens, clip, and update.
@@ -532,8 +550,8 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
     for i in range(count):
         batch = next(loader)
         sums["tokens"] += int(batch["attention_mask"].sum())
-        batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                 for key, value in batch.items()}
+        # The integers stay on the CPU: model.py says why.
+        batch["pixel_values"] = batch["pixel_values"].to(device, non_blocking=True)
         images = len(batch["pixel_values"])
         sums["images"] += images
         sums["bad"] += len(batch["bad"])
@@ -541,7 +559,7 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
         if not len(batch["ids"]):
             if not vlm.sharded:
                 continue
-            batch = dummy_batch(batch, device)      # other ranks wait for this rank's pieces
+            batch = dummy_batch(batch)              # other ranks wait for this rank's pieces
         with autocast:
             loss, trained, words_loss, num_words = losses(vlm, batch, cfg)
         total = loss + cfg.words_loss * words_loss
@@ -576,9 +594,9 @@ def losses(vlm, batch, cfg):
     return *vlm(batch), *vlm.words_loss(batch)
 
 
-def dummy_batch(batch, device):
+def dummy_batch(batch):
     """Return a batch of two tokens, none of them trained, in place of an empty batch."""
-    two = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    two = torch.zeros(1, 2, dtype=torch.int64)
     return batch | {"input_ids": two, "labels": two + conversation.IGNORE,
                     "attention_mask": two + 1, "position_ids": two}
 

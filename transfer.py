@@ -124,10 +124,12 @@ def caption_batches(vlm, path, images, metadata, limit):
     """Return batches of up to `limit` captioned images, and the number of bytes in their captions.
 
     The captions have the form that the connector was trained on. Every image comes once, because
-    the report also gives each caption the image of its neighbour. ValueError if there are fewer
+    the report also gives each caption the image of its neighbour. So every image takes equally many
+    tokens: with tiles only the first tile, the squashed picture. ValueError if there are fewer
     images than a batch.
     """
-    settings = {**vlm.image_settings, "mode": metadata.get("image_mode", "crop")}
+    mode = "squash" if vlm.config.tiles else metadata.get("image_mode", "crop")
+    settings = {**vlm.image_settings, "mode": mode}
     dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches, settings,
                                  template=metadata.get("template", "chat"))
     first_record = {}
@@ -156,9 +158,6 @@ def measure(vlm, batches, num_bytes):
     Bits per byte of the captions are given with the right image, a wrong one and none. Unlike a
     loss per token they can be compared between LLMs with different tokenizers.
     """
-    device = vlm.llm.device
-    batches = [{key: value.to(device) if torch.is_tensor(value) else value
-                for key, value in batch.items()} for batch in batches]
     views = {"right": lambda batch: batch,
              "wrong": lambda batch: batch | {"pixel_values": batch["pixel_values"].roll(1, 0)},
              "none": data.without_images}
@@ -173,7 +172,7 @@ def measure(vlm, batches, num_bytes):
         report["mass_on_single_tokens"] = (weights[single].sum() / weights.sum()).item()
     ids = batches[0]["input_ids"]
     for name, x in (("image", vlm.connector(patches)),
-                    ("text", vlm.llm.get_input_embeddings()(ids[ids >= 0]))):
+                    ("text", vlm.llm.get_input_embeddings()(ids[ids >= 0].to(vlm.llm.device)))):
         report[f"rms_{name}_embeds"] = x.float().square().mean().sqrt().item()
     return report
 
@@ -189,6 +188,8 @@ def print_report(report):
         from_pieces = report["words"] - report["single_tokens"]
         print(f"words: {report['words']:,}, of which one token of the target "
               f"{report['single_tokens']:,}, built from pieces {from_pieces:,}")
+    if report.get("image_newline"):
+        print(f"image_newline: {report['image_newline']}")
     ends = [end for end in ("source", "target") if end in report]
     if ends:
         print(f"{'':26}" + "".join(f"{end:>12}" for end in ends))
@@ -230,6 +231,7 @@ def main(args):
     if args.tasks:
         run_benchmarks(args.source, args)           # first, so that a missing file is found now
     report = {"words": config.num_words, "connector_from": metadata["stage"]}
+    torch.manual_seed(0)                            # of a new image_newline
     if args.eval:
         vlm = checkpoint.load(args.source, device, dtype, args.attention,
                               vision_tower=args.vision_tower)
@@ -242,6 +244,8 @@ def main(args):
     else:
         vlm = move(args.source, args.target, device, dtype, args.attention, args.vision_tower)
         report["single_tokens"] = int(single_tokens(vlm).sum())
+    if vlm.image_newline is not None:
+        report["image_newline"] = "new, random, for SFT to train: the source's belongs to its LLM"
     if args.eval:
         batches = caption_batches(vlm, args.eval, images, metadata, args.limit)
         report["target"] = measure(vlm, *batches)

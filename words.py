@@ -35,6 +35,8 @@ def read_arguments():
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders in the order of training")
     add("image", metavar="IMAGE", help="an image file")
     add("--out", metavar="DIR", help="folder to write (default: out/words/IMAGE)")
+    add("--tile", type=int, default=0, metavar="N", help="of a checkpoint with tiles: read tile N; "
+        "0 is the whole picture")
     add("--ask", metavar="QUESTION", help="let each checkpoint answer a question about the image")
     add("--llm", help="read with this LLM instead: hub name or folder")
     add("--vision_tower", help="where the same tower is, if not under the name in config.json")
@@ -152,21 +154,27 @@ def read_checkpoint(folder, image, image_mode, args):
         vlm = transfer.move(folder, args.llm or config.llm, *place, args.vision_tower)
     else:
         vlm = checkpoint.load(folder, *place)
-    pixels = pictures.transform(image, mode=image_mode, **vlm.image_settings)
+    pixels = pictures.tile_pixels(image, **vlm.image_settings, mode=image_mode, tiles=config.tiles)
+    if args.tile >= len(pixels):
+        raise ValueError(f"--tile {args.tile}: {folder} sees this picture as {len(pixels)} tiles, "
+                         "counted from 0")
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
     kind = "LangBridge" if vlm.words else "MLP"
     answer = None
     if args.ask:
         messages = [{"role": "user", "content": f"<image>\n{args.ask}"}]
         template = metadata.get("template", "chat")
-        prompt = conversation.encode_prompt(messages, vlm.tokenizer, vlm.num_patches, template)
-        new_ids = generate(vlm, [prompt], pixels[None], max_new_tokens=64)[0]
+        number = vlm.num_tokens(image.size)
+        prompt = conversation.encode_prompt(messages, vlm.tokenizer, number, template)
+        new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64,
+                           image_sizes=[image.size] if config.tiles else None)[0]
         answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
     return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
             "name": f"{os.path.basename(os.path.normpath(vlm.config.llm))} · {kind}",
             "group": (config.connector, config.normalize, vlm.llm_fingerprint["embeddings_hash"],
                       metadata["words_hash"]),
-            "modes": read(vlm, pixels), "side": math.isqrt(vlm.num_patches),
+            "modes": read(vlm, pixels[args.tile]), "tiles": config.tiles,
+            "size": vlm.image_settings["size"], "side": math.isqrt(vlm.num_patches),
             "mean": vlm.image_settings["mean"], "answer": answer}
 
 
@@ -352,6 +360,9 @@ def main(args):
     states = []
     for folder in args.checkpoints:                 # one LLM in memory at a time
         state = read_checkpoint(folder, image, image_mode, args)
+        if states and state["tiles"] != states[0]["tiles"]:
+            raise ValueError(f"{folder} and {args.checkpoints[0]} have other tiles: they cannot "
+                             "share a picture")
         if states and state["side"] != states[0]["side"]:
             raise ValueError(f"{folder} sees {state['side']} x {state['side']} patches and "
                              f"{args.checkpoints[0]} does not: they cannot share a picture")
@@ -359,6 +370,9 @@ def main(args):
         answer = f": {state['answer']}" if args.ask else ""
         print(f"{folder} ({state['name']}, {state['label']}){answer}", flush=True)
     panels = make_panels(states)
+    size = states[0]["size"]
+    if states[0]["tiles"]:
+        image, image_mode = pictures.cut_tiles(image, size, states[0]["tiles"])[args.tile], "squash"
     picture = square(image, image_mode, states[0]["mean"], min(1024, max(448, *image.size)))
     save_figure(draw_picture(panels, picture), png)
     common.write_text(make_page(panels, picture, image_name, args.ask), html)

@@ -48,6 +48,7 @@ class Stub:
     def __init__(self, die_after=None):
         self.tokenizer = byte_tokenizer()
         self.fingerprint = {"vision_tower": {"weights": "1"}}
+        self.config = types.SimpleNamespace(tiles=())
         self.num_patches, self.image_settings = 4, {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
         self.calls, self.die_after = [], die_after
 

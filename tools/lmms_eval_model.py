@@ -40,16 +40,19 @@ class LangBridge(lmms):
         self.vlm = load(checkpoint, device, getattr(torch, dtype))
 
     def prompt(self, context, doc_to_visual, doc):
-        """Return (messages, pixels): a user's turn and its images, a list of float32[3, S, S]."""
+        """Return (messages, pixels, sizes): a user's turn and its images.
+
+        pixels: a list of float32[n, 3, S, S]. sizes: a list of (width, height).
+        """
         visuals = list(doc_to_visual(doc) or []) if doc_to_visual else []
         if any(isinstance(visual, (str, dict)) for visual in visuals):
             raise ValueError("this model sees images only, no video and no sound")
         if conversation.IMAGE not in context:
             context = f"{conversation.IMAGE}\n" * len(visuals) + context
-        s = self.vlm.image_settings
-        pixels = [pictures.transform(image.convert("RGB"), s["size"], s["mean"], s["std"], "pad")
-                  for image in visuals]
-        return [{"role": "user", "content": context}], pixels
+        visuals = [image.convert("RGB") for image in visuals]
+        pixels = [pictures.tile_pixels(image, **self.vlm.image_settings, mode="pad",
+                                       tiles=self.vlm.config.tiles) for image in visuals]
+        return [{"role": "user", "content": context}], pixels, [image.size for image in visuals]
 
     def generate_until(self, requests):
         """Return the answer to each request, a list of strings in the requests' order."""
@@ -57,23 +60,26 @@ class LangBridge(lmms):
         for index, request in enumerate(requests):
             context, settings, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
-            messages, pixels = self.prompt(context, doc_to_visual, doc)
-            ids = conversation.encode_prompt(messages, self.vlm.tokenizer, self.vlm.num_patches)
+            messages, pixels, sizes = self.prompt(context, doc_to_visual, doc)
+            counts = [self.vlm.num_tokens(image_size) for image_size in sizes]
+            ids = conversation.encode_prompt(messages, self.vlm.tokenizer, counts)
             is_sampled = settings.get("do_sample", bool(settings.get("temperature")))
             temperature = (settings.get("temperature") or 1.0) if is_sampled else 0.0
             shared = settings.get("max_new_tokens", 1024), temperature      # by a batch
-            prepared.append((shared, -len(ids), index, ids, pixels))
+            prepared.append((shared, -len(ids), index, ids, pixels, sizes))
         answers = [""] * len(requests)
         prepared.sort(key=lambda p: p[:3])                                  # longest first
         for (max_new_tokens, temperature), group in groupby(prepared, key=lambda p: p[0]):
             group = list(group)
             for start in range(0, len(group), self.batch_size):
                 batch = group[start:start + self.batch_size]
-                pixels = [image for *_, images in batch for image in images]
-                new = generate(self.vlm, [ids for *_, ids, _ in batch],
-                               torch.stack(pixels) if pixels else None, max_new_tokens,
-                               temperature=temperature)
-                for (_, _, index, _, _), ids in zip(batch, new):
+                pixels = [image for *_, images, _ in batch for image in images]
+                sizes = [image_size for *_, sizes in batch for image_size in sizes]
+                new = generate(self.vlm, [ids for *_, ids, _, _ in batch],
+                               torch.cat(pixels) if pixels else None, max_new_tokens,
+                               temperature=temperature,
+                               image_sizes=sizes if self.vlm.config.tiles else None)
+                for (_, _, index, *_), ids in zip(batch, new):
                     context, settings = requests[index].args[:2]
                     text = self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
                     answers[index] = cut_at(text, settings.get("until") or [])
@@ -93,12 +99,14 @@ class LangBridge(lmms):
             doc = self.task_dict[task][split][doc_id]
             if callable(continuation):
                 continuation = continuation(doc)
-            messages, pixels = self.prompt(context, doc_to_visual, doc)
+            messages, pixels, sizes = self.prompt(context, doc_to_visual, doc)
             messages.append({"role": "assistant", "content": str(continuation).strip()})
-            ids, labels = conversation.encode(messages, self.vlm.tokenizer, self.vlm.num_patches)
-            pixels = torch.stack(pixels) if pixels else None
+            counts = [self.vlm.num_tokens(image_size) for image_size in sizes]
+            ids, labels = conversation.encode(messages, self.vlm.tokenizer, counts)
+            pixels = torch.cat(pixels) if pixels else None
             with torch.no_grad():
-                embeds = self.vlm.splice(torch.tensor([ids]), pixels)
+                embeds = self.vlm.splice(torch.tensor([ids]), pixels,
+                                         image_sizes=sizes if self.vlm.config.tiles else None)
                 hidden = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
                 targets = torch.tensor(labels[1:], device=embeds.device)
                 trained = targets != conversation.IGNORE

@@ -73,7 +73,10 @@ def encode(messages, tokenizer, num_patches, template="chat"):
             is_trained = any(start < to and max(end, start + 1) > at for at, to in answers)
             new = [ids_of_marks.get(i, i)]
             if new == [IMAGE_ID]:
-                new, is_trained = image_token_ids(next(counts)), False
+                count = next(counts, None)
+                if count is None:
+                    raise ValueError(f"the text has more '{IMAGE}' than there are pictures")
+                new, is_trained = image_token_ids(count), False
             ids += new
             labels += new if is_trained else [IGNORE] * len(new)
     return ids, labels

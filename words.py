@@ -155,7 +155,7 @@ def read_checkpoint(folder, image, image_mode, args):
     else:
         vlm = checkpoint.load(folder, *place)
     pixels = pictures.tile_pixels(image, **vlm.image_settings, mode=image_mode, tiles=config.tiles)
-    if args.tile >= len(pixels):
+    if not 0 <= args.tile < len(pixels):
         raise ValueError(f"--tile {args.tile}: {folder} sees this picture as {len(pixels)} tiles, "
                          "counted from 0")
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100

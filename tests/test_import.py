@@ -172,7 +172,8 @@ def test_a_whole_langbridge_checkpoint(kind, more_rows, tiny, world, words, pixe
     tower = trained_copy(tiny.clip) if kind == "bin" else CLIPVisionModel.from_pretrained(tiny.clip)
     connector, newline = projector(len(words), dtype=torch.float32), torch.randn(44)
     config = {"model_type": "llava_qwen", "mm_projector_type": "mm_vocab", "mm_vision_select_layer": -2, "mm_hidden_size": DV,
-              "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres", "mm_use_im_start_end": False}
+              "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres", "mm_use_im_start_end": False,
+              "image_grid_pinpoints": [[24, 48], [48, 24]]}
     save_shards(llava_names(llm, connector, tower, newline), tmp_path / "theirs", kind, config)
     text = import_it(tmp_path / "theirs", tiny, world, tmp_path / "out")
     want = logits_of(llm, langbridge_embeds(connector, tower, base, words, pixels))     # E is that of the LLM before stage 2

@@ -175,7 +175,7 @@ def test_llms(name, tiny, tmp_path):
             build(tiny, llm=folder)
         return
     cfg = train.Settings(vision_tower=tiny.clip, llm=folder, connector="mlp", hidden=24, max_length=64)
-    memory.memory(memory.meta_model(cfg, ("connector",))[0], cfg, cfg, P, 20, 1)
+    memory.memory(memory.meta_model(cfg, ("connector",))[0], cfg, cfg, P, 20, P, 1)
     vlm = build(tiny, llm=folder)
     batch = batch_of(vlm)
     loss, count = vlm(batch)

@@ -322,7 +322,7 @@ def checkpoints(tiny, world, tmp_path_factory):
 
 
 def arguments(checkpoints, image, out, **more):
-    return types.SimpleNamespace(**{"checkpoints": [str(c) for c in checkpoints], "image": str(image),
+    return types.SimpleNamespace(**{"checkpoints": [str(c) for c in checkpoints], "image": str(image), "tile": 0,
                                     "out": str(out), "ask": None, "llm": None, "vision_tower": None,
                                     "attention": None, "overwrite": False, "device": "cpu", "dtype": "float32", **more})
 

@@ -3,7 +3,8 @@
     python tools/export.py CHECKPOINT DIR
     python tools/export.py CHECKPOINT FILE.safetensors --prompt_embeds --image F --ask QUESTION
 
-DIR becomes a LLaVA folder of transformers with its processor and chat template. A LangBridge with
+DIR becomes a LLaVA folder of transformers, with tiles a LLaVA-NeXT folder, with its processor and
+chat template. A LangBridge with
 raw scores is folded for it, and its words can no longer be read there. FILE gets {"prompt_embeds":
 [T, D]}, what vLLM takes as prompt embeddings in place of image and question. This works with any
 connector and an unchanged LLM: after stage 2 the folder CHECKPOINT/llm, else the LLM itself.
@@ -14,6 +15,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
+
+BLANK = (8, 8)              # pixels of the picture that the processor of transformers is tried with
 
 # The messages of transformers have lists as contents. These lines make strings of them, with the
 # image first, and the LLM's own template goes on from there. The library drops the newline after
@@ -97,15 +100,14 @@ def chat_template(tokenizer):
 def to_llava(vlm):
     """Return (LlavaForConditionalGeneration, LlavaProcessor) with the parts of a VLM.
 
-    ValueError where the library's LLaVA computes something else than this VLM.
+    With tiles these are the library's classes of LLaVA-NeXT. ValueError where the library's LLaVA computes something else than this VLM.
     """
     import torch
     from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor,
-                              LlavaProcessor)
+                              LlavaNextConfig, LlavaNextForConditionalGeneration,
+                              LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
     tower, llm, settings = vlm.vision_tower, vlm.llm, vlm.image_settings
     size, patch_size = settings["size"], tower.config.patch_size
-    if getattr(vlm.config, "tiles", None):
-        raise ValueError("a checkpoint with tiles cannot be exported yet; --prompt_embeds can")
     first, second = two_layers(vlm.connector)
     if vlm.softcap or llm.get_output_embeddings().bias is not None:
         raise ValueError(f"{vlm.config.llm} caps its logits or adds a bias to them, which a LLaVA "
@@ -123,13 +125,26 @@ def to_llava(vlm):
                          "not know; --prompt_embeds needs no LLaVA")
     strategy = "default" if extra else "full"               # "default" drops one token, CLS
     image_id = add_image_token(vlm)
-    config = LlavaConfig(
+    tiles = vlm.config.tiles
+    config_class, llava_class, images_class, processor_class = (
+        (LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
+         LlavaNextProcessor) if tiles else
+        (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor))
+    # do_pad centres the image on a square of the mean colour, as evaluation does here. For
+    # LLaVA-NeXT it adds empty tiles where the images of a batch have different numbers of tiles.
+    images_kwargs = {
+        "do_pad": True, "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+        "image_mean": list(settings["mean"]), "image_std": list(settings["std"])}
+    pinpoints = {}
+    if tiles:                                               # the library has (height, width)
+        pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in tiles]}
+    config = config_class(
         vision_config=tower.config, text_config=llm.config, image_token_id=image_id,
         projector_hidden_act="gelu", vision_feature_layer=vlm.config.vision_layer,
         vision_feature_select_strategy=strategy, image_seq_length=vlm.num_patches,
-        tie_word_embeddings=llm.config.tie_word_embeddings)
+        tie_word_embeddings=llm.config.tie_word_embeddings, **pinpoints)
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
+        llava = llava_class(config)
     if type(llava.model.language_model) is not type(llm.get_decoder()):
         raise ValueError(f"{vlm.config.llm} is a {type(llm).__name__}, whose decoder is not the "
                          "one that a LLaVA of transformers would make; --prompt_embeds needs no "
@@ -139,12 +154,11 @@ def to_llava(vlm):
     llava.model.multi_modal_projector.linear_2 = second
     llava.model.language_model = llm.get_decoder()
     llava.lm_head = llm.get_output_embeddings()
+    if tiles:
+        llava.model.image_newline = torch.nn.Parameter(vlm.image_newline.to(llm.dtype))
     llava.generation_config = llm.generation_config
-    # do_pad centres the image on a square of the mean colour, as evaluation does here.
-    images = LlavaImageProcessor(
-        do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-        image_mean=list(settings["mean"]), image_std=list(settings["std"]))
-    processor = LlavaProcessor(
+    images = images_class(**images_kwargs, **pinpoints)
+    processor = processor_class(
         images, vlm.tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
         num_additional_image_tokens=extra, chat_template=chat_template(vlm.tokenizer))
     return llava, processor
@@ -153,12 +167,12 @@ def to_llava(vlm):
 def check_prompt(processor, ours):
     """Raise ValueError if the processor writes other ids than this project.
 
-    ours: (question, ids) with IMAGE_ID once for each patch.
+    ours: (question, ids of the question with BLANK) with IMAGE_ID once for each patch.
     """
     import conversation
     from PIL import Image
     question, ids = ours
-    content = [{"type": "image", "image": Image.new("RGB", (8, 8))},
+    content = [{"type": "image", "image": Image.new("RGB", BLANK)},
                {"type": "text", "text": question}]
     theirs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
                                            add_generation_prompt=True, return_dict=True)
@@ -198,26 +212,29 @@ def main():
     import torch
     import checkpoint
     import pictures
-    from eval import prompt_ids
+    from conversation import IMAGE, encode_prompt
 
     vlm = checkpoint.load(args.checkpoint, dtype=getattr(torch, args.dtype))
     question = args.ask or "What is in the image?"
-    ids = prompt_ids(vlm, {"image": args.image or not args.ask, "text": question})
+    image = pictures.open_image(args.image) if args.image else None
+    has_image = image or not args.prompt_embeds
+    image_size = image.size if image else BLANK
+    message = {"role": "user", "content": (f"{IMAGE}\n" if has_image else "") + question}
+    ids = encode_prompt([message], vlm.tokenizer, [vlm.num_tokens(image_size)])
     if not args.prompt_embeds:
         llava, processor = to_llava(vlm)
         check_prompt(processor, (question, ids))
         llava.save_pretrained(args.out)
         processor.save_pretrained(args.out)
-        print(f"wrote {args.out}: LlavaForConditionalGeneration.from_pretrained reads it")
+        print(f"wrote {args.out}: {type(llava).__name__}.from_pretrained reads it")
         return
     pixel_values = None
-    if args.image:
-        settings = vlm.image_settings
-        image = pictures.transform(pictures.open_image(args.image), settings["size"],
-                                   settings["mean"], settings["std"], mode="pad")
-        pixel_values = image[None]
+    tiles = vlm.config.tiles
+    if image:
+        pixel_values = pictures.tile_pixels(image, **vlm.image_settings, mode="pad", tiles=tiles)
     with torch.no_grad():
-        embeds = vlm.splice(torch.tensor([ids]), pixel_values)[0]           # (T, D)
+        embeds = vlm.splice(torch.tensor([ids]), pixel_values,
+                            image_sizes=[image_size] if tiles else None)[0]     # (T, D)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     checkpoint.write_safetensors({"prompt_embeds": embeds}, args.out)
     print(f"wrote {args.out}: prompt_embeds {tuple(embeds.shape)} for {vlm.config.llm}")

@@ -18,6 +18,7 @@ from glob import escape, glob
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import vocab
+from settings import parse_value
 
 # torch and checkpoint are imported inside functions, because --offline must come before them.
 
@@ -33,6 +34,8 @@ NAMES = [
     (r"model\.language_model\.", "llm.model."),                 # transformers, in memory
     (r"(?=model\.|lm_head\.)", "llm."),                         # LLaVA
 ]
+# image_grid_pinpoints of transformers' LLaVA-NeXT where config.json names none: (height, width).
+NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|position_ids$")    # old files hold these constants
 
 
@@ -99,6 +102,8 @@ def read_settings(path):
     known = {"mm_vision_select_feature": ("patch",), "vision_feature_select_strategy": ("default",),
              "mm_use_im_start_end": (False,), "projector_hidden_act": ("gelu",),
              "multimodal_projector_bias": (True,)}
+    if settings.get("image_aspect_ratio") == "anyres":
+        known["mm_patch_merge_type"] = ("spatial_unpad",)
     for key, allowed in known.items():
         if settings.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{file}: {key} is {settings[key]!r}, and this code knows "
@@ -107,6 +112,20 @@ def read_settings(path):
     if type(layer) is not int:
         raise ValueError(f"{file}: the connector reads the layers {layer}, and this code reads one")
     return {**settings, "layer": layer}
+
+
+def tiles_of(settings, path):
+    """Return what config.json says of tiles, as model.Config has it. ValueError if it says nothing."""
+    if settings.get("model_type") == "llava_next":      # transformers: (height, width)
+        pinpoints = settings.get("image_grid_pinpoints") or NEXT_PINPOINTS
+        return tuple((width, height) for height, width in pinpoints)
+    pinpoints = settings.get("image_grid_pinpoints")    # LLaVA-NeXT: (width, height)
+    if isinstance(pinpoints, str):
+        pinpoints = parse_value(pinpoints)
+    if not isinstance(pinpoints, (list, tuple)):
+        raise ValueError(f"{path} has an image_newline, but its config.json has no list "
+                         "image_grid_pinpoints that says which tiles it belongs to")
+    return tuple(map(tuple, pinpoints))
 
 
 def fill(module, tensors, path, source):
@@ -190,6 +209,9 @@ def import_checkpoint(args):
         hidden=len(connector["mlp.0.weight"][1]), num_words=len(words or ()),
         vision_layer=settings["layer"])
     has_llm = bool(tensors["llm"])
+    name, newline = tensors["newline"].get("image_newline", (None, None))
+    if has_llm and newline is not None:             # it belongs to the LLM's embedding space
+        config.tiles = tiles_of(settings, args.file)
     dtype = next(iter(tensors["llm"].values()))[1].dtype if has_llm else torch.bfloat16
     vlm = checkpoint.build(config, words, dtype=dtype)
     fill(vlm.connector, connector, args.file, "the sizes of --vision_tower, --words and --llm")
@@ -208,18 +230,15 @@ def import_checkpoint(args):
                for name, (_, tensor) in tensors["vision_tower"].items()):
             trained.append("vision_tower")
     D = vlm.llm.get_input_embeddings().embedding_dim
-    name, newline = tensors["newline"].get("image_newline", (None, None))
     if newline is not None and newline.shape != (D,):
         raise ValueError(f"{args.file}: {name} is {tuple(newline.shape)}; --llm wants {(D,)}")
+    if config.tiles:
+        vlm.image_newline.data.copy_(newline)
     pads = settings.get("image_aspect_ratio", "pad" if has_llm else "square") != "square"
     checkpoint.save(vlm, args.out, "sft" if has_llm else "pretrain", trained,
                     template="chat" if has_llm else "plain", image_mode="pad" if pads else "crop")
-    newline_file = f"{args.out}/llm/image_newline.safetensors"
-    if os.path.exists(newline_file):                # of the checkpoint that is overwritten
-        os.remove(newline_file)
-    if has_llm and newline is not None:             # it belongs to the LLM's embedding space
-        checkpoint.write_safetensors({"image_newline": newline}, newline_file)
-        print("note         image_newline lies beside vocab_embeds in llm/, for models with tiles")
+    if config.tiles:
+        print(f"tiles        {', '.join(f'{width} x {height}' for width, height in config.tiles)}")
     print(f"connector    {config.connector}, H = {config.hidden}"
           + (f", {len(words):,} words, raw scores" if words else ""))
     print(f"read         {', '.join(part for part, found in tensors.items() if found)}")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import checkpoint
 import fused
 import model
+import pictures
 import pretrained
 import sharding
 import vocab
@@ -37,16 +38,23 @@ def print_estimate(cfg, trained_parts, parts_table):
         cfg.dtype = "bfloat16"                      # as on the GPUs that the estimate is for
     vlm, config = meta_model(cfg, trained_parts)
     print(parts_table(vlm, cfg))
-    P = (vlm.image_size // vlm.vision_tower.config.patch_size // cfg.pool) ** 2
+    side = vlm.image_size // vlm.vision_tower.config.patch_size // cfg.pool
+    P, squares = side ** 2, 1
+    if cfg.tiles:                                   # the most that a picture can take
+        layouts = [pictures.tile_layout(tile, cfg.tiles, vlm.image_size, side)
+                   for tile in cfg.tiles]
+        P = max(layout.num_tokens for layout in layouts)
+        squares = max(1 + layout.columns * layout.rows for layout in layouts)
     # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448.
     T = P + 64 if cfg.stage in ("words", "pretrain") else min(cfg.max_length, P + 448)
-    tables = [memory(vlm, cfg, config, P, T, ranks) for ranks in RANKS]
+    tables = [memory(vlm, cfg, config, P, T, squares * side ** 2, ranks) for ranks in RANKS]
     heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in RANKS)
     print(f"{'GiB on each GPU':44}{heads}")
     for name in tables[0]:
         print(f"{name:44}" + "".join(f"{table[name] / 2**30:10.2f}" for table in tables))
     whole = "cut into pieces" if cfg.shard else "whole on each (--shard cuts it)"
-    print(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most "
+    largest = f"at most {P} of them of a picture" if cfg.tiles else f"{P} of them patches"
+    print(f"{T} tokens a sample ({largest}), {cfg.global_batch} samples a step, at most "
           f"{cfg.batch_size} at a time; from 2 GPUs on the LLM is {whole}")
 
 
@@ -74,6 +82,8 @@ def meta_model(cfg, trained_parts):
         vlm = torch.nn.Module()
         vlm.vision_tower = tower
         vlm.image_size = cfg.image_size or tower.config.image_size
+        pictures.check_tiles(cfg.tiles, vlm.image_size)
+        vlm.image_newline = torch.nn.Parameter(torch.empty(D)) if cfg.tiles else None
         vlm.connector = model.make_connector(config, Dv, D)
         vlm.llm = llm
     vlm.to(getattr(torch, cfg.dtype)).requires_grad_(False)
@@ -94,15 +104,18 @@ def find_config(name, read):
     return AutoConfig.for_model(**sizes[name]) if name in sizes else read(name)
 
 
-def memory(vlm, cfg, config, P, T, ranks):
-    """Return {kind: bytes} on one of `ranks` ranks, for samples of T tokens, P of them patches."""
+def memory(vlm, cfg, config, P, T, encoded, ranks):
+    """Return {kind: bytes} on one of `ranks` ranks, for samples of T tokens, P of them patches.
+
+    encoded: the patches that go through the tower and the connector for a sample.
+    """
     llm = vlm.llm.config
     embedding = vlm.llm.get_input_embeddings()
     blocks = sharding.transformer_blocks(vlm.llm)
     shards = ranks if cfg.shard else 1
     width = 2 if cfg.dtype == "bfloat16" else 4                     # bytes of a number
     samples = min(cfg.batch_size, cfg.global_batch // ranks)
-    tokens, patches = samples * T, samples * P
+    tokens, patches = samples * T, samples * encoded
     D, layers = embedding.embedding_dim, len(blocks)
     inner = getattr(llm, "intermediate_size", None) or 4 * D        # GPT-2 names no inner width
     weights = state = 0
@@ -133,8 +146,15 @@ def memory(vlm, cfg, config, P, T, ranks):
                 cfg.plain_bytes or ASSUMED_MEMORY // 32):
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
         E = config.num_words * D * width
-    logits = min(model.LOSS_ROWS, tokens - patches) * embedding.num_embeddings * 12
+    logits = min(model.LOSS_ROWS, tokens - samples * P) * embedding.num_embeddings * 12
     table = {"weights": weights + E, "gradients and AdamW's moments (float32)": state,
-             "gathered from the other ranks": gathered, "activations of the LLM": activations,
-             "scores and weights of the words": scores, "logits": logits}
+             "gathered from the other ranks": gathered, "activations of the LLM": activations}
+    if next(vlm.vision_tower.parameters()).requires_grad:           # without checkpointing
+        tower = vlm.vision_tower.config
+        Dv = tower.hidden_size
+        inner = getattr(tower, "intermediate_size", None) or 4 * Dv     # DINOv2 names no inner width
+        block = patches * cfg.pool ** 2 * (2 * 4 * Dv + width * 6 * Dv + width * 3 * inner)
+        table["activations of the vision tower"] = (
+            block * len(sharding.transformer_blocks(vlm.vision_tower)))
+    table |= {"scores and weights of the words": scores, "logits": logits}
     return {**table, "sum": sum(table.values())}

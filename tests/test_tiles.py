@@ -1,6 +1,10 @@
 """Tiles of LLaVA-NeXT: layouts, pixels, logits, loss and gradients against transformers' LlavaNext on the same weights."""
+import contextlib
+import io
 import json
 import math
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,9 +23,10 @@ import model
 import pictures
 import transfer
 import vocab
-from conftest import run, settings, train_here
+from conftest import settings, train_here
 from generate import generate
 from test_export import export_here
+from tools import import_official
 
 PAPER = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 S, SIDE, P = 24, 3, 9                                               # of the tiny towers
@@ -205,6 +210,14 @@ def trained(tiny, world, tiled_world, tmp_path_factory):
     return root / "pretrain", root / "sft", argv
 
 
+def call(script, *argv):
+    """A script in this process, where starting costs nothing: what it prints. Its errors are raised."""
+    text = io.StringIO()
+    with mock.patch.object(sys, "argv", [script.__name__, *map(str, argv)]), contextlib.redirect_stdout(text):
+        script.main(script.read_arguments())
+    return text.getvalue()
+
+
 def newline_of(folder):
     return load_file(folder / "llm" / "image_newline.safetensors")["image_newline"]
 
@@ -243,7 +256,7 @@ def test_a_tiled_run_goes_on_with_the_same_bits(trained):
 
 def test_transfer_draws_a_new_newline_and_says_so(tiny, trained, tmp_path):
     for out in ("a", "b"):
-        text = run("transfer.py", trained[1], tiny.llama, "--out", tmp_path / out, "--device=cpu").stdout
+        text = call(transfer, trained[1], tiny.llama, "--out", tmp_path / out, "--device=cpu")
         assert "image_newline: new" in text
     assert newline_of(tmp_path / "a").shape == (52,) and torch.equal(newline_of(tmp_path / "a"), newline_of(tmp_path / "b"))
     vlm = checkpoint.load(str(tmp_path / "a"))
@@ -289,7 +302,7 @@ def test_check_counts_the_tokens_of_tiles(tiny, tiled_world, capsys):
     capsys.readouterr()
     assert data.main([*arguments, "--max_length", str(longest - 1)]) == 1
     text = capsys.readouterr().out
-    assert f"untrainable: {too_long}" in text and "does not fit" in text
+    assert text.count("an image does not fit") == too_long > 0
 
 
 def vocab_tokenizer(tiny):
@@ -304,10 +317,10 @@ def test_words_of_a_tile(trained, tiled_world, tmp_path):
     path = f"{tiled_world}/images/1.png"
     pixels = pictures.tile_pixels(pictures.open_image(path), **vlm.image_settings, tiles=TILES)
     assert not torch.equal(words.read(vlm, pixels[0])["cosine"]["values"], words.read(vlm, pixels[2])["cosine"]["values"])
-    run("words.py", trained[1], path, "--tile", 2, "--ask", "what is it?", "--out", tmp_path / "w", "--device=cpu")
+    call(words, trained[1], path, "--tile", 2, "--ask", "what is it?", "--out", tmp_path / "w", "--device=cpu")
     assert (tmp_path / "w" / "words.html").stat().st_size > 1000
-    wrong = run("words.py", trained[1], path, "--tile", 9, "--out", tmp_path / "w9", "--device=cpu", check=False)
-    assert wrong.returncode == 1 and "counted from 0" in wrong.stderr and "Traceback" not in wrong.stderr
+    with pytest.raises(ValueError, match="counted from 0"):
+        call(words, trained[1], path, "--tile", 9, "--out", tmp_path / "w9", "--device=cpu")
 
 
 @pytest.mark.parametrize("llm, tower", [("llama", "clip"), ("qwen", "siglip")])
@@ -337,8 +350,10 @@ def test_export_and_import_again(llm, tower, tiny, world, tmp_path):
         answer, = generate(vlm, [ids], pixels, 8, image_sizes=[picture(name).size])
         their_answer = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(ids):].tolist()
         assert [i for i in their_answer if i not in vlm.eos_ids] == answer
-    run("tools/import_official.py", tmp_path / "theirs", "--llm", getattr(tiny, llm), "--vision_tower", getattr(tiny, tower),
-        "--out", tmp_path / "back", "--offline")
+    argv = ["import_official.py", tmp_path / "theirs", "--llm", getattr(tiny, llm), "--vision_tower", getattr(tiny, tower),
+            "--out", tmp_path / "back"]
+    with mock.patch.object(sys, "argv", [str(part) for part in argv]):
+        import_official.main()
     back = checkpoint.load(str(tmp_path / "back"))
     assert back.config.tiles == TILES
     with torch.no_grad():

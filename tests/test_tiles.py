@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -368,6 +369,7 @@ def test_questions_of_benchmarks_see_tiles(trained, tiled_world):
                  {"image": f"{tiled_world}/images/2.png", "text": "what?"}, {"image": f"{tiled_world}/images/1.png", "text": "why?"}]
     prompts = [eval.prompt_ids(vlm, q) for q in questions]
     assert prompts[0].count(conversation.IMAGE_ID) == vlm.num_tokens(SIZES["wide"])
-    together = eval.answer_batch(vlm, questions, prompts, 8)
-    alone = [eval.answer_batch(vlm, [q], [p], 8)[0] for q, p in zip(questions, prompts)]
+    with ThreadPoolExecutor(2) as pool:
+        together = eval.answer_batch(vlm, questions, prompts, eval.load_images(questions, vlm, pool), 8)
+        alone = [eval.answer_batch(vlm, [q], [p], eval.load_images([q], vlm, pool), 8)[0] for q, p in zip(questions, prompts)]
     assert together == alone

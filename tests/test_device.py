@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+import conversation
 import data
 import model
 import vocab
@@ -79,7 +80,7 @@ def test_loss_and_gradients_are_those_of_float64_on_the_cpu(vlm, pad_to):
 def test_answers_are_those_of_a_loop_without_a_cache(vlm):
     """Three prompts of other lengths, pictures on the CPU: the loop computes all tokens anew, in float64."""
     texts = ["<image>\nwhat is this?", "Is there a star?", "<image>\nwhat colour is the big circle?"]
-    prompts = [data.encode_prompt([{"role": "user", "content": text}], vlm.tokenizer, P) for text in texts]
+    prompts = [conversation.encode_prompt([{"role": "user", "content": text}], vlm.tokenizer, P) for text in texts]
     pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(3))
     answers = generate(vlm, prompts, pixels, max_new_tokens=6)
     exact, expected = in_float64(vlm), []

@@ -32,6 +32,7 @@ from common import load_tokenizer, read_json, replacing, write_json
 from model import VLM, Config, make_connector, vocab_embeds
 from pretrained import (errors_name, image_settings, load_llm, load_weights, probe_llm, probe_tower,
                         vision_config)
+from ranks import set_precision
 from vocab import load_words, save_words, words_hash
 
 FORMAT = 1
@@ -52,6 +53,7 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
     ValueError where a model is not what the config needs.
     """
     frozen_dtype = frozen_dtype or dtype
+    set_precision(frozen_dtype)
     tower_name = tower_folder or config.vision_tower
     tower = load_weights(AutoModel, tower_name, config=vision_config(tower_name),
                          dtype=tower_dtype or frozen_dtype)

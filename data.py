@@ -251,8 +251,8 @@ def features_path(folder, path):
 # --------------------------------------------------------------------------------------------------
 # batches
 
-def collate(samples, pad_id):
-    """Return a batch of samples, padded on the right.
+def collate(samples, pad_id, pad_to=1):
+    """Return a batch of samples, padded on the right to a T that is a multiple of pad_to.
 
     {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
      "pixel_values": float32[N, 3, S, S], "bad": [str]}
@@ -264,6 +264,7 @@ def collate(samples, pad_id):
     good = [s for s in samples if not isinstance(s, BadSample)]
     B = len(good)
     T = max([len(s["input_ids"]) for s in good], default=0)
+    T = -(-T // pad_to) * pad_to                                        # rounded up
     ids = torch.full((B, T), pad_id)                                    # (B, T)
     labels = torch.full((B, T), IGNORE)                                 # (B, T)
     words = torch.full((B, T), -1)                                      # (B, T)

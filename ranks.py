@@ -1,7 +1,9 @@
 """
 Several processes that train or evaluate together. torchrun starts them.
 """
+import math
 import os
+import shutil
 import sys
 from datetime import timedelta
 
@@ -12,32 +14,152 @@ from torch.distributed.tensor import DTensor
 import common
 
 
+# NCCL gives up on a collective that waits longer than this. A rank that hangs is noticed then.
+NCCL_TIMEOUT = timedelta(minutes=15)
+# While rank 0 writes a checkpoint, the others wait in a group of gloo, which has more patience.
+WAITING_TIMEOUT = timedelta(hours=6)
+waiting = None          # that group; None is the default group
+
+
 def setup_ranks(cfg):
     """Return (rank, number of ranks, device) of this process, alone or one of torchrun's.
 
     The dtype "auto" of the settings becomes the dtype that the device computes in.
     """
-    device = torch.device(common.choose_device(cfg.device, most=1))
+    global waiting
+    device = own_device(cfg.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"training adds its sums up in float64, and {device.type} may not have "
+                         "it: use --device=cpu or --device=cuda")
     cfg.dtype = common.choose_dtype(cfg.dtype, device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        # TF32 rounds float32 factors to 10 bits. Who asks for float32 does not want that.
-        torch.backends.cuda.matmul.allow_tf32 = cfg.dtype == "bfloat16"
+    if cfg.deterministic:
+        be_deterministic()
     if "RANK" not in os.environ:
         return 0, 1, device
     check_restarts()
-    # Ranks wait while rank 0 writes a checkpoint, which takes minutes for a large LLM.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=6))
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=NCCL_TIMEOUT, device_id=device)
+        waiting = dist.new_group(backend="gloo", timeout=WAITING_TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=WAITING_TIMEOUT)
     return dist.get_rank(), dist.get_world_size(), device
 
+
+def own_device(name, most=1):
+    """Return the torch.device of this process, or "auto". CUDA uses it from now on.
+
+    Under torchrun each process has a GPU of its own. name, most: see common.choose_device.
+    ValueError for a numbered GPU there, because all processes would share it.
+    """
+    name = common.choose_device(name, most)
+    if name == "auto":
+        return name
+    device = torch.device(name)
+    if device.type == "cuda":
+        local_rank = os.environ.get("LOCAL_RANK")
+        if local_rank and device.index is not None:
+            raise ValueError(f"--device={name} would put all ranks of torchrun on one GPU: leave "
+                             "the number out, or choose GPUs with CUDA_VISIBLE_DEVICES")
+        device = torch.device("cuda", int(local_rank or device.index or 0))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started rank {local_rank} on this machine, which has "
+                             f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    return device
+
+
+def set_precision(dtype):
+    """Let CUDA's matrix products round no more than `dtype` does. Other devices ignore this."""
+    # TF32 rounds float32 factors to 10 bits. Who asks for float32 does not want that.
+    torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
+    torch.backends.cudnn.allow_tf32 = dtype == torch.bfloat16       # the tower's first layer
+    # cuBLAS splits long sums. It would add the parts in the factors' dtype.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def be_deterministic():
+    """Let each operation on CUDA add in the same order in each run. Call it before CUDA computes.
+
+    Of torch's attention, flash and memory-efficient remain, in a deterministic mode; cuDNN's does
+    not. With warn_only=True their backward passes would add in any order. An operation that has no
+    such mode raises a RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # only costs time
+
+
+def check_compiler(device):
+    """End the process if torch.compile cannot work, because there is no compiler."""
+    kind, names = "C", (os.environ.get("CC"), "gcc", "clang")       # Triton's, for its launchers
+    if device.type == "cpu":
+        kind, names = "C++", (os.environ.get("CXX"), "g++", "clang++")
+    if not any(shutil.which(name) for name in names if name):
+        sys.exit(f"--compile needs a {kind} compiler on this device, and there is no {names[1]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# what loads the data
+
+def check_shared_memory(workers, batch_size, side):
+    """Raise ValueError if /dev/shm cannot hold the pictures that the loader's processes pass on.
+
+    A worker would die of a "Bus error" in the middle of the run. Docker's default of 64 MB is too
+    little for two batches of 32 pictures of 336 pixels a side.
+    """
+    if not workers or not os.path.isdir("/dev/shm"):
+        return
+    processes = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = 2 * processes * batch_size * 3 * side ** 2 * 4         # a worker is two batches ahead
+    disk = os.statvfs("/dev/shm")
+    free = disk.f_bavail * disk.f_frsize
+    if free < needed:
+        raise ValueError(f"/dev/shm has {free / 1e6:.0f} MB free and the loader needs "
+                         f"{needed / 1e6:.0f} MB: start Docker with --ipc=host or --shm-size=16g, "
+                         "or use --workers=0")
+
+
+def length_multiple(pad_to, device, max_positions):
+    """Return the number of which every batch's length T is a multiple. 0 means the default.
+
+    cuDNN's attention plans anew for each T, which takes longer than a step. Multiples of 64 leave
+    few lengths. A T that was rounded up must not be more than the LLM's positions.
+    """
+    pad_to = pad_to or (64 if device.type == "cuda" else 1)
+    return math.gcd(pad_to, max_positions or pad_to)
+
+
+def leave_process_group(_):
+    """Keep a loader's process alive after Ctrl-C or `kill -TERM -GROUP`.
+
+    Both reach the whole process group, and the current step still needs its data.
+    """
+    os.setpgid(0, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# sums over all ranks
 
 def reduce_sum(tensor, world):
     """Add `tensor` up over all ranks, in place, and return it."""
     if world > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def leave(world):
+    """Wait for all ranks, and end the communication with them."""
+    wait_for_all(world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def wait_for_all(world):
+    """Wait until all ranks are here, such as for rank 0, which writes a large checkpoint."""
+    if world > 1:
+        dist.barrier(group=waiting)
 
 
 def on_rank0(work, rank, world):
@@ -52,7 +174,7 @@ def on_rank0(work, rank, world):
         except (OSError, ValueError) as error:
             result[1] = error
     if world > 1:
-        dist.broadcast_object_list(result)
+        dist.broadcast_object_list(result, group=waiting)
     if result[1]:
         raise result[1]
     return result[0]
@@ -63,15 +185,32 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def reduce_gradients(trained, tokens, images, world):
+def sum_up(sums, trained, world):
+    """Return ({name: sum over all ranks}, for each trained parameter on how many ranks it counts).
+
+    sums: {name: number, or a scalar on the device}. A parameter counts where it has a gradient.
+    The CPU waits for the device here, once in a step.
+    """
+    device = trained[0][1].device
+    numbers = [0.0 if torch.is_tensor(value) else float(value) for value in sums.values()]
+    has_gradient = [float(p.grad is not None) for _, p in trained]
+    # A copy that blocks would make the CPU wait once more.
+    totals = torch.tensor(numbers + has_gradient, dtype=torch.float64)
+    totals = totals.to(device, non_blocking=True)
+    for i, value in enumerate(sums.values()):
+        if torch.is_tensor(value):
+            totals[i] = value
+    totals = reduce_sum(totals, world).tolist()
+    return dict(zip(sums, totals)), totals[len(sums):]
+
+
+def reduce_gradients(trained, reached, tokens, images, world):
     """Turn the gradients of all ranks' sums into that of the mean over `tokens`, on every rank.
 
-    A parameter that a rank's samples did not reach counts as 0 there. SystemExit names a parameter
-    that no rank's loss reached.
+    reached: see sum_up. A parameter that a rank's samples did not reach counts as 0 there.
+    SystemExit names a parameter that no rank's loss reached.
     """
-    has_gradient = [p.grad is not None for _, p in trained]
-    reached = torch.tensor(has_gradient, dtype=torch.int32, device=trained[0][1].device)
-    for (name, p), ranks in zip(trained, reduce_sum(reached, world).tolist()):
+    for (name, p), ranks in zip(trained, reached):
         needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM
         if not ranks and tokens and (images or not needs_images):
             sys.exit(f"{name} trains, but the loss does not depend on it: it got no gradient; "

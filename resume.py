@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorag
 
 import common
 import fingerprint
+import ranks
 from ranks import on_rank0
 
 # torch.distributed.checkpoint says this in every run of one process.
@@ -70,7 +71,7 @@ def save_state(vlm, optimizer, progress, cfg, rank, world):
     file_of = {name: 1 + i // FILE_TENSORS for i, name in enumerate(tensors)}
     writer = HuggingFaceStorageWriter(temporary, file_of, save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.waiting)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise OSError(f"{temporary} cannot be written: {reason}") from None
@@ -121,5 +122,6 @@ def resume(vlm, optimizer, inputs, cfg, rank, world):
         sys.exit(f"{' and '.join(parts)} changed since {folder} was written: a run goes on with "
                  "what it began with")
     tensors = state_tensors(vlm, optimizer, state["step"])
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder))
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder),
+             process_group=ranks.waiting)
     return state["step"], state["skipped"]

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 
+import ranks
 from pretrained import weights_folder
 
 
@@ -47,7 +48,8 @@ def shard_vlm(vlm, parts, device, dtype):
     if missing:
         raise ValueError(f"{folder}: no safetensors file holds {missing[0]}; a sharded LLM is read "
                          "from safetensors files with the names of the model only")
-    dcp.load({name: t.detach() for name, t in tensors.items()}, storage_reader=reader)
+    dcp.load({name: t.detach() for name, t in tensors.items()}, storage_reader=reader,
+             process_group=ranks.waiting)
 
 
 def run_gathered(vlm, function):

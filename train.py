@@ -98,6 +98,9 @@ class Settings:
     checkpointing: bool = setting(False, "recompute the LLM's activations: slower, less memory")
     device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank",
                           free=True)
+    deterministic: bool = setting(False, "a resumed run has the same bits on CUDA, too; slower")
+    pad_to: int = setting(0, "lengths are multiples of this; 0: 64 on CUDA, where each new length "
+                             "is planned anew, else 1", low=0)
     seed: int = setting(42, "of the new connector and of the order of the data")
     # The log and the checkpoints.
     log_every: int = setting(1, "steps between two printed lines", low=1, free=True)
@@ -160,7 +163,6 @@ if __name__ == "__main__":      # before the slow imports: a mistyped setting an
         common.go_offline()
 
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import conversation
@@ -171,7 +173,8 @@ import model
 import pretrained
 import sharding
 import vocab
-from ranks import clip_gradients, on_rank0, reduce_gradients, reduce_sum, setup_ranks
+from ranks import (check_compiler, check_shared_memory, clip_gradients, leave, leave_process_group,
+                   length_multiple, on_rank0, reduce_gradients, setup_ranks, sum_up, wait_for_all)
 from resume import resume, save_state
 
 
@@ -215,9 +218,7 @@ def make_model(cfg, device, world):
         vlm.llm.train()                             # the library checkpoints in this mode only
         vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.compile:
-        compilers = (os.environ.get("CXX", "g++"), "clang++")
-        if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
-            sys.exit("--compile needs a C++ compiler on a CPU, and there is no g++")
+        check_compiler(device)
         for block in sharding.transformer_blocks(vlm.llm):
             block.compile(dynamic=True)             # all blocks are alike and share one compilation
     return vlm
@@ -305,20 +306,14 @@ def micro_batches(indices, rank, world, batch_size):
     return [own[i * batch_size:(i + 1) * batch_size] for i in range(count)]
 
 
-def leave_process_group(_):
-    """Keep a loader's process alive after Ctrl-C or `kill -TERM -GROUP`.
-
-    Both reach the whole process group, and the current step still needs its data.
-    """
-    os.setpgid(0, 0)
-
-
 def make_loader(dataset, batches, vlm, cfg, device):
     """Return an iterator over this rank's batches, read by cfg.workers processes."""
+    check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"])
+    pad_to = length_multiple(cfg.pad_to, device, vlm.max_positions)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=cfg.workers,
         pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
-        collate_fn=lambda samples: data.collate(samples, vlm.pad_id),
+        collate_fn=lambda samples: data.collate(samples, vlm.pad_id, pad_to),
         multiprocessing_context="fork" if cfg.workers else None)
     return iter(loader)
 
@@ -431,6 +426,7 @@ def main(cfg):
         is_last = step == len(steps)
         if step in cfg.snapshots:
             checkpoint.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **save_kwargs)
+            wait_for_all(world)
         # The first state comes after one step, so that a full disk is found now and not at night.
         is_due = step == start + 1 or step % cfg.save_every == 0
         progress = {"step": step, "skipped": skipped, "fingerprint": inputs}
@@ -449,8 +445,7 @@ def main(cfg):
         probe = cfg.probe_every and step % cfg.probe_every == 0
         sums, bad = accumulate(vlm, loader, len(batches[step]), autocast, device, probe, cfg)
         sums["stop"] = len(signals_received)
-        totals = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
-        sums = dict(zip(sums, reduce_sum(totals, world).tolist()))
+        sums, reached = sum_up(sums, trained, world)
         limit = cfg.bad_limit if cfg.on_bad == "skip" else 0
         if cfg.on_bad == "skip":
             for sentence in bad:
@@ -471,7 +466,7 @@ def main(cfg):
             sys.exit(f"train.py: {reason}")
 
         # 4. Divide once by the number of trained tokens, clip, and update.
-        reduce_gradients(trained, sums["trained"], sums["images"], world)
+        reduce_gradients(trained, reached, sums["trained"], sums["images"], world)
         norm = clip_gradients(trained, cfg.clip, world)
         if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):       # the same on every rank
             ids = [dataset.records[i].get("id") for i in steps[step]]
@@ -503,9 +498,7 @@ def main(cfg):
         plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
         stopped = f"stopped after {step} steps; the same command goes on from there"
         print(f"wrote {cfg.out}" if is_last else stopped, flush=True)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    leave(world)
     sys.exit(0 if is_last else STOPPED)
 
 
@@ -547,17 +540,19 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
         total = loss + cfg.words_loss * words_loss
         if total.requires_grad:                     # text alone does not reach the connector
             total.backward()
-        sums["loss"] += loss.item()
+        # In float64, and on the device: .item() would make the CPU wait for it.
+        sums["loss"] += loss.detach().double()
         sums["trained"] += trained
-        sums["words_loss"] += float(torch.as_tensor(words_loss).detach())
-        sums["num_words"] += num_words
+        if num_words:
+            sums["words_loss"] += words_loss.detach().double()
+            sums["num_words"] += num_words
         if probe and i == 0 and cfg.stage != "words" and (images or vlm.sharded):
             with torch.no_grad(), autocast:
                 blind_loss, blind_trained = vlm(data.without_images(batch))
             if vlm.sharded:
                 vlm.reshard()                       # the update would miss gathered parameters
             if images:
-                sums["blind_loss"] = blind_loss.item()
+                sums["blind_loss"] = blind_loss.double()
                 sums["blind_trained"] = blind_trained
     return sums, bad
 

@@ -222,8 +222,9 @@ def evaluate(args):
     import checkpoint
     import fingerprint
     import ranks
-    device = common.choose_device(args.device, most=1 if world > 1 else None)
-    dtype = args.dtype or ("bfloat16" if device.startswith(("cuda", "auto")) else "float32")
+    # Under torchrun each rank loads the whole model on its own GPU.
+    device = ranks.own_device(args.device, most=1 if world > 1 else None)
+    dtype = args.dtype or ("float32" if str(device) == "cpu" else "bfloat16")
     # A trial with --limit has files of its own, so that it cannot be taken for a score.
     suffix = f".first{args.limit}" if args.limit else ""
     stems = {task: os.path.join(out, task + suffix) for task in args.tasks}
@@ -232,9 +233,6 @@ def evaluate(args):
         # Ranks only wait for each other. Days, because a slow rank is not a dead one.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     barrier = torch.distributed.barrier if world > 1 else lambda: None
-    # Each rank loads the whole model on its own GPU.
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
                           attention=args.attention)
     # These decide whether an earlier answer can be used again. Batch size and number of ranks do

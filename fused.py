@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from common import print_rank0
 
 NORMALIZE = ("unit", "softmax", "none")     # what this file knows
-BLOCK = 1024            # words whose scores exist at one time
+BLOCK = 1024            # words whose scores exist at one time; on a CPU they stay in its cache
+CUDA_BLOCK = 4096       # a GPU's sums over blocks pass over memory less often
 # torch.compile takes seconds. With fewer scores (patches x words) than this it does not pay.
 COMPILE_FROM = 1 << 23
 
@@ -109,7 +110,8 @@ class SoftmaxCombine(torch.autograd.Function):
         squares = torch.zeros_like(top)                             # (P, 1) sum of exp(s - top)^2
         out = z.new_zeros(P, D, dtype=dtype)                        # sum of exp(s - top) e
         step = compiled(forward_step) if P * len(W) >= COMPILE_FROM else forward_step
-        for Wk, bk, Ek in zip(W.split(BLOCK), b.split(BLOCK), E.split(BLOCK)):
+        block = block_size(z.device)
+        for Wk, bk, Ek in zip(W.split(block), b.split(block), E.split(block)):
             s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) -> (P, block)
             p, top, total, squares, rescale = step(s, top, total, squares)
             add_product(out.mul_(rescale), p, Ek.to(z.dtype))       # (P, block) x (block, D)
@@ -131,8 +133,8 @@ class SoftmaxCombine(torch.autograd.Function):
         g = g.to(z.dtype)
         dz, dW, db = torch.zeros_like(z, dtype=top.dtype), torch.empty_like(W), torch.empty_like(b)
         step = compiled(backward_step) if len(z) * len(W) >= COMPILE_FROM else backward_step
-        for start in range(0, len(W), BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(0, len(W), block_size(z.device)):
+            block = slice(start, start + block_size(z.device))
             Wk = W[block].to(z.dtype)
             s = F.linear(z, Wk, b[block].to(z.dtype))               # the same bits as in forward
             dp = g @ E[block].to(z.dtype).T                         # (P, D) x (D, block)
@@ -166,10 +168,37 @@ def backward_step(s, dp, top, log_total, scale, shift, curve):
     return ds.to(s.dtype), ds.sum(0)
 
 
+def block_size(device):
+    """Return how many words' scores exist at one time."""
+    return CUDA_BLOCK if device.type == "cuda" else BLOCK
+
+
+@functools.cache
+def has_wide_addmm(device, dtype):
+    """Return whether addmm can add products of `dtype` to a float32 sum. It is tried once.
+
+    Only CUDA has this, and not every version of torch takes a sum of another dtype.
+    """
+    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = ones.float()
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return total.eq(17).all().item()
+
+
 def add_product(total, a, b):
-    """Add a @ b to `total` in place. Where dtypes differ, a quarter of the product at a time."""
+    """Add a @ b to `total` in place. Where dtypes differ, a quarter of the product at a time.
+
+    cuBLAS adds products of bfloat16 factors to a float32 sum by itself, without rounding them.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
+    elif has_wide_addmm(total.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
             total_rows.add_(a_rows @ b)

@@ -19,6 +19,10 @@ from conversation import IMAGE_ID
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
+# cuDNN's attention plans anew for each length, and each new token makes a new length.
+CUDNN_ATTENTION = False
+
+
 @torch.no_grad()
 def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=None,
              temperature=0.0):
@@ -30,6 +34,7 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
     Greedy answers do not depend on the other prompts of the batch, up to rounding. An answer also
     ends where the LLM has no more positions.
     """
+    torch.backends.cuda.enable_cudnn_sdp(CUDNN_ATTENTION)
     device = vlm.llm.device
     if image_index is None:
         image_index = list(range(0 if pixel_values is None else len(pixel_values)))

@@ -252,7 +252,10 @@ class VLM(nn.Module):
         if pixel_values.dim() == 3:
             return pixel_values.to(self.vision_tower.device)
         trains = any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+        # On CUDA autocast would run a frozen tower's norms in float32, but only in training.
+        device = pixel_values.device.type
+        autocast = torch.autocast(device, enabled=trains and torch.is_autocast_enabled(device))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), autocast:
             hidden = tower_hidden(self.vision_tower, pixel_values, self.config.vision_layer)
         pool = self.config.pool
         hidden = hidden[:, -self.num_patches * pool ** 2:]          # CLS and registers come first

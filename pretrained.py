@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig,
                           AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig)
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import (find_adapter_config_file, is_accelerate_available,
+                                logging)
 
 from common import from_hub, load_tokenizer
 from generate import cache_argument
@@ -192,6 +193,10 @@ def load_llm(name, dtype, device, attention=None, on_meta=False):
         is_known = type(load_config(name)) in MODEL_FOR_CAUSAL_LM_MAPPING
         model_class = AutoModelForCausalLM if is_known else AutoModelForImageTextToText
         placement = {"device_map": "auto"} if device == "auto" else {}
+        if torch.device("cpu" if placement else device).type == "cuda" and is_accelerate_available():
+            # Each tensor goes from the file to the GPU. Else every rank's LLM would lie in the
+            # machine's memory first.
+            placement = {"device_map": {"": device}}
         llm = load_weights(model_class, name, **options, **placement)
         if llm.config.get_text_config() is not llm.config:
             llm = text_model(llm, config, options)

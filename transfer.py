@@ -57,6 +57,7 @@ import torch
 
 import checkpoint
 import data
+import ranks
 import vocab
 from model import vocab_embeds
 
@@ -223,7 +224,7 @@ def main(args):
         sys.exit(f"{out} exists; name another --out or say --overwrite")
     if os.path.realpath(out) == os.path.realpath(args.source):
         sys.exit(f"SRC and --out are both {out}: the source checkpoint is not overwritten")
-    device = common.choose_device(args.device)
+    device = ranks.own_device(args.device, most=None)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")
 

@@ -62,6 +62,7 @@ from PIL import Image
 import checkpoint
 import conversation
 import pictures
+import ranks
 import transfer
 import vocab
 from generate import generate
@@ -147,7 +148,7 @@ def read_checkpoint(folder, image, image_mode, args):
     along a side. "group": equal for checkpoints of one connector kind, LLM and list of words.
     """
     config, metadata = checkpoint.read_config(folder)
-    place = common.choose_device(args.device, most=1), getattr(torch, args.dtype), args.attention
+    place = ranks.own_device(args.device), getattr(torch, args.dtype), args.attention
     if args.llm or args.vision_tower:
         vlm = transfer.move(folder, args.llm or config.llm, *place, args.vision_tower)
     else:

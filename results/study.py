@@ -59,6 +59,7 @@ from matplotlib.figure import Figure
 import checkpoint
 import data
 import pictures
+import ranks
 import vocab
 from words import (cosine, cosine_null, grid_patches, refuse_to_overwrite, save_figure,
                    vocabulary)
@@ -245,7 +246,7 @@ def observe(folder, records, device=None, dtype="float32"):
     negative score is taken away from a patch.
     """
     config, metadata = checkpoint.read_config(folder)
-    vlm = checkpoint.load(folder, common.choose_device(device, most=1), getattr(torch, dtype))
+    vlm = checkpoint.load(folder, ranks.own_device(device), getattr(torch, dtype))
     mode = metadata.get("image_mode", "pad")
     side = math.isqrt(vlm.num_patches)
     tokens, E = vocabulary(vlm)

@@ -376,9 +376,9 @@ def test_a_picture_that_vanishes_under_the_run(tiny, spoilt, tmp_path, capsys, m
     shutil.copytree(spoilt, tmp_path / "world")
     collate = data.collate
 
-    def and_lose_all(samples, pad_id):
+    def and_lose_all(samples, *more):
         shutil.rmtree(tmp_path / "world" / "images", ignore_errors=True)
-        return collate(samples, pad_id)
+        return collate(samples, *more)
     monkeypatch.setattr(data, "collate", and_lose_all)
     skip = ["--on_bad=skip", "--bad_limit=7"]
     found = outcome(lambda: train_with(tiny, tmp_path / "world", tmp_path / "out", *skip), capsys)

@@ -15,9 +15,9 @@ sys.path[:0] = [TOOLS, os.path.dirname(TOOLS)]
 import torch
 from lmms_eval.api.model import lmms
 
-import common
 import conversation
 import pictures
+import ranks
 from checkpoint import load
 from generate import generate
 
@@ -32,10 +32,8 @@ class LangBridge(lmms):
         super().__init__()
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
-        device = common.choose_device(device)
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        device = ranks.own_device(device, most=None)
+        dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
         self.batch_size = int(batch_size)
         self.vlm = load(checkpoint, device, getattr(torch, dtype))
 

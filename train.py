@@ -181,7 +181,7 @@ from resume import resume, save_state
 # --------------------------------------------------------------------------------------------------
 # model and optimizer
 
-def make_model(cfg, device, world):
+def make_model(cfg, device):
     """Return the VLM of this run: trained parts in float32, frozen parts in cfg.dtype."""
     dtype = getattr(torch, cfg.dtype)
     trained_parts = STAGES[cfg.stage]
@@ -189,7 +189,7 @@ def make_model(cfg, device, world):
     options = {"attention": cfg.attention, "frozen_dtype": dtype}
     if "vision_tower" in trained_parts:
         options["tower_dtype"] = torch.float32
-    if cfg.shard and world > 1:
+    if cfg.shard and "RANK" in os.environ:
         options["sharded_parts"] = ("llm", "vision_tower") if cfg.shard_tower else ("llm",)
     torch.manual_seed(cfg.seed)                     # of a new connector
     if cfg.init:
@@ -380,7 +380,7 @@ def main(cfg):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: signals_received.append(True))
 
-    vlm = make_model(cfg, device, world)
+    vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)) here. The optimizer takes
     # what requires a gradient.

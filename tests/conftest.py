@@ -14,6 +14,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+DEVICE = os.environ.get("DEVICE", "cpu")        # of test_device.py and test_combine.py
 TEXT = ["a red circle and a blue square on the left of a green star", "what colour is the big circle? red!",
         "there are two small triangles above the word cat", "Is there a star in the image? yes, no"] * 4
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import fused
 import model
+from conftest import DEVICE
 from fused import combine
 from tools.fold import fold
 
@@ -14,6 +15,7 @@ H, K, D = 24, 203, 17                                               # K is no mu
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(fused, "BLOCK", 64)
+    monkeypatch.setattr(fused, "CUDA_BLOCK", 64)
 
 
 def tensors(*leading, dtype=torch.float32, scale=1.0, K=K, H=H, D=D):
@@ -21,7 +23,7 @@ def tensors(*leading, dtype=torch.float32, scale=1.0, K=K, H=H, D=D):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, by=1.0):
-        return (torch.randn(*shape, generator=generator) * by).bfloat16().to(dtype)
+        return (torch.randn(*shape, generator=generator) * by).bfloat16().to(DEVICE, dtype)
     return (random(*leading, H).requires_grad_(), random(K, H, by=scale / H ** 0.5).requires_grad_(),
             random(K, by=scale).requires_grad_(), random(K, D), random(*leading, D))
 
@@ -96,12 +98,12 @@ def test_extreme_scores(dtype, limit):
     """Scores of +-10,000, once with a rising and once with a falling maximum from block to block"""
     for direction in (1, -1):
         z, W, b, E, g = tensors(5, dtype=dtype, scale=0.0)
-        b = (torch.linspace(-1e4, 1e4, K) * direction).to(dtype).requires_grad_()
+        b = (torch.linspace(-1e4, 1e4, K, device=DEVICE) * direction).to(dtype).requires_grad_()
         result = with_gradients(combine, z, W, b, E, g, "softmax")
         assert all(t.isfinite().all() for t in result)
         reference = exact(z, W, b, E, g, "softmax")
         assert off(result[:1], reference[:1])[0] < limit
-        b = torch.full((K,), 1e4 * direction, dtype=dtype).requires_grad_()
+        b = torch.full((K,), 1e4 * direction, dtype=dtype, device=DEVICE).requires_grad_()
         result = with_gradients(combine, z, W, b, E, g, "softmax")
         assert max(off(result[:3:2], exact(z, W, b, E, g, "softmax")[:3:2])) < limit     # dz is 0 here: W is
 
@@ -118,7 +120,7 @@ def test_autocast(normalize, rows):
     """bfloat16 from float32 masters: the result is bfloat16, the gradients are the masters' float32."""
     *inputs, g = tensors(rows)
     inputs[3] = inputs[3].bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = combine(*inputs, normalize)
     assert out.dtype == torch.bfloat16
     result = out.detach(), *torch.autograd.grad(out, inputs[:3], g.bfloat16())
@@ -229,7 +231,7 @@ def test_both_sides_of_the_border_give_the_same(monkeypatch, normalize, below, d
     inputs[3] = inputs[3].to(dtype)                                 # E is held in the dtype of frozen weights
     reference = exact(*inputs, g, normalize)
     for plain_bytes, formula in ((4 * 300 * K, below), (4 * 300 * K - 1, "fused")):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
             ran, result = across_the_border(monkeypatch, normalize, (*inputs, g), plain_bytes)
         assert ran == [formula] and max(off(result, reference)) < limit
     fused.compiled.cache_clear()

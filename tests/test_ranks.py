@@ -115,9 +115,9 @@ def compare_loaded(name, tower, words):
     """On each rank: weights, buffers and E as the library loads them, and half of the LLM is here"""
     cfg = train.Settings(llm=name, vision_tower=tower, words=words, shard=True, dtype="float32", device="cpu")
     _, world, device = train.setup_ranks(cfg)
-    vlm = train.make_model(cfg, device, world)
+    vlm = train.make_model(cfg, device)
     cfg.shard = False
-    whole = train.make_model(cfg, device, world)
+    whole = train.make_model(cfg, device)
     here = 0
     for (key, p), (_, q) in zip(vlm.llm.named_parameters(), whole.llm.named_parameters(), strict=True):
         assert isinstance(p, DTensor) and torch.equal(p.full_tensor(), q), key
@@ -263,7 +263,7 @@ def peak_of_loading(name, tower, words, report):
         while not done.wait(0.005):
             seen.append(model_memory())
     threading.Thread(target=look).start()
-    vlm = train.make_model(cfg, device, world)
+    vlm = train.make_model(cfg, device)
     for p in vlm.parameters():
         local(p.detach()).sum()                               # a mapped page counts when it is touched
     seen.append(model_memory())

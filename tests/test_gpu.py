@@ -1,0 +1,81 @@
+"""tests/gpu.sh without a GPU: the code of each section runs at tiny sizes. `DEVICE=cpu SMALL=1 bash tests/gpu.sh` is all of it."""
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import gpu
+from conftest import ROOT, train_here
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The sections in this process, and train.py as well, so that nothing waits for torch to be imported."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "SMALL", True)
+    monkeypatch.setenv("GPU_RESULTS", str(tmp_path / "results.jsonl"))
+    started = gpu.run
+
+    def run(*command, **kwargs):
+        if command[0] == "train.py":
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text):
+                return train_here(list(command[1:])), text.getvalue()
+        if command[0] == "pocket.py" or command[:2] == ("-m", "pytest"):
+            return 0, "1 passed"                        # test_pocket.py and test_device.py are these
+        return started(*command, **kwargs)
+    monkeypatch.setattr(gpu, "run", run)
+    return lambda: [json.loads(line) for line in open(tmp_path / "results.jsonl")]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 7])
+def test_a_section_passes(results, tmp_path, number):
+    gpu.SECTIONS[number][0](str(tmp_path))
+    assert results() and {row["verdict"] for row in results()} <= {"pass", "note"}, results()
+
+
+def test_sft_passes(results):
+    gpu.sft_step("sdpa", False, {})
+    assert [row["verdict"] for row in results()] == ["pass"]
+
+
+def test_a_run_under_torchrun_with_shard_has_the_same_losses(results, tmp_path):
+    gpu.sharded(str(tmp_path))
+    assert [row["verdict"] for row in results()] == ["pass"]
+
+
+def test_a_killed_run_and_two_runs_alike(results, tmp_path):
+    import torch
+    try:
+        gpu.exact_resume(str(tmp_path))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert [row["verdict"] for row in results()] == ["pass", "pass"]
+    killed = results()[0]
+    assert killed["resumed"] and 2 <= killed["steps_at_kill"] <= 6
+
+
+def test_a_section_that_fails_or_hangs_does_not_end_the_others(tmp_path, monkeypatch):
+    """One raises, one sleeps: both are named, the exit status says so, and the JSON file is whole."""
+    script = tmp_path / "broken.py"
+    script.write_text(f"""
+import sys, time
+sys.path.insert(0, {os.path.join(ROOT, 'tests')!r})
+import gpu
+def good(folder): gpu.check("good", True, "is good", number=1.0)
+def bad(folder): gpu.attempt("bad", lambda: 1 / 0)
+def slow(folder): time.sleep(60)
+gpu.SECTIONS = {{1: (bad, 30), 2: (slow, 2), 3: (good, 30)}}
+gpu.__file__ = __file__
+if __name__ == "__main__": gpu.main()
+""")
+    done = subprocess.run([sys.executable, script, "--out", tmp_path / "out.json"], capture_output=True, text=True,
+                          env={**os.environ, "DEVICE": "cpu", "SMALL": "1"})
+    sections = json.loads((tmp_path / "out.json").read_text())["sections"]
+    assert [sections[n]["verdict"] for n in "123"] == ["FAIL", "FAIL", "pass"] and done.returncode == 1
+    assert "ZeroDivisionError" in sections["1"]["checks"][0]["error"] and sections["2"]["status"] == "cut off by its time box"

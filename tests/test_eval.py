@@ -229,6 +229,31 @@ def test_two_ranks_write_what_one_writes(world):
     assert (out / "pope.jsonl").read_bytes() == whole and not list(out.glob("*.rank*"))
 
 
+def test_pictures_are_read_while_the_batch_before_is_answered(world, monkeypatch):
+    """The model of the first batch waits until a picture of the second one is read, and of no later one."""
+    import data
+    read, second = [], threading.Event()
+    open_image = data.open_image
+
+    def and_record(image):
+        read.append(image)
+        if len(read) == 3:                              # a batch of 12 questions has two pictures
+            second.set()
+        return open_image(image)
+    monkeypatch.setattr(data, "open_image", and_record)
+
+    class Waiting(Stub):
+        def generate(self, *args, **kwargs):
+            if not self.calls:
+                assert second.wait(20), "the next batch's pictures are not read ahead"
+                time.sleep(0.2)
+                assert len(read) <= 4, "more than one batch is read ahead"
+            return super().generate(*args, **kwargs)
+    out = world("--batch_size", "12", stub=Waiting())
+    assert len(read) == 4 and len(set(read)) == 4
+    assert [a["text"] for a in lines(out / "pope.jsonl")] == [a["text"] for a in lines(world(out="other") / "pope.jsonl")]
+
+
 # ---- prompts
 
 def test_prompt_of_the_llm_itself():

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -81,7 +82,9 @@ def our_answers(folder, docs, max_new_tokens, tmp_path):
             path = str(tmp_path / f"{i}.png")
             doc["image"].save(path)
         question = {"image": path, "text": doc["question"]}
-        answers += eval.answer_batch(vlm, [question], [eval.prompt_ids(vlm, question)], max_new_tokens)
+        with ThreadPoolExecutor(1) as pool:
+            images = eval.load_images([question], vlm.image_settings, pool)
+            answers += eval.answer_batch(vlm, [question], [eval.prompt_ids(vlm, question)], images, max_new_tokens)
     return answers
 
 

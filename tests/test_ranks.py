@@ -114,7 +114,7 @@ def test_kills_change_no_bit(tiny, world, five, tmp_path, stage, count, more):
 def compare_loaded(name, tower, words):
     """On each rank: weights, buffers and E as the library loads them, and half of the LLM is here"""
     cfg = train.Settings(llm=name, vision_tower=tower, words=words, shard=True, dtype="float32", device="cpu")
-    _, world, device = train.setup_ranks(cfg)
+    _, _, device = train.setup_ranks(cfg)
     vlm = train.make_model(cfg, device)
     cfg.shard = False
     whole = train.make_model(cfg, device)

@@ -255,8 +255,8 @@ def test_a_part_of_the_llm_may_train_alone(tiny, world, tmp_path, monkeypatch, c
     """As LoRA by peft leaves it: what trains is what requires a gradient, and the rest keeps its bits."""
     make = train.make_model
 
-    def with_few_parameters(cfg, device, ranks):
-        vlm = make(cfg, device, ranks)
+    def with_few_parameters(cfg, device):
+        vlm = make(cfg, device)
         for name, p in vlm.llm.named_parameters():
             p.requires_grad_("layers.1.self_attn.q_proj" in name)
         return vlm

@@ -17,7 +17,7 @@ import checkpoint
 import common
 import train
 from conftest import ROOT, run, settings, train_here
-from tools.memory import print_estimate
+from tools.memory import RANKS, print_estimate
 
 
 def weights(out):
@@ -228,9 +228,12 @@ def test_dry_run_tells_the_memory_of_a_sharded_llm(capsys):
     rows = {line[:44].strip(): [float(x) for x in line[44:].split()] for line in table if line[44:45] == " "}
     state = rows["gradients and AdamW's moments (float32)"]
     llm, connector = 7_615_616_512, 129_790_720                     # Qwen2-7B's own count; model.py's
-    assert state == [round(12 * (llm / n + connector) / 2**30, 2) for n in (1, 8, 64)]
+    assert state == [round(12 * (llm / n + connector) / 2**30, 2) for n in RANKS]
     assert rows["gathered from the other ranks"][0] == 0 < rows["gathered from the other ranks"][1]
-    assert rows["sum"][0] > 80 > rows["sum"][1] > rows["sum"][2]    # an 80 GB GPU holds its part
+    assert "2048 tokens a sample" in " ".join(table)                # --group puts the longest samples together
+    assert rows["sum"] == sorted(rows["sum"], reverse=True) and rows["sum"][0] > 80 > rows["sum"][-2]
+    rest = [round(a - b, 2) for a, b in zip(rows["with what is not counted (5 GiB assumed)"], rows["sum"])]
+    assert rest == [5.0] * len(RANKS)
 
 
 def test_the_vision_tower_trains_is_saved_and_goes_on(tiny, world, tmp_path, capsys):

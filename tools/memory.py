@@ -19,7 +19,10 @@ import sharding
 import vocab
 
 SIZES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config/paper/sizes.json")
-RANKS = (1, 8, 64)
+RANKS = (1, 2, 4, 8, 64)
+# What the sum leaves out: CUDA's context and NCCL's buffers, 2 to 3 GiB; the connector's own
+# activations, 1 to 2 GiB; and memory between tensors that no tensor fits into.
+LEFT_OUT = 5 << 30                  # an assumption, not measured
 ASSUMED_MEMORY = 80 << 30           # bytes of a GPU, for the choice that fused.plain_limit makes
 
 
@@ -38,13 +41,17 @@ def print_estimate(cfg, trained_parts, parts_table):
     vlm, config = meta_model(cfg, trained_parts)
     print(parts_table(vlm, cfg))
     P = (vlm.image_size // vlm.vision_tower.config.patch_size // cfg.pool) ** 2
-    # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448.
-    T = P + 64 if cfg.stage in ("words", "pretrain") else min(cfg.max_length, P + 448)
+    # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448. Batches of
+    # similar length (--group) have the longest samples together.
+    T = P + 64 if cfg.stage in ("words", "pretrain") else P + 448
+    T = min(cfg.max_length, T) if not cfg.group else cfg.max_length
     tables = [memory(vlm, cfg, config, P, T, ranks) for ranks in RANKS]
     heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in RANKS)
     print(f"{'GiB on each GPU':44}{heads}")
     for name in tables[0]:
         print(f"{name:44}" + "".join(f"{table[name] / 2**30:10.2f}" for table in tables))
+    print(f"{'with what is not counted (5 GiB assumed)':44}"
+          + "".join(f"{(table['sum'] + LEFT_OUT) / 2**30:10.2f}" for table in tables))
     whole = "cut into pieces" if cfg.shard else "whole on each (--shard cuts it)"
     print(f"{T} tokens a sample ({P} of them patches), {cfg.global_batch} samples a step, at most "
           f"{cfg.batch_size} at a time; from 2 GPUs on the LLM is {whole}")
@@ -125,10 +132,13 @@ def memory(vlm, cfg, config, P, T, ranks):
     block = tokens * (2 * 4 * D + width * 6 * D + width * 3 * inner)
     activations = layers * block
     if cfg.checkpointing:
-        activations = layers * tokens * D * (width if shards > 1 else 4) + block
+        # Between the blocks lies the sum of all earlier ones. In unsharded training of the LLM it
+        # has the dtype of the weights, float32.
+        is_wide = trains and shards == 1
+        activations = layers * tokens * D * (4 if is_wide else width) + block
     scores = E = 0
     if config.connector == "langbridge":
-        scores = patches * min(config.num_words, fused.BLOCK) * 8
+        scores = patches * min(config.num_words, fused.CUDA_BLOCK) * 8
         if config.normalize != "none" and 4 * patches * config.num_words <= (
                 cfg.plain_bytes or ASSUMED_MEMORY // 32):
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors

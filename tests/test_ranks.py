@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from datetime import timedelta
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ import model
 import pretrained
 import train
 from conftest import ROOT, settings, train_here
-from ranks import local
+from ranks import check_shared_memory, leave, length_multiple, local, own_device, sum_up
 from kill_loop import end, kill_loop, start
 from test_train import losses, same, weights
 
@@ -290,3 +292,113 @@ def test_no_rank_ever_holds_the_whole_llm(tiny, world, tmp_path):
     one, two = ([(b - a) / size for a, b in zip(peaks[n, tiny.qwen], peaks[n, name])] for n in (1, 2))
     print(f"{size / 1e6:.0f} MB of weights; at most held by one process {one}, by each of two ranks {two} of it")
     assert one[0] > 0.95 and max(two) < 0.75
+
+
+# ---- what is about CUDA, without a GPU
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs, as torch describes it. -> the list of devices that became the process's own"""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize("name, local_rank, index", [("cuda:1", None, 1), ("cuda", None, 0), ("", None, 0), ("cuda", "1", 1)])
+def test_cuda_uses_the_device_that_was_named(two_gpus, monkeypatch, name, local_rank, index):
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    device = own_device(name)
+    assert device == torch.device("cuda", index) and two_gpus == [device]
+
+
+@pytest.mark.parametrize("name, local_rank, words", [("cuda:1", "0", "all ranks of torchrun on one GPU"),
+                                                     ("cuda", "2", "lower --nproc_per_node"),
+                                                     ("cuda:2", None, "torch sees 2 GPUs")])
+def test_a_gpu_that_a_rank_cannot_have_is_refused(two_gpus, monkeypatch, name, local_rank, words):
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(ValueError, match=words):
+        own_device(name)
+    assert not two_gpus
+
+
+def test_training_on_a_device_without_float64_is_refused(tiny, world, tmp_path):
+    with pytest.raises(ValueError, match="float64.*use --device=cpu"):
+        train.main(train.read_settings(settings(tiny, world, tmp_path / "x", "--device=mps")))
+
+
+def test_too_little_shared_memory_is_said_before_the_run(monkeypatch):
+    """Docker's 64 MB, and a loader of two processes with pictures of the paper's size; half as many bytes fit."""
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_bavail=64 * 256, f_frsize=4096))
+    with pytest.raises(ValueError, match=r"67 MB free and the loader needs 173 MB: .*--ipc=host"):
+        check_shared_memory(2, 32, 336)
+    check_shared_memory(0, 32, 336)
+    check_shared_memory(2, 12, 336)
+
+
+def test_lengths_in_multiples_change_no_loss(tiny, world, five, tmp_path):
+    """Padding on the right is seen by nobody. A multiple that the LLM has no positions for is made smaller."""
+    for pad_to in (1, 64):
+        train_here(settings(tiny, world, tmp_path / f"{pad_to}", *five, "--stage=sft", f"--pad_to={pad_to}"))
+    assert losses(tmp_path / "64") == pytest.approx(losses(tmp_path / "1"), **LOSS)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [length_multiple(0, cuda, None), length_multiple(0, cpu, None), length_multiple(0, cuda, 2048)] == [64, 1, 64]
+    assert [length_multiple(0, cuda, 1000), length_multiple(128, cpu, 4096)] == [8, 128]
+
+
+def sum_on_rank(report):
+    """Sums of two ranks, where each rank has numbers and tensors, and a gradient for other parameters."""
+    os.environ.setdefault("RANK", "0")
+    rank, world, _ = train.setup_ranks(train.Settings(device="cpu", dtype="float32"))
+    parameters = [(name, torch.nn.Parameter(torch.zeros(2))) for name in "abc"]
+    for _, p in parameters[:1 + rank]:
+        p.grad = torch.ones(2)
+    sums = {"loss": torch.tensor(0.1, dtype=torch.float64) * (rank + 1), "trained": 3 + rank, "images": 0}
+    with open(f"{report}{rank}", "w") as file:
+        json.dump(sum_up(sums, parameters, world), file)
+    leave(world)
+    return 0
+
+
+def test_sums_and_the_parameters_that_were_reached(tmp_path):
+    assert ranks(2, sum_on_rank, f"{tmp_path}/sums") == [0, 0]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"sums{rank}").read_text()) == [
+            {"loss": 0.1 + 0.2, "trained": 7, "images": 0}, [2, 1, 0]]
+
+
+def wait_long(report):
+    """Ranks with a patience of 1 s in the default group; rank 0 works for longer before the others go on."""
+    import ranks as module
+    module.NCCL_TIMEOUT = timedelta(seconds=1)
+    for name, value in {"device_count": lambda: 2, "is_available": lambda: True, "set_device": lambda device: None}.items():
+        setattr(torch.cuda, name, value)
+    begin, new_group = torch.distributed.init_process_group, torch.distributed.new_group
+    groups = []
+    # NCCL is not here. gloo keeps to its timeout as well.
+    torch.distributed.init_process_group = lambda backend, timeout, device_id: groups.append((backend, timeout)) or begin(
+        "gloo", timeout=timeout)
+    torch.distributed.new_group = lambda backend, timeout: groups.append((backend, timeout)) or new_group(
+        backend=backend, timeout=timeout)
+    rank, world, _ = module.setup_ranks(train.Settings(device="cuda", dtype="float32"))
+    assert groups == [("nccl", timedelta(seconds=1)), ("gloo", timedelta(hours=6))]
+    assert module.on_rank0(lambda: time.sleep(2) or "done", rank, world) == "done"
+    if rank == 0:
+        time.sleep(2)
+    module.wait_for_all(world)
+    if report == "hang" and rank == 0:
+        time.sleep(2)
+    try:
+        module.reduce_sum(torch.ones(1), world)
+    except RuntimeError as error:
+        return 3 if "imed out" in str(error) else 4
+    return 0
+
+
+def test_long_work_of_rank_0_is_waited_for_and_a_hang_is_not():
+    assert ranks(2, wait_long, "work") == [0, 0]
+    assert ranks(2, wait_long, "hang")[1] == 3

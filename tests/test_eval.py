@@ -231,16 +231,16 @@ def test_two_ranks_write_what_one_writes(world):
 
 def test_pictures_are_read_while_the_batch_before_is_answered(world, monkeypatch):
     """The model of the first batch waits until a picture of the second one is read, and of no later one."""
-    import data
+    import pictures
     read, second = [], threading.Event()
-    open_image = data.open_image
+    open_image = pictures.open_image
 
     def and_record(image):
         read.append(image)
         if len(read) == 3:                              # a batch of 12 questions has two pictures
             second.set()
         return open_image(image)
-    monkeypatch.setattr(data, "open_image", and_record)
+    monkeypatch.setattr(pictures, "open_image", and_record)
 
     class Waiting(Stub):
         def generate(self, *args, **kwargs):

@@ -15,6 +15,7 @@ sys.path[:0] = [TOOLS, os.path.dirname(TOOLS)]
 import torch
 from lmms_eval.api.model import lmms
 
+import common
 import conversation
 import pictures
 import ranks

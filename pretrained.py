@@ -193,7 +193,8 @@ def load_llm(name, dtype, device, attention=None, on_meta=False):
         is_known = type(load_config(name)) in MODEL_FOR_CAUSAL_LM_MAPPING
         model_class = AutoModelForCausalLM if is_known else AutoModelForImageTextToText
         placement = {"device_map": "auto"} if device == "auto" else {}
-        if torch.device("cpu" if placement else device).type == "cuda" and is_accelerate_available():
+        on_gpu = device != "auto" and torch.device(device).type == "cuda"
+        if on_gpu and is_accelerate_available():
             # Each tensor goes from the file to the GPU. Else every rank's LLM would lie in the
             # machine's memory first.
             placement = {"device_map": {"": device}}

@@ -7,7 +7,8 @@ Train one stage of a VLM. "pretrain" trains the connector, "sft" the connector a
     python train.py config/paper/sft.py --llm=Qwen/Qwen2.5-14B-Instruct --dry_run
 
 The settings are below. A config file holds those that differ, and `--key=value` overrides both. The
-same command started again continues a run that was stopped, to the same bits on the same machine.
+same command started again continues a run that was stopped, to the same bits on the same machine;
+on CUDA this takes --deterministic.
 The result is a checkpoint folder, see checkpoint.py.
 """
 import json

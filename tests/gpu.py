@@ -209,6 +209,7 @@ def stage1(folder):
 def stage1_step(kind):
     import torch
     import bench
+    import train
     vlm, images = random_vlm(kind)
     batch = bench.captions(vlm, images, 64)
     device = torch.device(DEVICE).type
@@ -233,10 +234,14 @@ def stage1_step(kind):
         check(f"stage 1, {kind}, memory by what --dry_run says", bar(0.6 * said < measured < said + (5 << 30)),
               "0.6 x said < measured < said + 5 GiB", measured_GB=measured / 1e9, said_GB=said / 1e9)
 
+    # By train.py's own loop, with a batch as the loader gives it.
+    batch = {key: value.cpu() if torch.is_tensor(value) else value for key, value in batch.items()}
+    if DEVICE != "cpu":
+        batch = {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
+    autocast = torch.autocast(device, torch.bfloat16)
+
     def micro_batch():
-        with torch.autocast(device, torch.bfloat16):
-            loss, _ = vlm(batch)
-        loss.backward()
+        train.accumulate(vlm, iter([dict(batch)]), 1, autocast, torch.device(DEVICE), False, train.Settings())
     count = waits(micro_batch)
     check(f"stage 1, {kind}, waits of the CPU in a micro-batch", bar(count <= 1), "at most 1", waits=count)
 

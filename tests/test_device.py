@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import checkpoint
-import conversation
 import data
 import model
 import vocab
 import words
 from conftest import DEVICE
+from conversation import encode, encode_prompt
 from generate import generate
 
 P = 9                               # patches of an image of 24 pixels
@@ -40,7 +40,7 @@ def batch_of(vlm, pad_to=1):
     for question, answer, images in (("<image>\nwhat is this?", "a red circle", 1), ("Is there a star?", "no", 0),
                                      ("<image> <image>\ntwo?", "yes, two small stars", 2)):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        ids, labels = data.encode(messages, vlm.tokenizer, P)
+        ids, labels = encode(messages, vlm.tokenizer, P)
         samples.append({"id": question, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
                         "images": torch.randn(images, 3, 24, 24, generator=generator)})
     return data.collate(samples, vlm.pad_id, pad_to)
@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_float64_on_the_cpu(vlm, pad_to):
 def test_answers_are_those_of_a_loop_without_a_cache(vlm):
     """Three prompts of other lengths, pictures on the CPU: the loop computes all tokens anew, in float64."""
     texts = ["<image>\nwhat is this?", "Is there a star?", "<image>\nwhat colour is the big circle?"]
-    prompts = [conversation.encode_prompt([{"role": "user", "content": text}], vlm.tokenizer, P) for text in texts]
+    prompts = [encode_prompt([{"role": "user", "content": text}], vlm.tokenizer, P) for text in texts]
     pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(3))
     answers = generate(vlm, prompts, pixels, max_new_tokens=6)
     exact, expected = in_float64(vlm), []

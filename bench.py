@@ -11,7 +11,6 @@ same tensors, in turns. A ratio is the median of the rounds' ratios.
 """
 import argparse
 import copy
-import json
 import os
 import platform
 import re
@@ -47,7 +46,6 @@ if __name__ == "__main__":                  # before the slow imports, so that -
 
 import torch
 
-import checkpoint
 import conversation
 import data
 import fused

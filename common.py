@@ -7,9 +7,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager
-from datetime import datetime
 
-DATE = datetime(2024, 7, 26)            # the date that Llama-3's template writes without a clock
 OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
 ATTENTION = ("transformers' attn_implementation, such as eager or flash_attention_2; default: "
              "that of the checkpoint, else what the library chooses")
@@ -121,35 +119,6 @@ def from_hub(load, name, **kwargs):
             reason = ("it is no folder and not in the Hugging Face cache, and nothing is "
                       "downloaded (--offline)")
         raise ValueError(f"{name} cannot be loaded: {reason}") from error
-
-
-def load_tokenizer(name):
-    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date.
-
-    ValueError if it is not a fast tokenizer.
-    """
-    from transformers import AutoTokenizer
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, name)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{name} has only a slow tokenizer; one with a tokenizer.json is needed")
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = freeze_date(tokenizer.chat_template)
-    return tokenizer
-
-
-def freeze_date(template):
-    """Return a chat template that writes 26 July 2024 where it would write today's date.
-
-    With today's date a resumed run and an evaluation would see other ids than the first day of
-    training. The templates of Llama-3.2, SmolLM3, Granite and gpt-oss ask the library's function
-    strftime_now for the date. A macro of this name replaces it, also in the tokenizer that a
-    checkpoint holds.
-    """
-    codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
-    changes = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
-    macro = "{%- macro strftime_now(format) -%}{{ format" + changes + " }}{%- endmacro -%}"
-    is_frozen = "strftime_now" not in template or template.startswith(macro)
-    return template if is_frozen else macro + template
 
 
 def choose_device(text, most=None):

@@ -20,6 +20,7 @@ import copy
 import functools
 import itertools
 import re
+from datetime import datetime
 
 import common
 from common import BadSample
@@ -27,6 +28,7 @@ from common import BadSample
 IMAGE = "<image>"                       # the placeholder of an image in a text
 IMAGE_ID = -200                         # LLaVA's id of an image, here once for each patch
 IGNORE = -100                           # the label that cross_entropy ignores
+DATE = datetime(2024, 7, 26)            # the date that Llama-3's template writes without a clock
 
 # Chat templates besides the tokenizer's own. "chat" is for a tokenizer without one. "plain" is
 # LLaVA's stage 1: image, caption and a newline.
@@ -145,7 +147,7 @@ def _texts(messages, tokenizer, template):
 
     source = TEMPLATES[template]
     if template == "chat" and tokenizer.chat_template:
-        source = common.freeze_date(tokenizer.get_chat_template())
+        source = freeze_date(tokenizer.get_chat_template())
     # Half of the templates drop this white space themselves.
     contents = [content.strip() for content in contents]
     gaps = _gaps(tokenizer, source, roles)
@@ -203,7 +205,7 @@ def _render(tokenizer, source, roles, contents):
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=source, tokenize=False, bos=_bos(tokenizer),
-            date_string=f"{common.DATE:%d %b %Y}")
+            date_string=f"{DATE:%d %b %Y}")
     except Exception as error:          # a template is a program: it may raise anything
         raise ValueError(f"the chat template refuses the turns {', '.join(roles)}: "
                          f"{' '.join(str(error).split())}") from None
@@ -214,6 +216,35 @@ def _bos(tokenizer):
     """Return the name of the token that the tokenizer puts before a text, or ""."""
     ids = tokenizer("a").input_ids
     return tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
+
+
+def load_tokenizer(name):
+    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date.
+
+    ValueError if it is not a fast tokenizer.
+    """
+    from transformers import AutoTokenizer
+    tokenizer = common.from_hub(AutoTokenizer.from_pretrained, name)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name} has only a slow tokenizer; one with a tokenizer.json is needed")
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = freeze_date(tokenizer.chat_template)
+    return tokenizer
+
+
+def freeze_date(template):
+    """Return a chat template that writes 26 July 2024 where it would write today's date.
+
+    With today's date a resumed run and an evaluation would see other ids than the first day of
+    training. The templates of Llama-3.2, SmolLM3, Granite and gpt-oss ask the library's function
+    strftime_now for the date. A macro of this name replaces it, also in the tokenizer that a
+    checkpoint holds.
+    """
+    codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
+    changes = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + changes + " }}{%- endmacro -%}"
+    is_frozen = "strftime_now" not in template or template.startswith(macro)
+    return template if is_frozen else macro + template
 
 
 def show_sample(ids, labels, tokenizer):

@@ -16,7 +16,8 @@ import os
 import re
 
 import common
-from conversation import IGNORE, IMAGE, IMAGE_ID, TEMPLATES, check_text, encode, show_sample
+from conversation import (IGNORE, IMAGE, IMAGE_ID, TEMPLATES, check_text, encode, load_tokenizer,
+                          show_sample)
 from common import BadSample
 from pictures import check_tiles, image_path, num_tokens, open_image, tile_pixels
 # torch is imported where it is used, so that --help does not wait for it.
@@ -375,7 +376,7 @@ def main(argv=None):
     from tqdm import tqdm
     from settings import parse_value
 
-    tokenizer = common.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     # Small, because no picture is refused for the mode or the size that a run has.
     tiles = parse_value(args.tiles)
     image = {"size": args.image_size if tiles else 32, "mean": [0.5] * 3, "std": [0.5] * 3}

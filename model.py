@@ -367,8 +367,9 @@ class VLM(nn.Module):
         # is faster. Images that are hidden (data.without_images) do need the mask.
         mask = batch["attention_mask"]                              # (B, T)
         is_right_padded = (mask.diff(dim=1) <= 0).all()
+        mask = None if is_right_padded else mask.to(embeds.device)
         output = self.llm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=None if is_right_padded else mask.to(embeds.device),
+            inputs_embeds=embeds, attention_mask=mask,
             position_ids=batch["position_ids"].to(embeds.device, non_blocking=True),
             use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)             # (B, T, D) -> (B * T, D)
@@ -386,6 +387,8 @@ class VLM(nn.Module):
         batch: as for forward. Its "words" int64[B, T] holds for each trained token which shared
         word it is, or -1. Samples without an image or without a word do not count.
         """
+        if not len(batch["pixel_values"]):
+            return torch.zeros((), device=self.background.device), 0
         patches = self.patch_features(batch["pixel_values"])        # (N, P, Dv)
         dtype = next(self.connector.parameters()).dtype
         scores = self.connector.scores(patches.to(dtype))           # (N, P, K)

@@ -23,7 +23,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import (find_adapter_config_file, is_accelerate_available,
                                 logging)
 
-from common import from_hub, load_tokenizer
+from common import from_hub
+from conversation import load_tokenizer
 from generate import cache_argument
 from model import tower_hidden
 

@@ -434,7 +434,9 @@ def main(cfg):
             print(conversation.show_sample(ids, labels, vlm.tokenizer), flush=True)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    save_kwargs = {"trained_parts": STAGES[cfg.stage], "dtype": getattr(torch, cfg.dtype),
+    # A part was trained if anything in it was, such as LoRA's weights in stage "pretrain".
+    trained_parts = {name.split(".")[0] for name, _ in trained}
+    save_kwargs = {"trained_parts": trained_parts, "dtype": getattr(torch, cfg.dtype),
                    "template": cfg.template, "image_mode": cfg.image_mode}
     start_time = time.time()
     should_stop = False
@@ -579,7 +581,8 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
 def losses(vlm, batch, cfg):
     """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
 
-    In stage "words" the words loss is the only loss, and its words are the trained tokens.
+    In stage "words" the words loss is the only loss, and its words are the trained tokens. In other
+    stages both sums are divided by the number of trained tokens.
     """
     if cfg.stage == "words":
         return *vlm.words_loss(batch), 0, 0

@@ -16,8 +16,8 @@ import sys
 import time
 from collections import Counter
 
-from common import OFFLINE, go_offline, load_tokenizer, read_json, run_script, write_json
-from conversation import IMAGE
+from common import OFFLINE, go_offline, read_json, run_script, write_json
+from conversation import IMAGE, load_tokenizer
 from data import read_records, turns_of
 
 # The GPT-2 byte alphabet. Printable latin-1 bytes stand for themselves. The other 68 bytes take the

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import checkpoint
-import common
+import conversation
 import data
 import eval as evaluation
 from tools.import_official import import_official
@@ -296,11 +296,11 @@ def test_model_load(name, checkpoints, tmp_path, capsys, monkeypatch):
 
 
 def test_a_vocabulary_of_another_tokenizer(tiny, tmp_path):
-    llama = vocab.tokenizer_words(common.load_tokenizer(tiny.llama))
+    llama = vocab.tokenizer_words(conversation.load_tokenizer(tiny.llama))
     for content in (llama, {"Ġthe": -3, "a": 10 ** 30}):
         (tmp_path / "v.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="v.json does not belong to this tokenizer"):
-            import_official(tmp_path / "v.json", common.load_tokenizer(tiny.qwen))
+            import_official(tmp_path / "v.json", conversation.load_tokenizer(tiny.qwen))
     with pytest.raises(ValueError, match="v.json is not a word list"):
         vocab.load_words(tmp_path / "v.json")
 

@@ -257,7 +257,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_tomorrow(tiny, tmp_
     tokenizer = AutoTokenizer.from_pretrained(tiny.qwen)
     tokenizer.chat_template = template + CHATML
     tokenizer.save_pretrained(tmp_path / "dated")
-    dated, tokenizer = tokenizer, common.load_tokenizer(str(tmp_path / "dated"))
+    dated, tokenizer = tokenizer, conversation.load_tokenizer(str(tmp_path / "dated"))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     render = lambda: dated.apply_chat_template(messages, tokenize=False)
     plain, ours, asked = render(), conversation.encode(messages, tokenizer, 1), conversation.encode_prompt(messages[:1], tokenizer, 1)
@@ -268,7 +268,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_tomorrow(tiny, tmp_
     assert fingerprint.template_hash(tokenizer) == mark
     assert words in tokenizer.decode(ours[0])
     tokenizer.save_pretrained(tmp_path / "saved")                   # and so does the tokenizer of a checkpoint
-    assert common.load_tokenizer(str(tmp_path / "saved")).chat_template == tokenizer.chat_template
+    assert conversation.load_tokenizer(str(tmp_path / "saved")).chat_template == tokenizer.chat_template
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").apply_chat_template(messages, tokenize=False).startswith(words)
 
 

@@ -307,7 +307,7 @@ def test_check_counts_the_tokens_of_tiles(tiny, tiled_world, capsys):
 
 
 def vocab_tokenizer(tiny):
-    from common import load_tokenizer
+    from conversation import load_tokenizer
     return load_tokenizer(tiny.qwen)
 
 

@@ -254,8 +254,9 @@ def test_the_vision_tower_trains_is_saved_and_goes_on(tiny, world, tmp_path, cap
     same(weights(tmp_path / "x"), trained, atol=0, rtol=0)
 
 
-def test_a_part_of_the_llm_may_train_alone(tiny, world, tmp_path, monkeypatch, capsys):
-    """As LoRA by peft leaves it: what trains is what requires a gradient, and the rest keeps its bits."""
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_a_part_of_the_llm_may_train_alone(stage, tiny, world, tmp_path, monkeypatch, capsys):
+    """As LoRA by peft leaves it: what trains is what requires a gradient and is saved, and the rest keeps its bits."""
     make = train.make_model
 
     def with_few_parameters(cfg, device):
@@ -264,7 +265,7 @@ def test_a_part_of_the_llm_may_train_alone(tiny, world, tmp_path, monkeypatch, c
             p.requires_grad_("layers.1.self_attn.q_proj" in name)
         return vlm
     monkeypatch.setattr(train, "make_model", with_few_parameters)
-    assert train_here(settings(tiny, world, tmp_path / "x", "--stage=sft", "--llm_lr=1e-2", "--max_steps=3")) == 0
+    assert train_here(settings(tiny, world, tmp_path / "x", f"--stage={stage}", "--llm_lr=1e-2", "--max_steps=3")) == 0
     old, new = (load_file(f"{folder}/model.safetensors") for folder in (tiny.qwen, tmp_path / "x" / "llm"))
     assert {name for name in old if not torch.equal(old[name], new[name])} == {
         "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.bias"}

@@ -160,6 +160,17 @@ def test_words_loss_does_not_depend_on_accumulation(tiny, world, tmp_path):
         assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_stage_words_passes_over_text_without_a_picture(tiny, world, tmp_path):
+    """One record in five has no picture, so with one sample at a time some batches have none."""
+    argv = [f"--data={world}/chats.json", "--template=chat", "--stage=words", "--epochs=1"]
+    rows = {}
+    for batch_size in (8, 1):
+        out = tmp_path / str(batch_size)
+        assert train_here(settings(tiny, world, out, *argv, f"--batch_size={batch_size}")) == 0
+        rows[batch_size] = [row["loss"] for row in log_of(out)]
+    assert rows[1] == pytest.approx(rows[8], rel=1e-4)
+
+
 @pytest.mark.parametrize("more, words", [
     (["--connector=mlp", "--words_loss=0.1"], "the words loss needs the words of a LangBridge"),
     (["--connector=mlp", "--stage=words"], "the words loss needs the words of a LangBridge"),

@@ -17,6 +17,7 @@ from glob import escape, glob
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
+import conversation
 import vocab
 from settings import parse_value
 
@@ -115,7 +116,7 @@ def read_settings(path):
 
 
 def tiles_of(settings, path):
-    """Return what config.json says of tiles, as model.Config has it. ValueError if it says nothing."""
+    """Return the tiles of config.json, as model.Config has them. ValueError if it names none."""
     if settings.get("model_type") == "llava_next":      # transformers: (height, width)
         pinpoints = settings.get("image_grid_pinpoints") or NEXT_PINPOINTS
         return tuple((width, height) for height, width in pinpoints)
@@ -301,7 +302,7 @@ def is_id_and_rank(value):
 
 def write_words(args):
     """Write words.json at args.out, and the counts at args.counts."""
-    tokenizer = common.load_tokenizer(args.tokenizer)
+    tokenizer = conversation.load_tokenizer(args.tokenizer)
     imported, counts = import_official(args.file, tokenizer)
     if args.counts and not counts:
         raise ValueError(f"{args.file} holds ids and no counts, so --counts has no data")

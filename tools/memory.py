@@ -157,12 +157,14 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
         E = config.num_words * D * width
     logits = min(model.LOSS_ROWS, tokens - samples * P) * embedding.num_embeddings * 12
+    if cfg.stage == "words":                        # the LLM does not run
+        activations = logits = 0
     table = {"weights": weights + E, "gradients and AdamW's moments (float32)": state,
              "gathered from the other ranks": gathered, "activations of the LLM": activations}
     if next(vlm.vision_tower.parameters()).requires_grad:           # without checkpointing
         tower = vlm.vision_tower.config
         Dv = tower.hidden_size
-        inner = getattr(tower, "intermediate_size", None) or 4 * Dv     # DINOv2 names no inner width
+        inner = getattr(tower, "intermediate_size", None) or 4 * Dv     # not in DINOv2's config
         block = patches * cfg.pool ** 2 * (2 * 4 * Dv + width * 6 * Dv + width * 3 * inner)
         table["activations of the vision tower"] = (
             block * len(sharding.transformer_blocks(vlm.vision_tower)))

@@ -4,7 +4,7 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
     config.json              what the VLM is made of, and what ties it to its LLM and words
     words.json               the K shared words as strings
     connector.safetensors    the connector; a LangBridge's tensors have no dimension of the LLM
-    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, and E;
+    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, E;
                              with tiles also image_newline, which has the dimension of the LLM
     vision_tower/            if a stage trained the vision tower: a Hugging Face folder
 
@@ -220,8 +220,8 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     """Return the VLM of a checkpoint, in evaluation mode. The arguments are those of `build`.
 
     attention: default is the one of the training. vision_tower: where the same tower is, if it is
-    not under the name in config.json. tiles: in place of the checkpoint's own; without image_newline
-    in the checkpoint a new one is drawn.
+    not under the name in config.json. tiles: in place of the checkpoint's own; if
+    the checkpoint has no image_newline, a new one is drawn.
     ValueError where its parts do not belong together: another word list, another LLM than the one
     of the training, or a vision tower that gives another number of patches.
     """

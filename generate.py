@@ -94,9 +94,10 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
     """Return a cache of the first columns, in which every distinct prefix was computed once.
 
     A prefix is a prompt up to its last patch, with its images. The arguments are those of
-    `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of ids
-    of each image. The cache covers T - S columns where S is the largest number of tokens that a prompt has after its last patch. The result is
-    None if no two prompts share a prefix or if the LLM has layers of another type.
+    `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of
+    ids of each image. The cache covers T - S columns where S is the largest number of tokens that a
+    prompt has after its last patch. The result is None if no two prompts share a prefix or if the
+    LLM has layers of another type.
     """
     B, T = mask.shape
     remaining_images = iter(image_index)

@@ -365,7 +365,8 @@ class VLM(nn.Module):
         mask = batch["attention_mask"]                              # (B, T)
         is_right_padded = (mask.diff(dim=1) <= 0).all()
         output = self.llm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=None if is_right_padded else mask.to(embeds.device),
+            inputs_embeds=embeds,
+            attention_mask=None if is_right_padded else mask.to(embeds.device),
             position_ids=batch["position_ids"].to(embeds.device, non_blocking=True),
             use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)             # (B, T, D) -> (B * T, D)

@@ -253,9 +253,9 @@ def cut_tiles(image, size, tiles):
 
 
 def tile_pixels(image, size, mean, std, mode="pad", tiles=()):
-    """Return what the vision tower sees of a PIL RGB image: float32[n, 3, S, S], n = 1 without tiles.
+    """Return what the vision tower sees of a PIL RGB image: float32[n, 3, S, S].
 
-    mode: as for transform. It does not matter with tiles.
+    n is 1 without tiles. mode: as for transform. It does not matter with tiles.
     """
     import torch
 

@@ -133,7 +133,8 @@ def to_llava(vlm):
     # do_pad centres the image on a square of the mean colour, as evaluation does here. For
     # LLaVA-NeXT it adds empty tiles where the images of a batch have different numbers of tiles.
     images_kwargs = {
-        "do_pad": True, "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+        "do_pad": True, "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
         "image_mean": list(settings["mean"]), "image_std": list(settings["std"])}
     pinpoints = {}
     if tiles:                                               # the library has (height, width)

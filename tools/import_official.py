@@ -115,7 +115,7 @@ def read_settings(path):
 
 
 def tiles_of(settings, path):
-    """Return what config.json says of tiles, as model.Config has it. ValueError if it says nothing."""
+    """Return what config.json says of tiles, as model.Config has it. ValueError if nothing."""
     if settings.get("model_type") == "llava_next":      # transformers: (height, width)
         pinpoints = settings.get("image_grid_pinpoints") or NEXT_PINPOINTS
         return tuple((width, height) for height, width in pinpoints)

@@ -152,7 +152,7 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
     if next(vlm.vision_tower.parameters()).requires_grad:           # without checkpointing
         tower = vlm.vision_tower.config
         Dv = tower.hidden_size
-        inner = getattr(tower, "intermediate_size", None) or 4 * Dv     # DINOv2 names no inner width
+        inner = getattr(tower, "intermediate_size", None) or 4 * Dv     # DINOv2 names none
         block = patches * cfg.pool ** 2 * (2 * 4 * Dv + width * 6 * Dv + width * 3 * inner)
         table["activations of the vision tower"] = (
             block * len(sharding.transformer_blocks(vlm.vision_tower)))

@@ -352,7 +352,8 @@ def captions(vlm, images, tokens):
                         "labels": torch.cat([torch.full_like(image, conversation.IGNORE), text]),
                         "images": torch.randn(1, 3, side, side, generator=generator)})
     batch = data.collate(samples, pad_id=0)
-    return {k: v.to(vlm.llm.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch["pixel_values"] = batch["pixel_values"].to(vlm.llm.device)    # as train.py does
+    return batch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,10 +396,11 @@ def steps(vlm, batch, dtype):
     pixels = batch["pixel_values"].to(vlm.vision_tower.dtype)
     is_image = batch["input_ids"] == conversation.IMAGE_ID
     ids = batch["input_ids"].masked_fill(is_image, llava.config.image_token_index)
+    device = vlm.llm.device
+    ids, labels, mask = (t.to(device) for t in (ids, batch["labels"], batch["attention_mask"]))
 
     def autocast():
-        device = vlm.llm.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def ours():
         with autocast():
@@ -409,8 +411,8 @@ def steps(vlm, batch, dtype):
 
     def theirs():
         with autocast():
-            loss = llava(input_ids=ids, pixel_values=pixels, labels=batch["labels"],
-                         attention_mask=batch["attention_mask"]).loss
+            loss = llava(input_ids=ids, pixel_values=pixels, labels=labels,
+                         attention_mask=mask).loss
         loss.backward()
         update(vlm.connector, optimizer)
         return loss.item()

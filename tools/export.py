@@ -100,13 +100,8 @@ def chat_template(tokenizer):
 def to_llava(vlm):
     """Return (LlavaForConditionalGeneration, LlavaProcessor) with the parts of a VLM.
 
-<<<<<<< HEAD
     With tiles these are the library's classes of LLaVA-NeXT. ValueError where the library's LLaVA
     computes something else than this VLM.
-=======
-    With tiles these are the library's classes of LLaVA-NeXT. ValueError where the library computes
-    something else than this VLM.
->>>>>>> tiles
     """
     import torch
     from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor,

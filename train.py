@@ -470,20 +470,15 @@ def main(cfg):
             for sentence in bad:
                 print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
         if skipped + sums["bad"] > limit:           # the same on every rank
-            # Save before the update, so that the run resumes here after the data is repaired. Only
-            # the number of records must stay the same, because their order depends on it.
+            # Save before the update, so that the run resumes here after the data is repaired. The
+            # state stores no hash of the data, so records may be edited. Their number must stay the
+            # same, because the order of the data depends on it.
             records = {"number of records": len(dataset)}
             progress["fingerprint"] = {**inputs, "data": records, "images": {}}
             save_state(vlm, optimizer, progress, cfg, rank, world)
             reason = (bad + ["another rank has a bad sample"])[0]
             if cfg.on_bad == "skip":
-                reason = (f"{skipped + int(sums['bad'])} samples were skipped, more than bad_limit "
-                          f"{cfg.bad_limit}; data.py --check {cfg.data.replace(',', ' ')} --images "
-                          f"{cfg.images} --tokenizer {vlm.config.llm} --template {cfg.template} "
-                          f"--num_patches {vlm.num_patches} --max_length {cfg.max_length}"
-                          + (f" --image_size {vlm.image_settings['size']} --tiles "
-                             f"'{vlm.config.tiles}'" if vlm.config.tiles else "")
-                          + " names them all")
+                reason = too_many_skipped(skipped + int(sums["bad"]), vlm, cfg)
             sys.exit(f"train.py: {reason}")
 
         # 4. Divide once by the number of trained tokens, clip, and update.
@@ -521,6 +516,17 @@ def main(cfg):
         print(f"wrote {cfg.out}" if is_last else stopped, flush=True)
     leave(world)
     sys.exit(0 if is_last else STOPPED)
+
+
+def too_many_skipped(number, vlm, cfg):
+    """Return the sentence for a run that skipped more samples than bad_limit."""
+    check = (f"data.py --check {cfg.data.replace(',', ' ')} --images {cfg.images} "
+             f"--tokenizer {vlm.config.llm} --template {cfg.template} "
+             f"--num_patches {vlm.num_patches} --max_length {cfg.max_length}")
+    if vlm.config.tiles:
+        check += f" --image_size {vlm.image_settings['size']} --tiles '{vlm.config.tiles}'"
+    return (f"{number} samples were skipped, more than bad_limit {cfg.bad_limit}; {check} names "
+            "them all")
 
 
 def prepare_out(cfg):

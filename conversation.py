@@ -61,7 +61,7 @@ def encode(messages, tokenizer, num_patches, template="chat"):
         "<|im_end|>" in a content stays text. White space around a content is dropped.
     num_patches: the ids that an image takes, or a list of them, one for each image in the text.
     template: "chat" is the tokenizer's own chat template, or USER:/ASSISTANT: lines if it has none;
-        "plain" is image, caption, newline; "prompted" is prompt, image, newline, caption, newline.
+        "plain" is image, caption, newline; "prompted" writes each content and a newline.
     Each answer is trained, up to and including the token that ends its turn.
     Raises ValueError if the template cannot write these turns as they are.
     """
@@ -140,7 +140,8 @@ def _texts(messages, tokenizer, template):
         if roles != ("user", "assistant"):
             raise ValueError("template 'plain' needs one human turn and one answer, "
                              f"not {', '.join(roles)}")
-        # The caption is tokenized by itself: a SentencePiece tokenizer starts it as any text.
+        # The caption is tokenized separately, so that a SentencePiece tokenizer adds its usual
+        # space in front.
         front = mark(_bos(tokenizer)) + IMAGE_MARK * contents[0].count(IMAGE)
         caption = contents[1] + "\n"
         return [(front, []), (caption, [(0, len(caption))])]

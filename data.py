@@ -29,11 +29,12 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 # --------------------------------------------------------------------------------------------------
 # records and the dataset
 
-# What a record may hold that is not read: by the name of its key, or by a name of a file in its
-# value. Training without it would be blind, but nothing else would show it.
+# Signs of media that are not read: names of keys, and endings of file names. Without this check the
+# model would train without these media, and nobody would notice.
 OTHER_KEY = re.compile("(video|audio|speech|system|tool)s?")
 OTHER_FILE = re.compile(r'\.(mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a)"')
-# These say something of the picture that is read ("image_id"), where there is one.
+# These are checked only in records without a picture. In a record with a picture a key such as
+# "image_id" describes that picture.
 MEDIUM_KEY = re.compile("image|img|picture|photo|video|audio")
 PICTURE_FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic)"|"data:')
 
@@ -223,7 +224,10 @@ class Conversations:
         if self.features:
             from safetensors.torch import load_file
 
-            return load_file(features_path(self.features, path))["patches"][None], None
+            file = features_path(self.features, path)
+            if not os.path.isfile(file):
+                open_image(path)                    # raises BadSample, as it did in features.py
+            return load_file(file)["patches"][None], None
         image = open_image(path)
         return tile_pixels(image, **self.image, tiles=self.tiles), image.size
 
@@ -377,7 +381,7 @@ def main(argv=None):
     from settings import parse_value
 
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    # Small, because no picture is refused for the mode or the size that a run has.
+    # The size does not change which pictures are refused, so a small one is used for speed.
     tiles = parse_value(args.tiles)
     image = {"size": args.image_size if tiles else 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     dataset = Conversations(args.check, args.images, tokenizer, args.num_patches, image,

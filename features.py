@@ -37,18 +37,24 @@ def write_missing(vlm, dataset, folder, batch_size):
                          f"{', '.join(other)}: name another folder")
     os.makedirs(folder, exist_ok=True)
     common.write_json(what, path)
-    names = {name for names in dataset.image_names for name in names}
-    paths = sorted(pictures.image_path(dataset.image_folder, name) for name in names)
-    paths = [p for p in paths if is_newer(p, data.features_path(folder, p))]
+    names = sorted({name for names in dataset.image_names for name in names})
     start = time.time()
-    for i in range(0, len(paths), batch_size):
-        batch = paths[i:i + batch_size]
-        images = [pictures.open_image(p) for p in batch]
-        pixels = torch.stack([pictures.transform(image, **dataset.image) for image in images])
-        for p, patches in zip(batch, vlm.patch_features(pixels).to("cpu", torch.float16)):
+    for i in range(0, len(names), batch_size):
+        batch = {}                                                  # {path: pixels}
+        for name in names[i:i + batch_size]:
+            try:
+                p = pictures.image_path(dataset.image_folder, name)
+                if is_newer(p, data.features_path(folder, p)):
+                    batch[p] = pictures.transform(pictures.open_image(p), **dataset.image)
+            except common.BadSample:    # data.py reports it when its record is used
+                continue
+        if not batch:
+            continue
+        patches_of_batch = vlm.patch_features(torch.stack([*batch.values()]))
+        for p, patches in zip(batch, patches_of_batch.to("cpu", torch.float16)):
             file = data.features_path(folder, p)
             os.makedirs(os.path.dirname(file), exist_ok=True)
             checkpoint.write_safetensors({"patches": patches.contiguous()}, file)
         if i // batch_size % 10 == 0:
-            print(f"features: {i} of {len(paths)} pictures, {time.time() - start:.0f} s",
+            print(f"features: {i} of {len(names)} pictures, {time.time() - start:.0f} s",
                   flush=True)

@@ -4,8 +4,9 @@ The fused vocabulary combination: the same function as `combine` in model.py, wi
 The plain formula keeps several tensors with a score for each patch and word. Each takes 1.4 GB for
 32 pictures at the paper's sizes in float32. The fused version has the scores of one block of words
 at a time, which takes about 1/14 of the plain formula's extra memory. It costs one matrix product
-more in the backward pass. LangBridge.forward therefore runs it only where the plain formula's
-scores would take more than a part of the memory, see `plain_limit`.
+more in the backward pass. For the softmax LangBridge.forward therefore runs it only where the plain
+formula's scores would take more than a part of the memory, see `plain_limit`. Raw scores ("none")
+are linear, so W and E can be multiplied first. That takes less time, too, and runs always.
 
 This is the one file with a hand-made backward pass. You need not read it to understand the method.
 Letters as in model.py. P here counts the patches of all images of a batch together.
@@ -92,7 +93,7 @@ class SoftmaxCombine(torch.autograd.Function):
         p_k = exp(s_k - top - log_total)        dL/ds_k = p_k (g . e_k - g . out)
 
     so the sum over all words is one number for each patch. top and log_total are kept apart: at a
-    top of 1e4 their float32 sum would be wrong by 5e-4, and every p_k with it.
+    top of 1e4 their float32 sum is wrong by 5e-4, and every p_k would have this error.
 
     For "unit", out is divided by n = |p|, and dn/ds_k = p_k^2 / n - p_k n. With h = dL/dn of what
     follows

@@ -100,9 +100,9 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
 
     A prefix is a prompt up to its last patch, with its images. The arguments are those of
     `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of
-    ids of each image. The cache covers T - S columns where S is the largest number of tokens that a
-    prompt has after its last patch. The result is None if no two prompts share a prefix or if the
-    LLM has layers of another type.
+    ids of each image. The cache covers the first C = T - rest columns, where `rest` is the largest
+    number of tokens that a prompt has after its last patch. The result is None if no two prompts share a
+    prefix or if the LLM has layers of another type.
     """
     B, T = mask.shape
     remaining_images = iter(image_index)
@@ -120,7 +120,7 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
         best = longest.setdefault(prefix, row)
         if len(prompts[row]) > len(prompts[best]):
             longest[prefix] = row
-    columns = T - max(len(p) - len(prefix[0]) for p, prefix in zip(prompts, prefixes))  # T - S
+    columns = T - max(len(p) - len(prefix[0]) for p, prefix in zip(prompts, prefixes))
     layer_types = getattr(vlm.llm.config.get_text_config(), "layer_types", None) or ()
     if columns == 0 or len(longest) == B or not SHAREABLE_LAYERS.issuperset(layer_types):
         return None
@@ -132,15 +132,15 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
     decoder(inputs_embeds=embeds[rows, :columns], attention_mask=mask[rows, :columns],
             position_ids=position[rows, :columns], use_cache=True,
             **{cache_argument(decoder): cache})
-    # Copy the keys and values to all rows. A shorter prompt starts further to the right, so its
-    # columns are shifted. Its last patches then fall into the S columns that are computed again.
+    # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
+    # columns move to the right. Patches that move out of the C columns are computed again.
     # That is cheaper than a gap between its tokens: sliding windows count columns, gaps included.
     sources = [longest[prefix] for prefix in prefixes]
     row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
     shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]
-    column_index = (torch.arange(columns) + shift).clamp(min=0)                         # (B, T-S)
-    for layer in cache.layers:                          # keys, values float[rows, heads, T-S, d]
+    column_index = (torch.arange(columns) + shift).clamp(min=0)                         # (B, C)
+    for layer in cache.layers:                          # keys, values float[rows, heads, C, d]
         index = row_index.to(layer.keys.device), slice(None), column_index.to(layer.keys.device)
-        layer.keys = layer.keys[index].transpose(1, 2)  # (B, T-S, heads, d) -> (B, heads, T-S, d)
+        layer.keys = layer.keys[index].transpose(1, 2)  # (B, C, heads, d) -> (B, heads, C, d)
         layer.values = layer.values[index].transpose(1, 2)
     return cache

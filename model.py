@@ -34,7 +34,9 @@ from vocab import word_ids
 
 NORMALIZE = ("unit", "softmax", "none")     # what `word_weights` and `combine` know
 
-BACKGROUND = 0.9                            # part of an answer's words that no image has to explain
+# Share of an answer's words that comes from the background and not from the image. Of 0, 0.75 and
+# 0.9 this gave the most readable words on photographs (docs/results.md).
+BACKGROUND = 0.9
 
 # So many trained tokens have their logits in memory at one time. 2048 x 151,936 float32 are 1.2 GB.
 LOSS_ROWS = 2048
@@ -122,8 +124,8 @@ def words_loss(scores, targets, background):
 
     The images are one mixture of words, the mean of what their patches say, so that each patch is
     free to say what stands there. Every answer contains words such as "a" and "the" that no patch
-    should say. They are left to the background, from which most words of an answer come. What pays
-    for a patch is a word that is frequent in this answer and rare in others.
+    should say. They are left to the background, from which most words of an answer come. The loss
+    falls most when patches say words that this answer has and most other answers do not have.
     """
     p = scores.float().softmax(dim=-1).mean(dim=(0, 1))             # (N, P, K) -> (K,)
     p = (1 - BACKGROUND) * p + BACKGROUND * background
@@ -134,7 +136,8 @@ def words_loss(scores, targets, background):
 def initial_scores(E, H):
     """Return a W in which words of like meaning have like rows: float[K, D] -> float32[K, H].
 
-    The rows are the centred embeddings in H random directions, as long as rows of torch's default.
+    Each row is a centred embedding, projected to H random directions and scaled to the norm of a
+    row of torch's default initialisation.
     Only the start of W depends on an LLM. Training changes W, and no dimension of it is D.
     """
     directions = nn.init.orthogonal_(torch.empty(E.shape[1], H))    # (D, H)
@@ -230,8 +233,12 @@ class VLM(nn.Module):
         self.vision_tower = vision_tower
         self.connector = connector
         self.llm = llm
-        self.sharded = False                # sharding.shard_vlm sets it
-        self.own_parts = set()              # parts that the checkpoint folder holds itself
+        # Other files set these.
+        self.sharded = False                # sharding.py: each rank holds a piece of the LLM
+        self.own_parts = set()              # checkpoint.py: parts that the folder holds itself
+        self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
+        self.llm_fingerprint = {}           # checkpoint.py: hashes of the LLM that E comes from
+        self.background = None              # train.py: float32[K] for words_loss
         patch_size = vision_tower.config.patch_size
         side = image_settings["size"] // patch_size
         if side == 0 or side % config.pool:
@@ -251,7 +258,7 @@ class VLM(nn.Module):
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = min(self.eos_ids, default=0)
-        # pretrained.probe_llm refuses an LLM that does anything else to its logits.
+        # No other change of the logits is supported; pretrained.probe_llm refuses such an LLM.
         self.softcap = getattr(llm.config, "final_logit_softcapping", None)
         self.max_positions = getattr(llm.config, "max_position_embeddings", None)
 
@@ -259,7 +266,7 @@ class VLM(nn.Module):
         """Return the tower's patches: float32[N, 3, S, S] -> float[N, P, Dv].
 
         They are the hidden state `vision_layer` without CLS and register tokens. To keep the CLS
-        token, change the end of this function and add one to num_patches above.
+        token of CLIP, add one to num_patches above (with pool 1 and without tiles).
         Patches that were computed before, float[N, P, Dv], come back as they are.
         """
         if pixel_values.dim() == 3:
@@ -321,7 +328,7 @@ class VLM(nn.Module):
         input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; image_sizes: see `images`.
         Images fill the positions in reading order, row by row. image_index: for each image in the
         text its number, default 0, 1, 2, ...; an image that comes twice is then encoded once.
-        The ids are best on the CPU: a GPU would have to stop and tell where the images are.
+        Keep the ids on the CPU. To find the image positions on a GPU, the CPU must wait for it.
         ValueError if the number of image positions is not that of the image embeds, or if T is more
         than the LLM has positions.
         """

@@ -207,7 +207,7 @@ def tile_layout(image_size, tiles, size, side):
     columns, rows = grid[0] // size, grid[1] // size
     W, H = columns * side, rows * side                                  # patches of the grid
     top = left = 0
-    # The rest of the division stays: where one row too many is left, LLaVA-NeXT keeps it.
+    # The division rounds down as LLaVA-NeXT's does, so one row of the border may stay.
     if width * H > W * height:                                          # borders above and below
         top = (H - height * W // width) // 2
     else:

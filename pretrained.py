@@ -55,9 +55,9 @@ def load_weights(model_class, name, **kwargs):
         with errors_name(path), safe_open(path, "pt"):
             pass                                    # reads the header, and a torn file has none
     model, info = from_hub(model_class.from_pretrained, name, output_loading_info=True, **kwargs)
-    # Only a pooler may be missing, because its output is not used.
-    used = re.compile(r"\.\d+\.|embed|lm_head")
-    missing = [key for key in sorted(info["missing_keys"]) if used.search(key)]
+    # Only a pooler may be missing, because its output is not used. SigLIP's pooler is named "head".
+    pooler = re.compile(r"pooler|(^|\.)head\.|^classifier")
+    missing = [key for key in sorted(info["missing_keys"]) if not pooler.search(key)]
     if missing:
         raise ValueError(f"{name} has no weights for {missing[0]} ({len(missing)} missing)")
     return model

@@ -1,5 +1,6 @@
 """
-Train one stage of a VLM. "pretrain" trains the connector, "sft" the connector and the LLM.
+Train one stage of a VLM. "pretrain" trains the connector, "sft" the connector and the LLM. STAGES
+below has all stages.
 
     python train.py config/pocket/pretrain.py [--key=value ...]
     torchrun --nproc_per_node=8 train.py config/paper/pretrain.py --out=out/pretrain
@@ -196,6 +197,8 @@ def make_model(cfg, device):
     if cfg.shard and "RANK" in os.environ:
         options["sharded_parts"] = ("llm", "vision_tower") if cfg.shard_tower else ("llm",)
     torch.manual_seed(cfg.seed)                     # of a new connector
+    if cfg.normalize not in model.NORMALIZE:        # before the models are loaded
+        sys.exit(f"normalize is one of {', '.join(model.NORMALIZE)}, not {cfg.normalize!r}")
     if cfg.init:
         check_init(cfg, checkpoint.read_config(cfg.init)[0])
         options["tiles"] = cfg.tiles if "tiles" in cfg.given else None
@@ -392,7 +395,8 @@ def main(cfg):
     if cfg.global_batch % world:
         sys.exit(f"global_batch {cfg.global_batch} does not divide by {world} ranks")
     on_rank0(lambda: prepare_out(cfg), rank, world)
-    # A signal reaches one rank. All ranks stop when the sum of these lists' lengths is not 0.
+    # A signal may reach one rank only. Each step adds the signals of all ranks up. All ranks stop
+    # if there was one.
     signals_received = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: signals_received.append(True))

@@ -45,6 +45,9 @@ def read_arguments():
     args = parser.parse_args()
     if bool(args.tasks) != bool(args.data):
         parser.error("--tasks and --data go together")
+    if args.tasks and args.vision_tower:
+        parser.error("eval.py needs the vision tower under the name in config.json, so --tasks "
+                     "does not go with --vision_tower")
     return args
 
 
@@ -202,10 +205,12 @@ def run_benchmarks(folder, args):
     """Run eval.py on a checkpoint. Its answers and scores go to the folder eval/ in it."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval.py")
     command = [sys.executable, script, folder, "--tasks", args.tasks, "--data", args.data]
-    for flag in ("device", "attention"):
+    for flag in ("device", "attention", "dtype"):
         if getattr(args, flag):
             command += [f"--{flag}", getattr(args, flag)]
-    if subprocess.run(command + ["--offline"] * args.offline).returncode:
+    command += ["--offline"] * args.offline
+    command += ["--overwrite"] * (args.overwrite and folder != args.source)
+    if subprocess.run(command).returncode:
         raise ValueError(f"the benchmarks could not be run on {folder}")
 
 

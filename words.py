@@ -165,6 +165,9 @@ def read_checkpoint(folder, image, image_mode, args):
     if args.ask:
         messages = [{"role": "user", "content": f"<image>\n{args.ask}"}]
         template = metadata.get("template", "chat")
+        if template == "plain":                     # it was trained on pictures without a question
+            print(f"note: {folder} was trained with template plain: it does not read the question "
+                  "and writes a caption")
         number = vlm.num_tokens(image.size)
         prompt = conversation.encode_prompt(messages, vlm.tokenizer, number, template)
         new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64,

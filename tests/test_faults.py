@@ -270,6 +270,8 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
                    ["qwen cannot be loaded", "no file named model.safetensors"]),
     "weights without one tensor": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v for k, v in t.items() if "1.mlp.up_proj" not in k}), ["qwen has no weights for model.layers.1.mlp.up"]),
+    "weights without the last norm": ("ck", weights("qwen/model.safetensors", lambda t: {
+        k: v for k, v in t.items() if k != "model.norm.weight"}), ["qwen has no weights for model.norm.weight"]),
     "all shards": ("ck", shards, []),
     "half a shard": ("ck", lambda d: cut(shards(d)[1]), ["model-00002-of-", "incomplete metadata"]),
     "a shard too few": ("ck", lambda d: os.remove(shards(d)[-1]), ["qwen cannot be loaded"]),

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_cached_features_give_what_the_tower_gives(tiny, world, words_stage):
     with torch.no_grad():
         expected = vlm.patch_features(pixels[None])[0]
     torch.testing.assert_close(cached.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_picture_that_cannot_be_cached_is_a_bad_sample(tiny, world, tmp_path, capfd):
+    """With --on_bad=skip it is named and counted when its record is used, as without a cache."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    os.remove(tmp_path / "images" / "2.png")
+    argv = settings(tiny, world, tmp_path / "x", "--stage=words", f"--images={tmp_path}/images", "--epochs=1",
+                    f"--features={tmp_path}/features", "--on_bad=skip")
+    assert train_here(argv) == 0
+    named = capfd.readouterr().err
+    assert "1.png' cannot be read" in named and "2.png' does not exist" in named
+    assert log_of(tmp_path / "x")[-1]["skipped"] == 2
 
 
 def test_cached_features_of_another_layer_are_refused(tiny, world, words_stage, tmp_path):

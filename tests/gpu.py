@@ -535,7 +535,7 @@ def speedrun(folder):
     if status:
         print(output[-3000:], flush=True)
     for name, row in cells(output).items():
-        print(f"      {name:40} here {row}  CPU {cpu.get(name)}")
+        print(f"      {name:40} {'stored' if SMALL else 'here'} {row}  CPU {cpu.get(name)}")
     check("speedrun.sh", status == 0 and len(cells(output)) > 0, "ends with a table", minutes=minutes,
           rows=cells(output))
 

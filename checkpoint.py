@@ -286,7 +286,11 @@ def check_fingerprint(vlm, folder, metadata):
     advice = f"to accept the change, remove \"fingerprint\" from {folder}/config.json"
     if source == "llm":
         label = "LLM"
-        advice = f"transfer.py moves it to another LLM; {advice}"
+        # `load` goes on to refuse an LLM whose embeddings or tokenizer differ from those of E.
+        same_E = all(metadata[key] == value for key, value in vlm.llm_fingerprint.items())
+        can_accept = same_E or own_folder(folder, "llm")
+        move = "transfer.py moves it to another LLM"
+        advice = f"{move}; {advice}" if can_accept else move
     raise ValueError(f"{folder} was trained on another {label} than what {name} is now ({parts} "
                      f"changed): {advice}")
 

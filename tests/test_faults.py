@@ -266,6 +266,8 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
         k: v * float("nan") for k, v in t.items()}), ["the embedding of", "is not finite"]),
     "another LLM": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v * 2 for k, v in t.items()}), ["trained on another LLM", "transfer.py moves it"]),
+    "another LLM with the same embeddings": ("ck", weights("qwen/model.safetensors", lambda t: {
+        k: v * 2 if "1.mlp" in k else v for k, v in t.items()}), ["trained on another LLM", "moves it", "to accept the change"]),
     "no weights": ("ck", lambda d: os.remove(d / "qwen/model.safetensors"),
                    ["qwen cannot be loaded", "no file named model.safetensors"]),
     "weights without one tensor": ("ck", weights("qwen/model.safetensors", lambda t: {
@@ -293,7 +295,9 @@ def test_model_load(name, checkpoints, tmp_path, capsys, monkeypatch):
     for part in (which, "clip", "qwen") + (("sharded",) if "shard" in name else ()):
         shutil.copytree(checkpoints / part, tmp_path / part)
     spoil(tmp_path)
-    expect(outcome(lambda: checkpoint.load(str(tmp_path / which)) and 0, capsys), int(bool(words)), words)
+    found = outcome(lambda: checkpoint.load(str(tmp_path / which)) and 0, capsys)
+    expect(found, int(bool(words)), words)
+    assert ("to accept" in found[1]) == ("to accept the change" in words)       # said only where it helps
     assert not (tmp_path / "pwned").exists()
 
 

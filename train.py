@@ -131,13 +131,18 @@ def read_settings(argv):
     return cfg
 
 
+def needs_squares(cfg):
+    """Return whether the settings work only with pictures that are one square each."""
+    return cfg.features or cfg.words_loss or "llm" not in STAGES[cfg.stage]
+
+
 def check(cfg):
     """End the process with one sentence if the settings cannot work. Nothing is loaded for this."""
     settings.check_ranges(cfg)
     needs_words = cfg.words_loss or cfg.stage == "words"
     if needs_words and cfg.connector == "mlp":
         sys.exit("the words loss needs the words of a LangBridge, and connector is mlp")
-    if cfg.tiles and (cfg.features or needs_words or "llm" not in STAGES[cfg.stage]):
+    if cfg.tiles and needs_squares(cfg):
         sys.exit("tiles are for stages that train the LLM, without words_loss and features")
     if cfg.features and "vision_tower" in STAGES[cfg.stage]:
         sys.exit(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
@@ -218,10 +223,6 @@ def make_model(cfg, device):
             vlm.connector.to_scores.weight.data.copy_(W)
             vlm.connector.to_scores.bias.data.zero_()
     if vlm.image_newline is not None:
-        needs_squares = cfg.features or cfg.words_loss or "llm" not in trained_parts
-        if needs_squares:                           # the tiles are those of init
-            sys.exit(f"{cfg.init} has tiles: set tiles to (), or train the LLM without words_loss "
-                     "and features")
         vlm.image_newline.requires_grad_(True)
     vlm.connector.plain_bytes = cfg.plain_bytes
     for part in trained_parts:
@@ -244,6 +245,9 @@ def check_init(cfg, config):
         is_free = key in ("llm", "vision_tower", "tiles")
         if key in cfg.given and not is_free and getattr(cfg, key) != value:
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
+    if config.tiles and "tiles" not in cfg.given and needs_squares(cfg):
+        sys.exit(f"{cfg.init} has tiles: set tiles to (), or train the LLM without words_loss and "
+                 "features")
     # A config file may name these for its --dry_run. On the command line they are a mistake.
     for key in ("llm", "vision_tower", "words", "gain", "words_init"):
         if cfg.given.get(key) == "the command line":

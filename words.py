@@ -151,10 +151,10 @@ def read_checkpoint(folder, image, image_mode, args):
     """
     config, metadata = checkpoint.read_config(folder)
     place = ranks.own_device(args.device), getattr(torch, args.dtype), args.attention
-    if args.llm or args.vision_tower:
-        vlm = transfer.move(folder, args.llm or config.llm, *place, args.vision_tower)
+    if args.llm:
+        vlm = transfer.move(folder, args.llm, *place, args.vision_tower)
     else:
-        vlm = checkpoint.load(folder, *place)
+        vlm = checkpoint.load(folder, *place, vision_tower=args.vision_tower)
     pixels = pictures.tile_pixels(image, **vlm.image_settings, mode=image_mode, tiles=config.tiles)
     if not 0 <= args.tile < len(pixels):
         raise ValueError(f"--tile {args.tile}: {folder} sees this picture as {len(pixels)} tiles, "

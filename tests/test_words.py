@@ -13,6 +13,7 @@ import types
 import urllib.request
 from collections import Counter
 from html.parser import HTMLParser
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -516,6 +517,20 @@ def test_a_reader_that_keeps_the_cls_token_shows_the_grid(tiny, world):
     vlm.patch_features = lambda pixels: torch.cat([torch.zeros(1, 1, 32), features(pixels)], 1)
     assert words.grid_patches(vlm, pixels[None]).shape == (1, 9, 32)
     assert torch.equal(words.read(vlm, pixels)["weights"]["values"], plain_values)
+
+
+def test_another_place_of_the_tower_keeps_the_llm_of_the_checkpoint(tiny, world, tmp_path):
+    """After stage 2 the LLM is in the checkpoint. --vision_tower must not put the untrained one in its place."""
+    own = json.loads((world / "words.json").read_text())
+    vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, len(own), "softmax"), own)
+    checkpoint.save(vlm, str(tmp_path / "sft"), "sft", trained_parts=("connector", "llm"), template="chat", image_mode="pad")
+    shutil.copytree(tiny.clip, tmp_path / "tower")
+    seen = []
+    with mock.patch.object(words, "read", lambda vlm, pixels: seen.append(vlm.own_parts) or {}):
+        args = types.SimpleNamespace(device="cpu", dtype="float32", attention=None, llm=None, ask=None, tile=0,
+                                     vision_tower=str(tmp_path / "tower"))
+        words.read_checkpoint(str(tmp_path / "sft"), picture(), "pad", args)
+    assert seen == [{"llm"}]
 
 
 def test_a_published_connector_is_read_with_models_in_folders(tiny, world, tmp_path):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from common import print_rank0
 
-NORMALIZE = ("unit", "softmax", "none")     # what this file knows
+NORMALIZE = ("softmax", "none")             # what this file knows
 BLOCK = 1024            # words whose scores exist at one time; on a CPU they stay in its cache
 CUDA_BLOCK = 4096       # a GPU's sums over blocks pass over memory less often
 # torch.compile takes seconds. With fewer scores (patches x words) than this it does not pay.
@@ -52,9 +52,7 @@ def combine(z, W, b, E, normalize):
         if normalize == "none":
             out = combine_raw(rows, W, b, E)
         else:
-            out, norm = SoftmaxCombine.apply(rows, W, b, E, normalize == "unit")
-            if normalize == "unit":
-                out = out - E.mean(dim=0, dtype=out.dtype) / norm   # (P, D) - (D,) / (P, 1)
+            out = SoftmaxCombine.apply(rows, W, b, E)
     return out.to(dtype).view(*z.shape[:-1], E.shape[1])            # (P, D) -> (..., D)
 
 
@@ -78,7 +76,7 @@ def combine_raw(z, W, b, E):
 
 
 class SoftmaxCombine(torch.autograd.Function):
-    """p E, or p E / |p|, for p = softmax(z W^T + b): like attention with the words as keys.
+    """softmax(z W^T + b) E: like attention with the words as keys.
 
     Forward is the online softmax of arXiv 1805.02867 and 2112.05682. For one patch
 
@@ -94,43 +92,32 @@ class SoftmaxCombine(torch.autograd.Function):
 
     so the sum over all words is one number for each patch. top and log_total are kept apart: at a
     top of 1e4 their float32 sum is wrong by 5e-4, and every p_k would have this error.
-
-    For "unit", out is divided by n = |p|, and dn/ds_k = p_k^2 / n - p_k n. With h = dL/dn of what
-    follows
-
-        dL/ds_k = p_k (g . e_k / n - h n + p_k (h - g . out / n) / n)
     """
 
     @staticmethod
-    def forward(ctx, z, W, b, E, unit):
-        """z float[P, H], W [K, H], b [K], E [K, D] -> out [P, D] and norm [P, 1], like the sums."""
+    def forward(ctx, z, W, b, E):
+        """z float[P, H], W [K, H], b [K], E [K, D] -> out [P, D] in the dtype of the sums."""
         P, D = len(z), E.shape[1]
         dtype = torch.promote_types(z.dtype, torch.float32)
         top = z.new_full((P, 1), torch.finfo(dtype).min, dtype=dtype)
         total = torch.zeros_like(top)                               # (P, 1) sum of exp(s - top)
-        squares = torch.zeros_like(top)                             # (P, 1) sum of exp(s - top)^2
         out = z.new_zeros(P, D, dtype=dtype)                        # sum of exp(s - top) e
         step = compiled(forward_step) if P * len(W) >= COMPILE_FROM else forward_step
         block = block_size(z.device)
         for Wk, bk, Ek in zip(W.split(block), b.split(block), E.split(block)):
             s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) -> (P, block)
-            p, top, total, squares, rescale = step(s, top, total, squares)
+            p, top, total, rescale = step(s, top, total)
             add_product(out.mul_(rescale), p, Ek.to(z.dtype))       # (P, block) x (block, D)
-        norm = squares.sqrt() / total                               # (P, 1)
-        out.div_(total * norm if unit else total)
-        ctx.save_for_backward(z, W, b, E, out, top, total.log(), norm)
-        ctx.unit = unit
-        return out, norm
+        out.div_(total)
+        ctx.save_for_backward(z, W, b, E, out, top, total.log())
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g, h):
-        """g float[P, D], h [P, 1] -> gradients of z, W and b, each in the dtype of its tensor."""
-        z, W, b, E, out, top, log_total, norm = ctx.saved_tensors
+    def backward(ctx, g):
+        """g float[P, D] -> gradients of z, W and b, each in the dtype of its tensor."""
+        z, W, b, E, out, top, log_total = ctx.saved_tensors
         shift = (g * out).sum(dim=1, keepdim=True)                  # (P, 1) g . out
-        scale, curve = torch.ones_like(norm), torch.zeros_like(norm)
-        if ctx.unit:
-            scale, shift, curve = norm, h * norm, (h - shift / norm) / norm
         g = g.to(z.dtype)
         dz, dW, db = torch.zeros_like(z, dtype=top.dtype), torch.empty_like(W), torch.empty_like(b)
         step = compiled(backward_step) if len(z) * len(W) >= COMPILE_FROM else backward_step
@@ -139,33 +126,31 @@ class SoftmaxCombine(torch.autograd.Function):
             Wk = W[block].to(z.dtype)
             s = F.linear(z, Wk, b[block].to(z.dtype))               # the same bits as in forward
             dp = g @ E[block].to(z.dtype).T                         # (P, D) x (D, block)
-            ds, db[block] = step(s, dp, top, log_total, scale, shift, curve)
+            ds, db[block] = step(s, dp, top, log_total, shift)
             dW[block] = ds.T @ z                                    # (block, P) x (P, H)
             add_product(dz, ds, Wk)                                 # (P, block) x (block, H)
-        return dz.to(z.dtype), dW, db, None, None
+        return dz.to(z.dtype), dW, db, None
 
 
-def forward_step(s, top, total, squares):
-    """Add one block of scores, float[P, block], to the online softmax's sums, float[P, 1] each.
+def forward_step(s, top, total):
+    """Add one block of scores, float[P, block], to the online softmax's sum, float[P, 1].
 
-    -> exp(s - new_top) in s's dtype, new_top, total, squares, and the factor for earlier sums.
+    -> exp(s - new_top) in s's dtype, new_top, total, and the factor for earlier sums.
     """
     s_wide = s.to(top.dtype)
     new_top = torch.maximum(top, s_wide.amax(1, keepdim=True))      # (P, 1)
     rescale = (top - new_top).exp()                                 # 1 if the top did not change
     p = (s_wide - new_top).exp()                                    # (P, block)
-    total = total * rescale + p.sum(1, keepdim=True)
-    squares = squares * rescale.square() + p.square().sum(1, keepdim=True)
-    return p.to(s.dtype), new_top, total, squares, rescale
+    return p.to(s.dtype), new_top, total * rescale + p.sum(1, keepdim=True), rescale
 
 
-def backward_step(s, dp, top, log_total, scale, shift, curve):
+def backward_step(s, dp, top, log_total, shift):
     """Return dL/ds of one block, float[P, block] in s's dtype, and its sum over patches, [block].
 
     s and dp = g . e are float[P, block], the other arguments float[P, 1].
     """
     p = (s.to(top.dtype) - top - log_total).exp()
-    ds = p * (dp.to(top.dtype) / scale - shift + p * curve)
+    ds = p * (dp.to(top.dtype) - shift)
     return ds.to(s.dtype), ds.sum(0)
 
 

@@ -32,7 +32,7 @@ from conversation import IGNORE, IMAGE_ID, eos_ids
 from pictures import check_tiles, num_tokens, tile_layout
 from vocab import word_ids
 
-NORMALIZE = ("unit", "softmax", "none")     # what `word_weights` and `combine` know
+NORMALIZE = ("softmax", "none")             # what `word_weights` knows
 
 # Share of an answer's words that comes from the background and not from the image. Of 0, 0.75 and
 # 0.9 this gave the most readable words on photographs (docs/results.md).
@@ -52,7 +52,7 @@ class LangBridge(nn.Module):
     torch's default. At the paper's sizes the connector has 129,790,720 parameters.
     """
 
-    def __init__(self, Dv, H=5120, K=19200, normalize="unit", gain=1.0, plain_bytes=0):
+    def __init__(self, Dv, H=5120, K=19200, normalize="softmax", gain=1.0, plain_bytes=0):
         super().__init__()
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize is one of {', '.join(NORMALIZE)}, not {normalize!r}")
@@ -95,23 +95,16 @@ def word_weights(scores, normalize):
     """
     if normalize == "none":
         return scores                       # the released code: scores of any sign
-    return scores.softmax(dim=-1)           # the paper's text, and "unit"
+    return scores.softmax(dim=-1)           # the paper's text
 
 
 def combine(z, W, b, E, normalize):
     """Return the vocabulary combination: every row of z becomes a weighted sum of the rows of E.
 
     z float[..., H], W float[K, H], b float[K], E float[K, D] -> float[..., D]
-
-    "unit" is this project's own. The mean of many words is short and lies near the mean word, so
-    with "softmax" all patches look alike at the start of training and the LLM learns little from
-    them. "unit" therefore subtracts the mean word and divides by the length of w.
     """
     scores = z @ W.T + b                                            # (..., H) x (H, K) -> (..., K)
     w = word_weights(scores, normalize)                             # (..., K)
-    if normalize == "unit":
-        w = w / w.norm(dim=-1, keepdim=True)
-        E = E - E.mean(dim=0)
     return w @ E                                                    # (..., K) x (K, D) -> (..., D)
 
 
@@ -199,7 +192,7 @@ class Config:
     connector: str = "langbridge"       # or "mlp"
     hidden: int = 5120                  # H; 0 means D for "mlp", as in LLaVA-1.5
     num_words: int = 19200              # K
-    normalize: str = "unit"             # one of NORMALIZE
+    normalize: str = "softmax"          # one of NORMALIZE
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size
     pool: int = 1                       # so many x so many patches become one, their mean

@@ -51,7 +51,7 @@ class Settings:
     num_words: int = setting(0, "use only the first so many words; 0 means all", low=0)
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
-    normalize: str = setting("unit", "how scores become weights, see model.NORMALIZE")
+    normalize: str = setting("softmax", "how scores become weights, see model.NORMALIZE")
     gain: float = setting(1.0, "initial spread of the scores; 1 is torch's default", low=1e-9)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))

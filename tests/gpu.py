@@ -107,7 +107,7 @@ def parts(folder):
 # ---- 2. the vocabulary combination
 
 def combination(folder):
-    for normalize in ("softmax", "unit", "none"):
+    for normalize in ("softmax", "none"):
         attempt(f"combination, {normalize}, errors", combination_errors, normalize)
     widths = (24,) if SMALL else (896, 3584)
     for D in widths:

@@ -24,7 +24,7 @@ def words_of(*folders):
     return sorted(vocab.shared_words(tokenizers))
 
 
-def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="unit", hidden=28, layer=-2, image_size=0):
+def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="softmax", hidden=28, layer=-2, image_size=0):
     words = words_of(tiny.qwen, tiny.llama) if connector == "langbridge" else None
     config = model.Config(vision_tower=getattr(tiny, tower), llm=getattr(tiny, llm), connector=connector, hidden=hidden,
                           num_words=len(words or ()), normalize=normalize, vision_layer=layer, image_size=image_size)

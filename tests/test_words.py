@@ -496,7 +496,7 @@ class Far(torch.Tensor):
         raise TypeError("can't convert a device tensor to numpy")
 
 
-@pytest.mark.parametrize("kind", ["unit", "none"])
+@pytest.mark.parametrize("kind", ["softmax", "none"])
 def test_what_is_read_for_people_is_on_the_cpu(tiny, world, kind):
     vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, 100, kind), vocab.load_words(f"{world}/words.json")[:100])
     embed, features = vlm.llm.get_input_embeddings(), vlm.patch_features
@@ -511,7 +511,7 @@ def test_what_is_read_for_people_is_on_the_cpu(tiny, world, kind):
 
 def test_a_reader_that_keeps_the_cls_token_shows_the_grid(tiny, world):
     shared = vocab.load_words(f"{world}/words.json")[:100]
-    vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, 100, "unit"), shared)
+    vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "langbridge", 24, 100, "softmax"), shared)
     pixels, features = torch.rand(3, 24, 24), vlm.patch_features
     plain_values = words.read(vlm, pixels)["weights"]["values"]
     vlm.patch_features = lambda pixels: torch.cat([torch.zeros(1, 1, 32), features(pixels)], 1)

@@ -34,10 +34,6 @@ from vocab import word_ids
 
 NORMALIZE = ("softmax", "none")             # what `word_weights` knows
 
-# Share of an answer's words that comes from the background and not from the image. Of 0, 0.75 and
-# 0.9 this gave the most readable words on photographs (docs/results.md).
-BACKGROUND = 0.9
-
 # So many trained tokens have their logits in memory at one time. 2048 x 151,936 float32 are 1.2 GB.
 LOSS_ROWS = 2048
 
@@ -112,17 +108,19 @@ def words_loss(scores, targets, background):
     """Return -log of the probability that an image says each word of its answer, summed.
 
     scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
-    answer. background float[K]: how often any answer contains each word, with a sum of 1.
+    answer. background float[K]: how often any answer contains each word, with a sum below 1.
     This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
 
     The images are one mixture of words, the mean of what their patches say, so that each patch is
     free to say what stands there. Every answer contains words such as "a" and "the" that no patch
-    should say. They are left to the background, from which most words of an answer come. The loss
+    should say. They are left to the background, which is as large a part as its sum says. The loss
     falls most when patches say words that this answer has and most other answers do not have.
     """
-    p = scores.float().softmax(dim=-1).mean(dim=(0, 1))             # (N, P, K) -> (K,)
-    p = (1 - BACKGROUND) * p + BACKGROUND * background
-    return -p[targets].log().sum()
+    # Logarithms, because a probability that underflows to 0 would make the loss infinite.
+    log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
+    log_p = log_p.logsumexp(dim=0) - math.log(len(log_p))           # (K,), of the mean
+    log_p = torch.logaddexp(log_p + (1 - background.sum()).log(), background.log())
+    return -log_p[targets].sum()
 
 
 @torch.no_grad()

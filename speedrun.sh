@@ -32,12 +32,13 @@ evaluate() {                                        # evaluate NAME ...
     done
 }
 mlp() {                                             # mlp NAME LLM: the baseline, both stages on its own LLM, its best rate
-    train "$1-pretrain" config/pocket/pretrain.py --llm="$WORLD/$2" --connector=mlp --connector_lr=2e-3
+    train "$1-pretrain" config/pocket/pretrain.py --init= --llm="$WORLD/$2" --connector=mlp --words_loss=0 --connector_lr=2e-3
     train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain"
     evaluate "$1"
 }
-source_LB() {                                       # the LangBridge that moves: both stages on pocket-qwen
-    train qwen-LB-pretrain config/pocket/pretrain.py
+source_LB() {                                       # the LangBridge that moves: words, then both stages on pocket-qwen
+    train qwen-LB-words config/pocket/words.py
+    train qwen-LB-pretrain config/pocket/pretrain.py --init="$OUT/qwen-LB-words"
     train qwen-LB config/pocket/sft.py --init="$OUT/qwen-LB-pretrain"
     evaluate qwen-LB
 }

@@ -85,6 +85,8 @@ class Settings:
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
     words_loss: float = setting(0.0, "weight of the words loss in stages with an LLM", low=0)
+    words_background: float = setting(0.9, "part of an answer's words that no patch has to say",
+                                      low=0, high=0.99)
     warmup: float = setting(0.03, "part of all steps in which the rate rises", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
     beta1: float = setting(0.9, "AdamW's")
@@ -424,7 +426,8 @@ def main(cfg):
     inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, cfg.data.split(",")),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
     if word_of_id:
-        vlm.background = dataset.word_frequencies(len(vlm.words)).to(device)
+        frequencies = dataset.word_frequencies(len(vlm.words))
+        vlm.background = (cfg.words_background * frequencies).to(device)
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size),
                  rank, world)

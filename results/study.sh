@@ -10,13 +10,13 @@ IMAGE=${IMAGE:-$W/images/test_000016.png}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 train() {                                           # train FOLDER [--key=value ...]: stage 1 again, kept at these steps
     local folder=$1; shift
-    [ -f "$folder/config.json" ] || "$PYTHON" train.py config/pocket/pretrain.py --snapshots=0,10,20,40,80,160 --out="$folder" "$@"
+    [ -f "$folder/config.json" ] || "$PYTHON" train.py config/pocket/pretrain.py "$@" --snapshots=0,10,20,40,80,160 --out="$folder"
 }
 rows=()
 for SEED in $SEEDS; do
     S=out/pocket/study/seed$SEED R=out/pocket/seed$SEED
-    train "$S/qwen-LB-pretrain" --seed="$SEED" & one=$!
-    train "$S/qwen-MLP-pretrain" --seed="$SEED" --connector=mlp --connector_lr=2e-3
+    train "$S/qwen-LB-pretrain" --seed="$SEED" --init="$R/qwen-LB-words" & one=$!
+    train "$S/qwen-MLP-pretrain" --seed="$SEED" --init= --connector=mlp --words_loss=0 --connector_lr=2e-3
     wait $one
     # The first is what the others' words are compared with: the connector that moves.
     rows+=("$R/qwen-LB" "$S"/qwen-LB-pretrain{/steps/*,} "$R"/{wide,llama}-from-qwen-LB{-untrained,}

@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     import checkpoint, train                                                    # once, before the forks
-    argv = ["config/pocket/pretrain.py", "--max_steps=6", "--save_every=2", "--global_batch=4", "--batch_size=1",
+    argv = ["config/pocket/pretrain.py", "--init=", "--max_steps=6", "--save_every=2", "--global_batch=4", "--batch_size=1",
             "--workers=1", "--device=cpu", "--probe_every=4", "--warmup=0.1"]
     sft = [*argv, "--stage=sft", "--data=data/pocket/sft.json", "--template=chat", "--group=True", "--llm_lr=1e-3"]
     with tempfile.TemporaryDirectory() as out:

@@ -18,8 +18,10 @@ def flow(pocket_worlds, tmp_path_factory):
     run("vocab.py", "--tokenizers", world / "pocket-qwen", world / "pocket-llama", "--corpus", world / "pretrain.json",
         world / "sft.json", "--size", 300, "--out", world / "words.json")
     paths = [f"--images={world}/images", "--workers=0", "--device=cpu", "--max_steps=3"]
-    run("train.py", "config/pocket/pretrain.py", f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",
-        f"--words={world}/words.json", f"--data={world}/pretrain.json", f"--out={out}/pretrain", *paths)
+    data = f"--data={world}/pretrain.json"
+    run("train.py", "config/pocket/words.py", f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",
+        f"--words={world}/words.json", data, f"--out={out}/words", *paths)
+    run("train.py", "config/pocket/pretrain.py", f"--init={out}/words", data, f"--out={out}/pretrain", *paths)
     moved = run("transfer.py", out / "pretrain", world / "pocket-llama", "--out", out / "moved",
                 "--eval", world / "captions_test.json", "--limit", 16)
     run("train.py", "config/pocket/sft.py", f"--init={out}/moved", f"--data={world}/sft.json", f"--out={out}/sft", *paths)
@@ -98,8 +100,8 @@ def test_the_move_can_be_followed_by_benchmarks(flow, tmp_path):
 
 def test_an_mlp_is_not_moved_and_the_reason_is_said(flow, tmp_path):
     world, out, _, _ = flow
-    run("train.py", "config/pocket/pretrain.py", f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",
-        "--connector=mlp", f"--data={world}/pretrain.json", f"--images={world}/images", f"--out={tmp_path}/mlp",
+    run("train.py", "config/pocket/pretrain.py", "--init=", f"--llm={world}/pocket-qwen",
+        f"--vision_tower={world}/vision-tower", "--connector=mlp", "--words_loss=0", f"--data={world}/pretrain.json", f"--images={world}/images", f"--out={tmp_path}/mlp",
         "--workers=0", "--device=cpu", "--max_steps=1")
     done = run("transfer.py", tmp_path / "mlp", world / "pocket-llama", check=False)
     assert done.returncode != 0 and "MLP" in done.stderr and "Traceback" not in done.stderr

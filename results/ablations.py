@@ -2,7 +2,7 @@
 
     python results/ablations.py out/pocket/ablations results/ablations
 
-ablations.sh makes these runs and calls this file.
+results/ablations.sh of commit db31a74 made these runs.
 """
 import fnmatch
 import glob

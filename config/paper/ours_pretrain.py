@@ -7,7 +7,6 @@ init = "out/paper/ours_words"
 llm = "Qwen/Qwen2-0.5B-Instruct"                        # for --dry_run, as are the next three
 vision_tower = "openai/clip-vit-large-patch14-336"
 words = "words.json"
-normalize = "softmax"
 words_loss = 1.0
 connector_lr = 2e-4                                     # a guess, as in ours_words.py
 data = "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"

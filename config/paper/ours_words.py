@@ -6,7 +6,6 @@ out = "out/paper/ours_words"
 llm = "Qwen/Qwen2-0.5B-Instruct"                        # its tokenizer and E, for words_init
 words = "words.json"
 words_init = "embeds"
-normalize = "softmax"
 connector_lr = 2e-4                                     # a guess: 2e-3 was right at H = 512
 vision_tower = "openai/clip-vit-large-patch14-336"
 data = "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"

@@ -10,7 +10,6 @@ llm = "HuggingFaceTB/SmolLM2-135M-Instruct"
 words = "data/photos/words.json"
 words_init = "embeds"
 hidden = 512
-normalize = "softmax"
 data = "data/photos/captions_train.json"
 images = "data/photos/images"
 features = "out/photos/features"        # 49 KB a picture

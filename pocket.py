@@ -1,4 +1,4 @@
-"""Make the pocket world: pictures, questions, tokenizers, a vision tower and three small LLMs.
+"""Make the pocket world: pictures, questions, tokenizers, a vision tower and two small LLMs.
 
     python pocket.py            # writes data/pocket: minutes on two CPU cores, no network, no GPU
     python pocket.py --tiny     # few scenes and few steps, half a minute: to test code, not models
@@ -35,7 +35,7 @@ from pocket_world import (BRIEF, KINDS, SHAPES, STYLES, SUFFIX, TRAIN_KINDS, ask
                           scene_key, spoken)
 
 # Each is trained by one process. The longest training comes first, for machines with two cores.
-MODELS = ("pocket-qwen-wide", "pocket-llama", "pocket-qwen", "vision-tower")
+MODELS = ("pocket-llama", "pocket-qwen", "vision-tower")
 
 
 def read_arguments():

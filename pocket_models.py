@@ -1,4 +1,4 @@
-"""Train the models of the pocket world: two tokenizers, three LLMs that can read, a vision tower.
+"""Train the models of the pocket world: two tokenizers, two LLMs that can read, a vision tower.
 
 pocket.py calls `make_model`. Letters: B rows of a batch, T tokens, P patches, N phrases, Dv width
 of the tower, V tokens of a tokenizer, D width of an LLM.
@@ -27,8 +27,7 @@ from pocket_world import (CELLS, COLORS, EASY_KINDS, SHAPES, SIZES, TRAIN_KINDS,
                           describe, document, sign_of)
 
 # Each LLM's family says which tokenizer and which architecture it has.
-LLMS = {"pocket-qwen-wide": {"family": "chatml", "width": 160, "layers": 5, "heads": 5, "mlp": 320},
-        "pocket-llama": {"family": "headers", "width": 144, "layers": 4, "heads": 4, "mlp": 320},
+LLMS = {"pocket-llama": {"family": "headers", "width": 144, "layers": 4, "heads": 4, "mlp": 320},
         "pocket-qwen": {"family": "chatml", "width": 128, "layers": 4, "heads": 4, "mlp": 288}}
 TOWER = {"image_size": 96, "patch_size": 16, "hidden_size": 128, "num_hidden_layers": 4,
          "num_attention_heads": 4, "intermediate_size": 384}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole story on two CPU cores: world, small LLMs, pretrain, SFT, transfer, benchmarks, one table, pictures of words.
 #     bash speedrun.sh                      # a second run reuses what is there
-#     BASELINES=1 SEED=2 bash speedrun.sh   # another seed, and MLP connectors trained on the two target LLMs as well
+#     SEED=2 bash speedrun.sh               # another seed
 set -euo pipefail
 cd "$(dirname "$0")"
 SEED=${SEED:-1}
@@ -56,13 +56,9 @@ moved() {                                           # moved NAME SOURCE LLM: tra
 [ -f $WORLD/words.json ] || "$PYTHON" vocab.py --tokenizers $WORLD/pocket-qwen $WORLD/pocket-llama \
     --corpus $WORLD/pretrain.json $WORLD/sft.json --count answers --size 512 --out $WORLD/words.json
 
-if [ -n "${BASELINES:-}" ]; then                    # two lanes, about as long as each other
-    left() { source_LB; moved wide-from-qwen-LB qwen-LB pocket-qwen-wide; moved llama-from-qwen-LB qwen-LB pocket-llama; }
-    right() { mlp qwen-MLP pocket-qwen; mlp wide-MLP pocket-qwen-wide; mlp llama-MLP pocket-llama; evaluate qwen-LB-pretrain; picture; }
-else
-    left() { source_LB; moved wide-from-qwen-LB qwen-LB pocket-qwen-wide; }
-    right() { mlp qwen-MLP pocket-qwen; evaluate qwen-LB-pretrain; moved llama-from-qwen-LB qwen-LB pocket-llama; picture; }
-fi
+# Two lanes, about as long as each other.
+left() { source_LB; evaluate qwen-LB-pretrain; moved llama-from-qwen-LB qwen-LB pocket-llama; }
+right() { mlp qwen-MLP pocket-qwen; mlp llama-MLP pocket-llama; picture; }
 set -m                                              # each lane is a process group, to be stopped with what it runs
 left & left=$!
 right & right=$!
@@ -71,8 +67,7 @@ trap 'kill -- -$left -$right 2>/dev/null || true' EXIT
 wait -n                                             # if one lane fails, the other stops, too
 wait -n
 
-ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
-      qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)
+ROWS=(qwen-MLP qwen-LB llama-MLP llama-from-qwen-LB qwen-LB-pretrain llama-from-qwen-LB-untrained)
 FILES=()
 for name in "${ROWS[@]}"; do [ ! -f "$OUT/$name/eval/results.json" ] || FILES+=("$OUT/$name/eval/results.json"); done
 "$PYTHON" eval.py --table "${FILES[@]}" | tee "$OUT/table.md"

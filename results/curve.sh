@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Accuracy over SFT steps on pocket-llama: a transferred connector, a fresh one, and an MLP pretrained on that very LLM.
-# After results/pocket.sh, or BASELINES=1 SEED=1 bash speedrun.sh and then SEEDS=1 here  -> results/curve.json, curve.png
+# After results/pocket.sh, or SEED=1 bash speedrun.sh and then SEEDS=1 here  -> results/curve.json, curve.png
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}

@@ -3,14 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-ROWS=(qwen-MLP qwen-LB wide-MLP wide-from-qwen-LB llama-MLP llama-from-qwen-LB
-      qwen-LB-pretrain wide-from-qwen-LB-untrained llama-from-qwen-LB-untrained)
+ROWS=(qwen-MLP qwen-LB llama-MLP llama-from-qwen-LB qwen-LB-pretrain llama-from-qwen-LB-untrained)
 for SEED in 1 2 3; do
-    BASELINES=1 SEED=$SEED bash speedrun.sh
+    SEED=$SEED bash speedrun.sh
     mkdir -p results/pocket/seed$SEED
-    for name in wide llama; do
-        cp "out/pocket/seed$SEED/$name-from-qwen-LB-untrained/transfer.json" "results/pocket/seed$SEED/transfer-to-$name.json"
-    done
+    cp "out/pocket/seed$SEED/llama-from-qwen-LB-untrained/transfer.json" "results/pocket/seed$SEED/transfer-to-llama.json"
     for name in "${ROWS[@]}"; do cp "out/pocket/seed$SEED/$name/eval/results.json" "results/pocket/seed$SEED/$name.json"; done
 done
 FILES=()

@@ -19,7 +19,7 @@ for SEED in $SEEDS; do
     train "$S/qwen-MLP-pretrain" --seed="$SEED" --init= --connector=mlp --words_loss=0 --connector_lr=2e-3
     wait $one
     # The first is what the others' words are compared with: the connector that moves.
-    rows+=("$R/qwen-LB" "$S"/qwen-LB-pretrain{/steps/*,} "$R"/{wide,llama}-from-qwen-LB{-untrained,}
+    rows+=("$R/qwen-LB" "$S"/qwen-LB-pretrain{/steps/*,} "$R"/llama-from-qwen-LB{-untrained,}
            "$S"/qwen-MLP-pretrain{/steps/*,} "$R/qwen-MLP")
 done
 "$PYTHON" results/study.py "${rows[@]}" --data $W/captions_test.json --images $W/images --truth $W/truth.json \

@@ -426,6 +426,8 @@ def main(cfg):
         word_of_id, cfg.features, vlm.config.tiles)
     inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, cfg.data.split(",")),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
+    if cfg.init:                                    # its config is among the settings otherwise
+        inputs["init"] = {"config.json": fingerprint.value_hash(asdict(vlm.config))}
     if word_of_id:
         vlm.background = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:

@@ -330,12 +330,13 @@ def without_images(batch):
                     "pixel_values": batch["pixel_values"] * 0}
 
 
-def global_batches(dataset, batch_size, epoch, seed, group):
+def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
     """Return the order of an epoch: one list of sample indices for each optimizer step.
 
     It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch is
     all image or all text, longest first, so that ranks that take batch[rank::world] do equal work.
-    What is left of both kinds is one short batch at the end, or two.
+    What is left of both kinds is one short batch at the end, or two. group_batches: so many batches
+    are sorted together and then cut, so that the samples of a batch are of similar length.
     """
     import torch
 
@@ -344,16 +345,17 @@ def global_batches(dataset, batch_size, epoch, seed, group):
     def shuffled(items):
         return [items[j] for j in torch.randperm(len(items), generator=generator).tolist()]
 
-    def batches(indices):
-        order = shuffled(indices)
-        return [order[j:j + batch_size] for j in range(0, len(order), batch_size)]
+    def pieces(items, size):
+        return [items[j:j + size] for j in range(0, len(items), size)]
 
     if not group:
-        return batches(range(len(dataset)))
-    lengths = dataset.lengths
-    grouped = batches([i for i, n in enumerate(lengths) if n > 0])
-    grouped += batches([i for i, n in enumerate(lengths) if n <= 0])
-    grouped = [sorted(batch, key=lambda i: -abs(lengths[i])) for batch in grouped]
+        return pieces(shuffled(range(len(dataset))), batch_size)
+    lengths, grouped = dataset.lengths, []
+    with_image = [i for i, n in enumerate(lengths) if n > 0]
+    text_only = [i for i, n in enumerate(lengths) if n <= 0]
+    for indices in (with_image, text_only):
+        for piece in pieces(shuffled(indices), batch_size * group_batches):
+            grouped += pieces(sorted(piece, key=lambda i: -abs(lengths[i])), batch_size)
     full = shuffled([batch for batch in grouped if len(batch) == batch_size])
     rest = [batch for batch in grouped if len(batch) < batch_size]
     if 0 < sum(map(len, rest)) < batch_size:

@@ -34,7 +34,7 @@ from pocket_world import (BRIEF, KINDS, SHAPES, STYLES, SUFFIX, TRAIN_KINDS, ask
                           choices, describe, document, draw_scene, questions, random_scene,
                           scene_key, spoken)
 
-# The longest training comes first, because two models are made at a time.
+# Each is trained by one process. The longest training comes first, for machines with two cores.
 MODELS = ("pocket-qwen-wide", "pocket-llama", "pocket-qwen", "vision-tower")
 
 
@@ -78,7 +78,7 @@ def main():
     # The worker processes read these when they import torch: one thread for each.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
                    "TOKENIZERS_PARALLELISM": "false"}
-    workers = min(2, os.cpu_count() or 1)
+    workers = min(len(MODELS), os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=30) as pool:
         if marker.exists():
             print(f"pictures          reused from {out}")

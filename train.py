@@ -68,7 +68,9 @@ class Settings:
     template: str = setting("plain", "plain: image and caption; chat: the LLM's own template",
                             choices=("plain", "prompted", "chat"))
     max_length: int = setting(2048, "tokens of a sample, image patches included", low=1)
-    group: bool = setting(False, "batches of one modality and of similar length")
+    group: bool = setting(False, "batches of one modality, sorted by length; LLaVA's")
+    group_batches: int = setting(1, "with group: steps that are sorted by length together; more "
+                                    "leave less padding", low=1)
     on_bad: str = setting("stop", "stop at a sample that cannot be used, or skip and count it",
                           choices=("stop", "skip"), free=True)
     bad_limit: int = setting(100, "the run stops when more samples than this are skipped", low=0,
@@ -323,8 +325,8 @@ def plan(dataset, cfg):
 
     It depends only on data and settings, so the number of the step is the position in the data.
     """
-    epochs = [data.global_batches(dataset, cfg.global_batch, epoch, cfg.seed, cfg.group)
-              for epoch in range(cfg.epochs)]
+    epochs = [data.global_batches(dataset, cfg.global_batch, epoch, cfg.seed, cfg.group,
+                                  cfg.group_batches) for epoch in range(cfg.epochs)]
     return sum(epochs, [])[:cfg.max_steps or None]
 
 

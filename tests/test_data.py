@@ -531,6 +531,23 @@ def test_grouped_batches_are_of_one_modality_and_complete(images, texts):
     assert images < 40 or kinds != sorted(kinds, reverse=True), "kinds of batches are shuffled"
 
 
+def test_batches_sorted_together_have_less_padding_and_the_same_samples():
+    """The 8 ranks of a cluster with one micro-batch each: a rank's own samples are padded to their longest."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 500, (1024,), generator=generator).tolist()
+    dataset = types.SimpleNamespace(lengths=[n if i < 800 else -n for i, n in enumerate(words)])
+
+    def padding(steps):
+        own = [step[rank::8] for step in steps for rank in range(8)]
+        return 1 - sum(words) / sum(max(words[i] for i in part) * len(part) for part in own)
+
+    alone, together = (global_batches(dataset, 32, epoch=0, seed=1, group=True, group_batches=n) for n in (1, 16))
+    assert sorted(sum(together, [])) == list(range(1024))
+    assert all(len({i < 800 for i in step}) == 1 for step in together)
+    assert padding(alone) > 0.3 and padding(together) < 0.08
+    assert together != sorted(together, key=lambda step: -words[step[0]]), "the order of the steps is shuffled"
+
+
 @pytest.mark.parametrize("group", [False, True])
 def test_order_is_a_function_of_seed_and_epoch(group):
     class Dataset(types.SimpleNamespace):

@@ -116,13 +116,13 @@ def test_an_mlp_is_not_moved_and_the_reason_is_said(flow, tmp_path):
 
 def test_a_mapped_layer_says_the_target_word_for_the_source_word():
     """If the target's embeddings are a rotation of the source's, the map is that rotation."""
-    import transfer
+    from tools import map_mlp
     torch.manual_seed(0)
     source_E = torch.randn(200, 12) + 3
     rotation = torch.linalg.qr(torch.randn(12, 12))[0]
     target_E = source_E @ rotation + 5
     weight, bias = torch.randn(12, 7), torch.randn(12)
-    new_weight, new_bias = transfer.map_layer(weight, bias, source_E, target_E, ridge=1e-9)
+    new_weight, new_bias = map_mlp.map_layer(weight, bias, source_E, target_E, ridge=1e-9)
     hidden = torch.randn(4, 7)
     expected = (hidden @ weight.T + bias) @ rotation + 5
     torch.testing.assert_close(hidden @ new_weight.T + new_bias, expected, rtol=1e-3, atol=1e-3)

@@ -105,13 +105,16 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     own_parts = vlm.own_parts | {*trained_parts} - {"connector"}
+    if is_writer and os.path.isfile(f"{folder}/config.json"):
+        # Delete the old checkpoint's copies of other parts, because `load` would use them. Without
+        # its config.json, a mixture of both checkpoints is none.
+        for part in {"llm", "vision_tower"} - own_parts:
+            shutil.rmtree(f"{folder}/{part}", ignore_errors=True)
+        os.remove(f"{folder}/config.json")
     for part in ("llm", "vision_tower"):
         if part in own_parts:
             model = getattr(vlm, part)
             save_model(model, f"{folder}/{part}", dtype or model.dtype, is_writer)
-        elif is_writer and os.path.isfile(f"{folder}/config.json"):
-            # Delete the old checkpoint's copy of this part. Otherwise `load` would use it.
-            shutil.rmtree(f"{folder}/{part}", ignore_errors=True)
     if not is_writer:
         return
     os.makedirs(folder, exist_ok=True)
@@ -234,11 +237,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     llm_folder = own_folder(folder, "llm")
     llm = load_llm(llm_folder or config.llm, dtype, device,
                    attention or metadata.get("attention"), bool(sharded_parts))
-    words = None
-    if config.connector == "langbridge":
-        words = load_words(f"{folder}/words.json")
-        if words_hash(words) != metadata.get("words_hash") or len(words) != config.num_words:
-            raise ValueError(f"{folder}/words.json is not the word list of this connector")
+    words = read_words(folder, config, metadata)
     vlm = build(config, words, device, dtype, llm, frozen_dtype=frozen_dtype,
                 tower_dtype=tower_dtype, tower_folder=own_folder(folder, "vision_tower"),
                 sharded_parts=sharded_parts)
@@ -266,6 +265,16 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     return vlm
 
 
+def read_words(folder, config, metadata):
+    """Return the words of a checkpoint, None of an MLP. ValueError if they are other words."""
+    if config.connector != "langbridge":
+        return None
+    words = load_words(f"{folder}/words.json")
+    if words_hash(words) != metadata.get("words_hash") or len(words) != config.num_words:
+        raise ValueError(f"{folder}/words.json is not the word list of this connector")
+    return words
+
+
 def check_patches(vlm, metadata, folder):
     """Raise a ValueError if the tower gives another number of patches than in the training."""
     expected = metadata.get("num_patches", vlm.num_patches)
@@ -274,9 +283,10 @@ def check_patches(vlm, metadata, folder):
                          f"{vlm.config.vision_tower} gives {vlm.num_patches}")
 
 
-def check_fingerprint(vlm, folder, metadata):
+def check_fingerprint(vlm, folder, metadata, sources=("llm", "vision_tower")):
     """Raise a ValueError that names what has changed of the LLM or the tower of a checkpoint."""
-    changed = fingerprint.changes(metadata.get("fingerprint", {}), vlm.fingerprint)
+    now = {source: vlm.fingerprint[source] for source in sources}
+    changed = fingerprint.changes(metadata.get("fingerprint", {}), now)
     if not changed:
         return
     source = changed[0][0]

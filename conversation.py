@@ -228,8 +228,11 @@ def load_tokenizer(name):
     tokenizer = common.from_hub(AutoTokenizer.from_pretrained, name)
     if not tokenizer.is_fast:
         raise ValueError(f"{name} has only a slow tokenizer; one with a tokenizer.json is needed")
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = freeze_date(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):                  # several templates by name
+        tokenizer.chat_template = {key: freeze_date(value) for key, value in template.items()}
+    elif template:
+        tokenizer.chat_template = freeze_date(template)
     return tokenizer
 
 

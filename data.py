@@ -31,8 +31,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 # Signs of media that are not read: names of keys, and endings of file names. Without this check the
 # model would train without these media, and nobody would notice.
-OTHER_KEY = re.compile("(video|audio|speech|system|tool)s?")
+OTHER_KEY = re.compile(r"(video|audio|speech|system|tool)s?|(image|img)_?\d+")
 OTHER_FILE = re.compile(r'\.(mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a)"')
+# Where a picture stands in a text of Qwen-VL, Phi-3, Qwen2-VL and InternLM-XComposer.
+OTHER_IMAGE = re.compile(r"<img>[^<>]+\.\w+</img>|<\|(image|vision|video|audio)\w*\|>|<ImageHere>")
 # These are checked only in records without a picture. In a record with a picture a key such as
 # "image_id" describes that picture.
 MEDIUM_KEY = re.compile("image|img|picture|photo|video|audio")
@@ -114,6 +116,10 @@ def messages_of(record, image_first=True):
         expected = ("assistant",) if role == "user" else ("user",)
         if not content.strip():
             raise BadSample("malformed", f"turn {i} is empty")
+        other = OTHER_IMAGE.search(content)
+        if other:
+            raise BadSample("malformed", f"turn {i} holds {other[0][:40]!r}, which is not read: a "
+                                         f"picture is written '{IMAGE}'")
         if role != "user" and IMAGE in content:
             raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; "
                                          "only a human turn can")

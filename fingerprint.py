@@ -23,6 +23,8 @@ MAX_IMAGES = 4000
 # Libraries write these into a config. They do not change what is computed.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 # Templates differ in what they do with a system turn, with thoughts, and with the last turn.
+# Settings beside a tokenizer's files, and the library, decide about spaces, case and accents.
+TEXT = "The cat's  2 hats,\n\tÉté ﬁn e\u0301 漢字: `a_b`.\n"
 TALK = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
         {"role": "assistant", "content": "<think>\nc\n</think>\n\nd"},
         {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]
@@ -37,6 +39,7 @@ def of_llm(name, tokenizer):
             "config.json": json_hash(f"{folder}/config.json"),
             "generation_config.json": json_hash(f"{folder}/generation_config.json"),
             "tokenizer": value_hash([vocabulary, tokenizer.special_tokens_map]),
+            "tokens of a text": value_hash(tokenizer(TEXT).input_ids),
             "chat template": template_hash(tokenizer)}
 
 

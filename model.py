@@ -230,12 +230,8 @@ class VLM(nn.Module):
         self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
         self.llm_fingerprint = {}           # checkpoint.py: hashes of the LLM that E comes from
         self.background = None              # train.py: float32[K] for words_loss
-        patch_size = vision_tower.config.patch_size
-        side = image_settings["size"] // patch_size
-        if side == 0 or side % config.pool:
-            raise ValueError(f"image_size {image_settings['size']} gives {side} x {side} patches "
-                             f"of {patch_size} pixels, which pool {config.pool} does not divide")
-        self.num_patches = (side // config.pool) ** 2
+        self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
+                                       config.pool) ** 2
         check_tiles(config.tiles, image_settings["size"])
         # It ends each row of patches of a grid of tiles. It has the dimension D, so it belongs to
         # the LLM's side and is no part of the connector.
@@ -267,7 +263,7 @@ class VLM(nn.Module):
         device = pixel_values.device.type
         autocast = torch.autocast(device, enabled=trains and torch.is_autocast_enabled(device))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains), autocast:
-            hidden = tower_hidden(self.vision_tower, pixel_values, self.config.vision_layer)
+            hidden = tower_hidden(self.vision_tower, pixel_values)[self.config.vision_layer]
         pool = self.config.pool
         hidden = hidden[:, -self.num_patches * pool ** 2:]          # CLS and registers come first
         if pool == 1:
@@ -418,16 +414,36 @@ class VLM(nn.Module):
         return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)
 
 
-def tower_hidden(tower, pixel_values, layer):
-    """Return a hidden state of the tower: float32[N, 3, S, S] -> float[N, extra + P, Dv].
+def side_of(config, key):
+    """Return "image_size" or "patch_size" of a tower's config: an int where it is [224, 224]."""
+    value = getattr(config, key, None)
+    is_square = isinstance(value, (list, tuple)) and len(set(value)) == 1
+    return value[0] if is_square else value
 
-    layer: its index, where 0 is what enters the first block and -1 is what leaves the last one.
+
+def pooled_side(config, size, pool):
+    """Return how many patches, after pooling, a picture of `size` pixels has along its side.
+
+    config: of the tower. ValueError if pool does not divide the tower's patches.
+    """
+    patch_size = side_of(config, "patch_size")
+    side = size // patch_size
+    if side == 0 or side % pool:
+        raise ValueError(f"image_size {size} gives {side} x {side} patches of {patch_size} pixels, "
+                         f"which pool {pool} does not divide")
+    return side // pool
+
+
+def tower_hidden(tower, pixel_values):
+    """Return the hidden states of the tower: float32[N, 3, S, S] -> many float[N, extra + P, Dv].
+
+    Number 0 is what enters the first block, and number -1 is what leaves the last one.
     """
     # Pictures move to the device here and nowhere else, so callers need not know it.
     pixel_values = pixel_values.to(tower.device, tower.dtype)
     options = {}
-    if pixel_values.shape[-1] != getattr(tower.config, "image_size", None):
+    if pixel_values.shape[-1] != side_of(tower.config, "image_size"):
         # Some towers (DINOv2) always interpolate their position embeddings and lack the argument.
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             options["interpolate_pos_encoding"] = True
-    return tower(pixel_values, output_hidden_states=True, **options).hidden_states[layer]
+    return tower(pixel_values, output_hidden_states=True, **options).hidden_states

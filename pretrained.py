@@ -2,7 +2,7 @@
 LLMs and vision towers from a folder or the Hugging Face hub, tried before they are used.
 
 A model is recognised by its config and never by its name. What this project takes for granted of a
-model is tried at once: a blank picture goes through the tower, and a few tokens through the LLM. A
+model is tried at once: two pictures go through the tower, and a few tokens through the LLM. A
 model that does not fit is refused in one sentence, before hours are spent.
 
 Letters as in model.py.
@@ -26,7 +26,7 @@ from transformers.utils import (find_adapter_config_file, is_accelerate_availabl
 from common import from_hub
 from conversation import load_tokenizer
 from generate import cache_argument
-from model import tower_hidden
+from model import side_of, tower_hidden
 
 logging.disable_progress_bar()      # of loading weights: it hides the tables that the scripts print
 
@@ -89,10 +89,6 @@ def vision_config(name):
     if type(config) not in MODEL_MAPPING:
         raise ValueError(f"{name} is no vision tower: transformers has no model of type "
                          f"{config.model_type!r}")
-    for key in ("image_size", "patch_size"):
-        value = getattr(config, key, None)
-        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
-            setattr(config, key, value[0])          # [224, 224]
     return config
 
 
@@ -113,7 +109,7 @@ def image_settings(name, config, image_size):
         factor = 255.0
     elif processor.get("rescale_factor"):
         factor = round(255 * processor["rescale_factor"], 5)
-    settings = {"size": image_size or config.image_size}
+    settings = {"size": image_size or side_of(config, "image_size")}
     for key, neutral in (("mean", 0.0), ("std", 1.0)):
         values = processor.get(f"image_{key}")
         if processor.get("do_normalize") is False:
@@ -129,12 +125,12 @@ def image_settings(name, config, image_size):
 
 @torch.no_grad()
 def probe_tower(tower, name, layer, image_size):
-    """Return the width Dv of a tower's patches, found by a blank picture.
+    """Return the width Dv of a tower's patches, found by two pictures.
 
     The tower may be on the meta device. ValueError if it gives no row of P vectors.
     """
-    size = image_size or getattr(tower.config, "image_size", None)
-    patch_size = getattr(tower.config, "patch_size", None)
+    size, patch_size = (side_of(tower.config, key) for key in ("image_size", "patch_size"))
+    size = image_size or size
     layers = getattr(tower.config, "num_hidden_layers", None)
     found = f"its config has patch_size {patch_size} and image_size {size}"
     if type(patch_size) is int and type(size) is int:
@@ -142,15 +138,22 @@ def probe_tower(tower, name, layer, image_size):
             raise ValueError(f"image_size {size} is less than a patch of {patch_size} pixels")
         if layers and not -layers <= layer + 1 <= layers + 1:
             raise ValueError(f"{name} has {layers} layers, no layer {layer}")
-        P = (size // patch_size) ** 2
+        side = size // patch_size
+        images = torch.zeros(2, 3, size, size)
+        start, end = (side - 1) * patch_size, side * patch_size
+        images[1, :, start:end, start:end] = 1      # the images differ in their last patch
         try:
-            shape = tower_hidden(tower, torch.zeros(1, 3, size, size), layer).shape
+            states = tower_hidden(tower, images)
+            first, shape = states[0], states[layer].shape
         except Exception as error:      # models of other kinds raise errors of many types
             found = str(error).strip().splitlines()[0]
         else:
-            if len(shape) == 3 and shape[1] >= P:   # CLS and registers are more rows
-                return shape[2]
-            found = f"{tuple(shape)} for an image of {P} patches"
+            found = f"{tuple(shape)} for two images of {side ** 2} patches"
+            if len(shape) == 3 and shape[0] == 2 and shape[1] >= side ** 2:
+                # CLS and registers are more rows. They must come before the patches.
+                if first.is_meta or not torch.equal(first[0, -1], first[1, -1]):
+                    return shape[2]
+                found = "its last row is not that of the last patch"
     raise ValueError(f"{name} gives no row of patch vectors ({found}): take a CLIP, SigLIP, DINO "
                      "or ViT tower, whose output has the shape (images, patches, width)")
 
@@ -240,16 +243,18 @@ def probe_llm(vlm, dtype):
     rows[1, :-1] = ids[:-1]                         # the second row differs in its last token only
     positions = torch.arange(8, device=device).repeat(2, 1)                             # (2, T)
     # As generate.py does: padding on the left, and the last token after a cache of the others.
-    padded, mask = F.pad(rows, (3, 0)), F.pad(torch.ones_like(rows), (3, 0))
-    padded_positions, cache = F.pad(positions, (3, 0)), cache_argument(decoder)
+    mask, padded_positions = F.pad(torch.ones_like(rows), (3, 0)), F.pad(positions, (3, 0))
+    cache = cache_argument(decoder)
     try:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             own = llm(input_ids=rows, use_cache=False).logits.float()                   # (2, T, V)
             hidden = decoder(inputs_embeds=embed(rows), attention_mask=None, use_cache=False,
                              position_ids=positions).last_hidden_state
-            start = decoder(inputs_embeds=embed(padded[:, :-1]), attention_mask=mask[:, :-1],
+            # The padding is not the embedding of any word, as an image is not.
+            embeds = F.pad(embed(rows[:, :-1]), (0, 0, 3, 0), value=0.5)
+            start = decoder(inputs_embeds=embeds, attention_mask=mask[:, :-1],
                             position_ids=padded_positions[:, :-1], use_cache=True)
-            end = decoder(input_ids=padded[:, -1:], attention_mask=mask, use_cache=True,
+            end = decoder(input_ids=rows[:, -1:], attention_mask=mask, use_cache=True,
                           position_ids=padded_positions[:, -1:],
                           **{cache: getattr(start, cache)}).last_hidden_state
             logits, cached = vlm.logits(hidden), vlm.logits(end)        # (2, T, V), (2, 1, V)

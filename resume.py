@@ -118,8 +118,7 @@ def resume(vlm, optimizer, inputs, cfg, rank, world):
     # A state of an older version has no fingerprint, and nothing is compared.
     changed = fingerprint.changes(state.get("fingerprint", {}), inputs)
     if changed:
-        paths = {"llm": cfg.llm, "vision_tower": cfg.vision_tower, "words": cfg.words,
-                 "data": cfg.data, "images": cfg.images}
+        paths = {source: getattr(cfg, source) for source, _ in changed}
         parts = [f"{paths[source] or cfg.init}: {part}" for source, part in changed]
         sys.exit(f"{' and '.join(parts)} changed since {folder} was written: a run goes on with "
                  "what it began with")

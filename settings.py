@@ -36,7 +36,7 @@ def read(settings_class, argv):
     for arg in argv:
         if arg.startswith("--"):
             key, equals, text = arg.lstrip("-").partition("=")
-            given.append((key, parse_value(text) if equals else True, "the command line"))
+            given.append((key, text if equals else True, "the command line"))
             continue
         if not os.path.isfile(arg):
             sys.exit(f"there is no config file {arg}; a setting is written --key=value")
@@ -51,6 +51,8 @@ def read(settings_class, argv):
     for key, value, where in given:
         if key not in types:
             sys.exit(f"{where}: there is no setting {key!r}; train.py --help lists them")
+        if where == "the command line" and type(value) is str and types[key] is not str:
+            value = parse_value(value)              # a folder may be named 2024
         if type(value) is int and types[key] in (float, tuple):
             value = float(value) if types[key] is float else (value,)
         if type(value) is not types[key]:

@@ -33,6 +33,7 @@ STAGES = {
     "sft": ("connector", "llm"),
     "sft_tower": ("connector", "llm", "vision_tower"),
 }
+FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in the folder `out`
 STOPPED = 75        # exit status of a run that saved itself after SIGTERM or SIGINT (EX_TEMPFAIL)
 
 
@@ -152,8 +153,12 @@ def check(cfg):
         sys.exit(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
         sys.exit("hidden is 0, the width of the LLM, but a LangBridge does not know its LLM")
-    if cfg.init and os.path.abspath(cfg.init) == os.path.abspath(cfg.out):
-        sys.exit(f"init and out are both {cfg.out}: a run does not overwrite what it starts from")
+    for key in ("init", "llm", "vision_tower"):
+        path = os.path.realpath(getattr(cfg, key))
+        place = os.path.relpath(path, os.path.realpath(cfg.out)).split(os.sep)[0]
+        if getattr(cfg, key) and cfg.out and place in (".", *FOLDERS):
+            sys.exit(f"{key} {getattr(cfg, key)} is in {cfg.out}, where the run would overwrite "
+                     "it: name another out")
     if cfg.shard_tower and not cfg.shard:
         sys.exit("shard_tower is set without shard: the tower is sharded along with the LLM")
     required = ["out", "data"]
@@ -425,6 +430,8 @@ def main(cfg):
         word_of_id, cfg.features, vlm.config.tiles)
     inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, cfg.data.split(",")),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
+    if cfg.init:                                    # its config is among the settings otherwise
+        inputs["init"] = {"config.json": fingerprint.value_hash(asdict(vlm.config))}
     if word_of_id:
         frequencies = dataset.word_frequencies(len(vlm.words))
         vlm.background = (cfg.words_background * frequencies).to(device)
@@ -546,7 +553,7 @@ def prepare_out(cfg):
     """Make the run's folder. With --overwrite, remove the old run from it."""
     os.makedirs(cfg.out, exist_ok=True)
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
-        for old in ("state", "steps", "llm", "vision_tower"):
+        for old in FOLDERS:
             shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
         os.remove(f"{cfg.out}/config.json")         # the last one: it says that there is a run
 

@@ -73,12 +73,13 @@ def move(source, target, device, dtype, attention=None, vision_tower=None):
     """
     config, metadata = checkpoint.read_config(source)
     config = replace(config, llm=target, vision_tower=vision_tower or config.vision_tower)
-    words = vocab.load_words(f"{source}/words.json")
+    words = checkpoint.read_words(source, config, metadata)
     # A tower that was trained belongs to the connector and moves with it.
     tower_folder = checkpoint.own_folder(source, "vision_tower")
     vlm = checkpoint.build(config, words, device, dtype, attention=attention,
                            tower_folder=tower_folder)               # makes the target's E
     checkpoint.check_patches(vlm, metadata, source)
+    checkpoint.check_fingerprint(vlm, source, metadata, ("vision_tower",))
     checkpoint.load_connector(vlm.connector, source)
     return vlm
 

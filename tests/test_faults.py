@@ -345,7 +345,10 @@ TRAIN = {  # name: (arguments, exit status, words)
     "more words than there are": (["--num_words=999"], 1, ["num_words is 999, but "]),
     "no patch": (["--image_size=4"], 1, ["image_size 4 is less than a patch"]),
     "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),
-    "out is init": (["--init=same", "--out=same/"], 1, ["init and out are both same/"]),
+    "out is init": (["--init=same", "--out=same/"], 1, ["init same is in same/, where the run would overwrite it"]),
+    "init is a snapshot in out": (["--init=same/steps/000100", "--out=same/"], 1, ["init same/steps/000100 is in same/"]),
+    "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where the run would overwrite it"]),
+    "a file named by a number": (["--words=2024"], 1, ["No such file", "'2024'"]),
     "no such data": (["--data=none.json"], 1, ["No such file", "none.json"]),
 }
 

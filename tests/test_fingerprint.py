@@ -18,6 +18,7 @@ import eval as evaluation
 import fingerprint
 import test_benchmarks
 import train
+import transfer
 from conftest import CHATML, settings, train_here
 
 
@@ -205,6 +206,52 @@ def test_the_parts_that_a_checkpoint_holds_itself(place, path, tensor, words):
         checkpoint.load("own")
 
 
+@pytest.mark.parametrize("change, words", [
+    (weights("tower/model.safetensors", ""), "another vision tower than what tower is now \\(weights changed\\): to accept"),
+    (edit("tower/preprocessor_config.json", image_std=[0.9, 0.9, 0.9]), "tower is now \\(preprocessor_config.json changed"),
+    (replace("ck/words.json", '"a"', '"zzz"'), "words.json is not the word list of this connector"),
+    (weights("llm/model.safetensors", ""), None)])                  # of the LLM that it leaves
+def test_a_connector_moves_only_with_the_tower_and_words_that_it_was_trained_with(tiny, place, change, words):
+    change(place)
+    if words is None:
+        transfer.move("ck", tiny.llama, "cpu", torch.float32)
+        return
+    with pytest.raises(ValueError, match=words):
+        transfer.move("ck", tiny.llama, "cpu", torch.float32)
+
+
+def test_a_run_goes_on_only_with_the_config_of_init(tiny, place):
+    def argv():
+        return settings(tiny, place, "sft", "--init=ck", "--stage=sft", "--data=data.json", "--images=images", "--max_steps=2",
+                        "--save_every=1")
+    assert train_here(argv()) == 0
+    os.remove("sft/config.json")
+    shutil.rmtree("sft/state/step-00000002")
+    edit("ck/config.json", normalize="softmax")(place)
+    with pytest.raises(SystemExit, match="ck: config.json changed since sft/state/step-00000001 was written"):
+        train.main(train.read_settings(argv()))
+
+
+def test_the_tokens_belong_to_a_tokenizer_and_not_only_its_files(tiny, tmp_path):
+    """Settings that stand beside tokenizer.json decide about spaces, and so does the library."""
+    shutil.copytree(tiny.llama, tmp_path / "llm")
+    edit("llm/tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_prefix_space=False)(tmp_path)
+    parts = []
+    for _ in range(2):
+        parts.append(fingerprint.of_llm(str(tmp_path / "llm"), conversation.load_tokenizer(str(tmp_path / "llm"))))
+        edit("llm/tokenizer_config.json", add_prefix_space=True)(tmp_path)
+    assert [part for part in parts[0] if parts[0][part] != parts[1][part]] == ["tokens of a text"]
+
+
+def test_a_checkpoint_that_was_not_overwritten_to_the_end_is_none(place, monkeypatch):
+    vlm = checkpoint.load("ck")
+    monkeypatch.setattr(checkpoint, "save_words", None)             # it is killed after it wrote the connector
+    with pytest.raises(TypeError):
+        checkpoint.save(vlm, "ck", "transfer", ())
+    with pytest.raises(ValueError, match="ck is no checkpoint"):
+        checkpoint.load("ck")
+
+
 def test_a_checkpoint_and_a_state_without_a_fingerprint_are_used(tiny, place):
     """Those of older versions"""
     edit("ck/config.json", fingerprint=None)(place)
@@ -253,9 +300,10 @@ class Tomorrow(datetime.datetime):
     ("{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{{- date_string }}\n",
      "26 Jul 2024"),                                                                                       # Llama-3.2
     ("{%- set form = '%A, %-d.%-m.%y' %}{{- strftime_now(form) }}\n", "Friday, 26.7.24")])
-def test_a_template_that_prints_the_date_prints_the_same_one_tomorrow(tiny, tmp_path, monkeypatch, template, words):
+@pytest.mark.parametrize("several", [False, True])
+def test_a_template_that_prints_the_date_prints_the_same_one_tomorrow(tiny, tmp_path, monkeypatch, template, words, several):
     tokenizer = AutoTokenizer.from_pretrained(tiny.qwen)
-    tokenizer.chat_template = template + CHATML
+    tokenizer.chat_template = {"default": template + CHATML, "tools": CHATML} if several else template + CHATML
     tokenizer.save_pretrained(tmp_path / "dated")
     dated, tokenizer = tokenizer, conversation.load_tokenizer(str(tmp_path / "dated"))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -104,18 +104,20 @@ def to_llava(vlm):
     computes something else than this VLM.
     """
     import torch
+    from model import side_of
     from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor,
                               LlavaNextConfig, LlavaNextForConditionalGeneration,
                               LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
     tower, llm, settings = vlm.vision_tower, vlm.llm, vlm.image_settings
-    size, patch_size = settings["size"], tower.config.patch_size
+    size, patch_size = settings["size"], side_of(tower.config, "patch_size")
     first, second = two_layers(vlm.connector)
     if vlm.softcap or llm.get_output_embeddings().bias is not None:
         raise ValueError(f"{vlm.config.llm} caps its logits or adds a bias to them, which a LLaVA "
                          "of transformers does not; --prompt_embeds needs no LLaVA")
     with torch.no_grad():
         blank = torch.zeros(1, 3, size, size, device=tower.device, dtype=tower.dtype)
-        resized = size != tower.config.image_size and tower.config.model_type != "dinov2"
+        resized = (size != side_of(tower.config, "image_size")
+                   and tower.config.model_type != "dinov2")
         tokens = 0 if resized else tower(blank).last_hidden_state.shape[1]
     extra = tokens - (size // patch_size) ** 2              # CLS and registers
     reason = (f"takes pictures of {size} pixels here" if resized else

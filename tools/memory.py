@@ -41,7 +41,7 @@ def print_estimate(cfg, trained_parts, parts_table):
         cfg.dtype = "bfloat16"                      # as on the GPUs that the estimate is for
     vlm, config = meta_model(cfg, trained_parts)
     print(parts_table(vlm, cfg))
-    side = vlm.image_size // vlm.vision_tower.config.patch_size // cfg.pool
+    side = model.pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool)
     P, squares = side ** 2, 1
     if cfg.tiles:                                   # the most that a picture can take
         layouts = [pictures.tile_layout(tile, cfg.tiles, vlm.image_size, side)
@@ -88,7 +88,7 @@ def meta_model(cfg, trained_parts):
         D = llm.get_input_embeddings().embedding_dim
         vlm = torch.nn.Module()
         vlm.vision_tower = tower
-        vlm.image_size = cfg.image_size or tower.config.image_size
+        vlm.image_size = cfg.image_size or model.side_of(tower.config, "image_size")
         pictures.check_tiles(cfg.tiles, vlm.image_size)
         vlm.image_newline = torch.nn.Parameter(torch.empty(D)) if cfg.tiles else None
         vlm.connector = model.make_connector(config, Dv, D)

@@ -65,11 +65,10 @@ def train_model(name, model, steps, batch_loss):
     """
     in_layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
-    optimizers = [
-        torch.optim.Muon(in_layers, lr=LEARNING_RATE, weight_decay=0.01,
-                         adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
     has_bfloat16 = choose_dtype("auto", "cpu") == "bfloat16"
+    optimizers = [
+        Muon(in_layers, LEARNING_RATE, torch.bfloat16 if has_bfloat16 else torch.float32),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
     start = last = time.time()
     for step in range(steps):
         for optimizer in optimizers:
@@ -87,6 +86,41 @@ def train_model(name, model, steps, batch_loss):
             eta = (last - start) / (step + 1) * (steps - step - 1)
             print(f"{name:17} {step + 1:>4}/{steps}  loss {loss.item():.3f}  eta {eta:.0f} s",
                   flush=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", and with a dtype for its products.
+
+    torch's own computes in bfloat16, which takes ten times as long as float32 on a CPU without such
+    instructions. There it would be two thirds of the time of a step.
+    """
+
+    def __init__(self, matrices, lr, dtype, momentum=0.95, weight_decay=0.01):
+        super().__init__(matrices, {"lr": lr})
+        self.dtype, self.momentum, self.weight_decay = dtype, momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - self.momentum)
+                update = orthogonal(p.grad.lerp(mean, self.momentum).to(self.dtype))
+                p.mul_(1 - group["lr"] * self.weight_decay)
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(matrix):
+    """Return about the nearest orthogonal matrix, by five Newton-Schulz iterations.
+
+    Source: Keller Jordan's Muon, whose three numbers make the singular values 0.7 to 1.2.
+    """
+    X = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = X @ X.T
+        X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+    return X.T if matrix.shape[0] > matrix.shape[1] else X
 
 
 # --------------------------------------------------------------------------------------------------

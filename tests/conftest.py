@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, Gemma3ForCausalLM,
                           Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
@@ -110,13 +111,17 @@ def world(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pocket_worlds(tmp_path_factory):
     """Two tiny pocket worlds of the same seed, made side by side: a list of two folders."""
-    folders = [tmp_path_factory.mktemp("pocket") / name for name in ("a", "b")]
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:     # the processes of pytest -n share this folder, and the worlds
+        root = root.parent
+    folders = [root / "pocket" / name for name in ("a", "b")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    jobs = [subprocess.Popen([sys.executable, "pocket.py", "--tiny", "--out", str(folder)], cwd=ROOT, env=env, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for folder in folders]
-    for job in jobs:
-        text, _ = job.communicate()
-        assert job.returncode == 0, text
+    with FileLock(root / "pocket.lock"):
+        jobs = [subprocess.Popen([sys.executable, "pocket.py", "--tiny", "--out", str(folder)], cwd=ROOT, env=env,
+                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for folder in folders]
+        for job in jobs:                        # the second process finds them complete
+            text, _ = job.communicate()
+            assert job.returncode == 0, text
     return folders
 
 

@@ -257,3 +257,22 @@ def test_the_families_share_words_and_the_widths_differ(worlds):
         tokenizer = AutoTokenizer.from_pretrained(worlds[0] / name)
         words.append({tokenizer.decode([i]) for i in range(len(tokenizer))})
     assert len(words[0] & words[1]) > 250
+
+
+def test_muon_is_that_of_torch_and_orthogonal_in_float32():
+    torch.manual_seed(0)
+    shapes = [(8, 8), (12, 5), (5, 12)]
+    ours, torchs = ([torch.nn.Parameter(torch.linspace(-1, 1, m * n).reshape(m, n).clone()) for m, n in shapes]
+                    for _ in range(2))
+    optimizers = [pocket_models.Muon(ours, 5e-3, torch.bfloat16),
+                  torch.optim.Muon(torchs, lr=5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(ours, torchs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, torchs))
+    for m, n in shapes:
+        singular = torch.linalg.svdvals(pocket_models.orthogonal(torch.randn(m, n)))
+        assert 0.5 < singular.min() and singular.max() < 1.3

@@ -6,8 +6,10 @@ An image as words: what each patch of an image says to the LLM, as a picture and
 The script writes DIR/words.png and DIR/words.html, a page that needs no network. A LangBridge shows
 its own weights; raw scores show their highest and their lowest words. Any connector, also an MLP,
 shows the cosine similarity of its image embeds to every ordinary token of the LLM (the paper's
-analysis) and the similarity that chance gives. Several checkpoints on one LLM become a slider on
-the page, different LLMs stand side by side. results/study.py counts over many images.
+analysis), the five tokens that explain an image embed best together, and what chance gives.
+With --ask the page also shows which patches and words the answer needs. Several checkpoints on one
+LLM become a slider on the page, different LLMs stand side by side. results/study.py counts over
+many images.
 """
 import argparse
 import base64
@@ -22,6 +24,7 @@ import warnings
 import common
 
 TOP = 8                         # words of a patch; of raw scores so many at each end
+TOGETHER = 5                    # words of a patch that explain it together
 MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words have no map
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html")
 
@@ -62,27 +65,56 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 import checkpoint
-import conversation
+import needs
 import pictures
 import ranks
 import transfer
 import vocab
-from generate import generate
 
 
 # --------------------------------------------------------------------------------------------------
-# the numbers: an image as "modes", one by weights (LangBridge only), one by cosine similarity
+# the numbers: an image as "modes", by weights (LangBridge only), by cosine similarity and by the
+# words that explain an image embed together
 
 def cosine(embeds, E):
     """Return cosine similarities: embeds float[P, D], E float[V, D] -> float[P, V]."""
     return F.normalize(embeds, dim=-1) @ F.normalize(E, dim=-1).T
 
 
-def cosine_null(E, directions=128, seed=0):
-    """Return the best cosine similarity in E that a random direction has on average: a float."""
+def random_directions(E, number=128, seed=0):
+    """Return random directions in the space of E float[V, D], float[number, D]."""
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(directions, E.shape[1], generator=generator)
-    return cosine(random.to(E), E).amax(-1).mean().item()
+    return torch.randn(number, E.shape[1], generator=generator).to(E)
+
+
+def cosine_null(E, seed=0):
+    """Return the best cosine similarity in E that a random direction has on average: a float."""
+    return cosine(random_directions(E, seed=seed), E).amax(-1).mean().item()
+
+
+def pursuit(embeds, E, number=TOGETHER):
+    """Return the words that explain each embed best together, by orthogonal matching pursuit.
+
+    embeds float[P, D], E float[V, D] -> picks int64[P, n], coefficients float[P, n], explained
+    float[P]. All embeddings have the length 1 here. Each step picks the word that is most like what
+    is not yet explained, or most unlike it, and fits the coefficients of all picks anew by least
+    squares. explained: R^2, the part of the squared length that the n words explain.
+    Source: Pati, Rezaiifar and Krishnaprasad, Orthogonal matching pursuit, 1993.
+    """
+    embeds, E = F.normalize(embeds, dim=-1), F.normalize(E, dim=-1)
+    picks = torch.empty(len(embeds), 0, dtype=torch.long, device=E.device)
+    rest = embeds
+    for _ in range(number):
+        likeness = (rest @ E.T).abs_()                              # (P, D) x (D, V) -> (P, V)
+        likeness.scatter_(1, picks, -1)                             # no word is picked twice
+        picks = torch.cat([picks, likeness.argmax(dim=1, keepdim=True)], dim=1)
+        A = E[picks]                                                # (P, n, D)
+        products = A @ embeds[:, :, None]                           # (P, n, 1)
+        # Two words may have one embedding. Then pinv shares the coefficient; solve would fail.
+        coefficients = torch.linalg.pinv(A @ A.mT, hermitian=True) @ products       # (P, n, 1)
+        rest = embeds - (A.mT @ coefficients)[..., 0]
+    explained = (coefficients * products).sum(dim=(1, 2))
+    return picks, coefficients[..., 0], explained
 
 
 def vocabulary(vlm):
@@ -101,31 +133,34 @@ def grid_patches(vlm, pixels):
     return features[:, -side * side:]               # a changed reader may keep the CLS token first
 
 
-def make_mode(kind, words, scores, null=0.0):
+def make_mode(kind, words, scores, null=0.0, explained=None):
     """Return a mode: what the picture and the page show of the scores float32[P, K] of K words.
 
-    kind: "shares" (weights that sum to 1), "signed" (raw scores) or "cosine". null: the value that
-    chance gives. "words": the U words that are among the TOP of some patch. "values": their scores
-    float32[P, U]. "top" int64[P, n]: columns of values, the strongest first; the TOP lowest of
-    signed scores follow. "loud" float[P] in 0..1: how much the strongest word stands out.
+    kind: "shares" (weights that sum to 1), "signed" (raw scores), "cosine" or "together" (the
+    coefficients of `pursuit`; explained float[P] is its R^2). null: the value that chance gives.
+    "words": the U words that are among the TOP of some patch. "values": their scores float32[P, U].
+    "top" int64[P, n]: columns of values, the strongest first; the TOP lowest of signed scores
+    follow. "loud" float[P] in 0..1: how much the strongest word, or R^2, stands out.
     """
-    number = min(TOP, len(words))
-    top = scores.topk(number).indices                               # (P, TOP)
+    if kind == "together":
+        top = scores.abs().topk(TOGETHER).indices                   # (P, TOGETHER)
+    else:
+        top = scores.topk(min(TOP, len(words))).indices             # (P, TOP)
     if kind == "signed":
-        lowest = scores.topk(number, largest=False).indices
+        lowest = scores.topk(top.shape[1], largest=False).indices
         top = torch.cat([top, lowest], dim=1)                       # (P, 2 * TOP)
     used, top = torch.unique(top, return_inverse=True)
     values = scores[:, used]
-    above = values.gather(1, top)[:, 0] - null                      # (P,)
+    above = (values.gather(1, top)[:, 0] if explained is None else explained) - null        # (P,)
     # The scale is the best patch, but 0.1 at least. Otherwise a value near chance would be loud.
     loud = (above / above.max().clamp(min=0.1)).clamp(0, 1)
-    return {"kind": kind, "size": len(words), "null": null,
+    return {"kind": kind, "size": len(words), "null": null, "explained": explained,
             "words": [words[i] for i in used.tolist()], "values": values, "top": top, "loud": loud}
 
 
 @torch.no_grad()
 def read(vlm, pixels):
-    """Return the modes of one image: float32[3, S, S] -> {"weights": mode, "cosine": mode}.
+    """Return the modes of one image: float32[3, S, S] -> {"weights", "cosine", "together": mode}.
 
     An MLP has no "weights". People and files read these tensors, so they are on the CPU wherever
     the model is.
@@ -140,6 +175,11 @@ def read(vlm, pixels):
         modes["weights"] = make_mode(kind, vlm.words, w, null)
     tokens, E = vocabulary(vlm)
     modes["cosine"] = make_mode("cosine", tokens, cosine(embeds, E).cpu(), cosine_null(E))
+    found = pursuit(torch.cat([embeds, random_directions(E)]), E)
+    (picks, coefficients, explained), P = (tensor.cpu() for tensor in found), len(embeds)
+    scores = torch.zeros(P, len(E)).scatter_(1, picks[:P], coefficients[:P])        # (P, V)
+    null = explained[P:].mean().item()
+    modes["together"] = make_mode("together", tokens, scores, null, explained[:P])
     return modes
 
 
@@ -148,6 +188,7 @@ def read_checkpoint(folder, image, image_mode, args):
 
     "label": the moment of training. "name": LLM and connector. "modes": see `read`. "side": patches
     along a side. "group": equal for checkpoints of one connector kind, LLM and list of words.
+    "needs": what the answer needs, see needs.ask.
     """
     config, metadata = checkpoint.read_config(folder)
     place = ranks.own_device(args.device), getattr(torch, args.dtype), args.attention
@@ -161,25 +202,23 @@ def read_checkpoint(folder, image, image_mode, args):
                          "counted from 0")
     step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
     kind = "LangBridge" if vlm.words else "MLP"
-    answer = None
+    modes = read(vlm, pixels[args.tile])
+    answer = lost = None
     if args.ask:
-        messages = [{"role": "user", "content": f"<image>\n{args.ask}"}]
         template = metadata.get("template", "chat")
         if template == "plain":                     # it was trained on pictures without a question
             print(f"note: {folder} was trained with template plain: it does not read the question "
                   "and writes a caption")
-        number = vlm.num_tokens(image.size)
-        prompt = conversation.encode_prompt(messages, vlm.tokenizer, number, template)
-        new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64,
-                           image_sizes=[image.size] if config.tiles else None)[0]
-        answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        patches = grid_patches(vlm, pixels[args.tile, None])
+        answer, lost = needs.ask(vlm, args.ask, template, image.size, pixels, patches, args.tile,
+                                 modes.get("weights"))
     return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
             "name": f"{os.path.basename(os.path.normpath(vlm.config.llm))} · {kind}",
             "group": (config.connector, config.normalize, vlm.llm_fingerprint["embeddings_hash"],
                       metadata["words_hash"]),
-            "modes": read(vlm, pixels[args.tile]), "tiles": config.tiles,
+            "modes": modes, "tiles": config.tiles,
             "size": vlm.image_settings["size"], "side": math.isqrt(vlm.num_patches),
-            "mean": vlm.image_settings["mean"], "answer": answer}
+            "mean": vlm.image_settings["mean"], "answer": answer, "needs": lost}
 
 
 def make_panels(states):
@@ -312,6 +351,7 @@ def page_mode(mode, index, maps):
     map_bytes = (levels.T * 127).round().to(torch.int8).contiguous().numpy().tobytes()
     return {"kind": mode["kind"], "size": mode["size"], "null": mode["null"],
             "stride": mode["top"].shape[1], "loud": rounded(mode["loud"]),
+            "explained": mode["explained"] is not None and rounded(mode["explained"]),
             "ids": [numbers[i] for i in mode["top"].flatten().tolist()],
             "values": rounded(mode["values"].gather(1, mode["top"])),
             "mapped": [numbers[i] for i in mapped.tolist()],
@@ -322,7 +362,7 @@ def page_mode(mode, index, maps):
 def make_page(panels, picture, name, ask):
     """Return words.html as a string. What comes from outside is one JSON block, used as text."""
     side = panels[0][0]["side"]
-    maps = MAP_BYTES // sum(2 * len(states) for states in panels) // side ** 2
+    maps = MAP_BYTES // sum(3 * len(states) for states in panels) // side ** 2
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=88)
     index = {}
@@ -331,7 +371,12 @@ def make_page(panels, picture, name, ask):
         page_states = []
         for state in states:
             modes = {key: page_mode(mode, index, maps) for key, mode in state["modes"].items()}
-            page_states.append({"label": state["label"], "answer": state["answer"], "modes": modes})
+            lost = state["needs"] and {
+                "patches": rounded(state["needs"]["patches"]),
+                "words": [{"word": index.setdefault(vocab.show(word), len(index)), "value": nats}
+                          for word, nats in state["needs"]["words"]]}
+            page_states.append({"label": state["label"], "answer": state["answer"], "needs": lost,
+                                "modes": modes})
         page_panels.append({"name": states[0]["name"], "states": page_states})
     content = {"image": "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(),
                "name": name, "ask": ask, "side": side, "colours": patch_colours(picture, side),
@@ -351,6 +396,18 @@ def refuse_to_overwrite(paths, args):
         raise ValueError(f"{existing[0]} exists; name another --out or say --overwrite")
 
 
+def print_needs(lost, side):
+    """Print the patches and the words without which the answer loses most. lost: see needs.ask."""
+    patches = [(f"row {i // side + 1} column {i % side + 1}", nats)
+               for i, nats in enumerate(lost["patches"].tolist())]
+    words = [(vocab.show(word), nats) for word, nats in lost["words"]]
+    for kind, pairs in ("patch", patches), ("word", words):
+        most = sorted(pairs, key=lambda pair: -pair[1])[:5]
+        if most:
+            print(f"  without a {kind} the answer loses, in nats of log-probability:",
+                  ", ".join(f"{name} {nats:+.2f}" for name, nats in most), flush=True)
+
+
 def main(args):
     image_name = os.path.basename(args.image)
     out = args.out or os.path.join("out", "words", os.path.splitext(image_name)[0])
@@ -364,15 +421,14 @@ def main(args):
     states = []
     for folder in args.checkpoints:                 # one LLM in memory at a time
         state = read_checkpoint(folder, image, image_mode, args)
-        if states and state["tiles"] != states[0]["tiles"]:
-            raise ValueError(f"{folder} and {args.checkpoints[0]} have other tiles: they cannot "
-                             "share a picture")
-        if states and state["side"] != states[0]["side"]:
-            raise ValueError(f"{folder} sees {state['side']} x {state['side']} patches and "
-                             f"{args.checkpoints[0]} does not: they cannot share a picture")
+        if states and (state["tiles"], state["side"]) != (states[0]["tiles"], states[0]["side"]):
+            raise ValueError(f"{folder} and {args.checkpoints[0]} cut pictures into other tiles or "
+                             "patches: they cannot share a picture")
         states.append(state)
         answer = f": {state['answer']}" if args.ask else ""
         print(f"{folder} ({state['name']}, {state['label']}){answer}", flush=True)
+        if state["needs"]:
+            print_needs(state["needs"], state["side"])
     panels = make_panels(states)
     size = states[0]["size"]
     if states[0]["tiles"]:

@@ -22,7 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
+import conversation
 import model
+import needs
+import pictures
 import vocab
 import words
 from conftest import ROOT, run
@@ -46,7 +49,10 @@ def make_state(g=3, kind="shares", K=40, name="an <LLM>", label="pretrain", seed
         modes["weights"] = words.make_mode(kind, names, w, 1 / K if kind == "shares" else 0.0)
     embeds = torch.randn(g * g, 7, generator=generator)
     modes["cosine"] = words.make_mode("cosine", names, words.cosine(embeds, E), 0.4)
-    return {"label": label, "name": name, "group": (name, kind), "modes": modes, "side": g, "mean": [0.5] * 3, "answer": None}
+    picks, coefficients, explained = words.pursuit(embeds, E)
+    together = torch.zeros(g * g, K).scatter_(1, picks, coefficients)
+    modes["together"] = words.make_mode("together", names, together, 0.3, explained)
+    return {"label": label, "name": name, "group": (name, kind), "modes": modes, "side": g, "mean": [0.5] * 3, "answer": None, "needs": None}
 
 
 def picture(side=96):
@@ -95,6 +101,64 @@ def test_cosine_null_is_what_random_directions_find():
     assert words.cosine_null(E[:50]) < null < words.cosine_null(E[:, :16])           # more rows, or fewer dimensions: higher
 
 
+def slow_pursuit(x, E, number):
+    """One vector by numpy: pick, fit all picks with lstsq, go on with the rest. -> picks, coefficients, R^2"""
+    E, x = E / np.linalg.norm(E, axis=1, keepdims=True), x / np.linalg.norm(x)
+    picks, rest = [], x
+    for _ in range(number):
+        order = np.argsort(-np.abs(E @ rest))
+        picks.append(int(next(i for i in order if i not in picks)))
+        coefficients = np.linalg.lstsq(E[picks].T, x, rcond=None)[0]
+        rest = x - coefficients @ E[picks]
+    return picks, coefficients, 1 - rest @ rest
+
+
+def test_pursuit_is_what_a_slow_loop_with_lstsq_finds():
+    generator = torch.Generator().manual_seed(3)
+    E, x = (torch.randn(n, 24, generator=generator) * torch.rand(n, 1, generator=generator).exp() for n in (300, 20))
+    E = E + torch.randn(24, generator=generator)                    # like an LLM's: all lean one way
+    for number in (1, 2, 5):
+        picks, coefficients, explained = words.pursuit(x, E, number)
+        for i in range(len(x)):
+            want = slow_pursuit(x[i].double().numpy(), E.double().numpy(), number)
+            assert picks[i].tolist() == want[0]
+            np.testing.assert_allclose(coefficients[i], want[1], rtol=1e-3, atol=1e-4)
+            assert explained[i].item() == pytest.approx(want[2], abs=1e-5)
+    assert (words.pursuit(x, E, 5)[2] > words.pursuit(x, E, 2)[2]).all()
+
+
+def test_pursuit_finds_the_words_that_a_sum_was_made_of():
+    generator = torch.Generator().manual_seed(4)
+    E = torch.randn(3000, 256, generator=generator) * 7
+    planted = torch.stack([torch.randperm(3000, generator=generator)[:5] for _ in range(30)])
+    factors = torch.tensor([1.0, -0.9, 0.8, 0.7, -0.6]).expand(30, 5)
+    x = (factors[..., None] * E[planted]).sum(1)
+    picks, coefficients, explained = words.pursuit(x, E)
+    found, want = (torch.zeros(30, 3000).scatter_(1, a, b) for a, b in
+                   ((picks, coefficients), (planted, factors * E[planted].norm(dim=-1) / x.norm(dim=-1, keepdim=True))))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    assert explained.min() > 0.99999
+    # One embedding for two words, an embed of one word alone, and one of length 0: no failure, and nothing is not a number
+    _, coefficients, explained = words.pursuit(torch.stack([E[0], 0 * E[0]]), torch.cat([E[:9], E[:9]]))
+    assert coefficients.isfinite().all() and explained.tolist() == pytest.approx([1, 0], abs=1e-5)
+
+
+def test_the_page_compares_five_words_with_five_for_a_random_direction(checkpoints):
+    vlm, pixels = checkpoint.load(str(checkpoints / "mlp")), torch.randn(3, 24, 24)
+    mode = words.read(vlm, pixels)["together"]
+    tokens, E = words.vocabulary(vlm)
+    E, embeds = E.detach().double().numpy(), vlm.encode(pixels[None])[0].detach().double().numpy()
+    assert mode["size"] == len(tokens) and mode["top"].shape == (9, 5) and mode["null"] > 0
+    for i, x in enumerate(embeds):
+        picks, coefficients, explained = slow_pursuit(x, E, 5)
+        shown = [mode["words"][column] for column in mode["top"][i].tolist()]
+        assert shown == [tokens[picks[j]] for j in np.argsort(-np.abs(coefficients))]           # strongest first
+        assert mode["explained"][i].item() == pytest.approx(explained, abs=1e-4)
+    random = words.random_directions(torch.zeros(1, E.shape[1])).double().numpy()
+    assert mode["null"] == pytest.approx(np.mean([slow_pursuit(x, E, 5)[2] for x in random]), abs=1e-4)
+    assert torch.equal(mode["loud"].argmax(), mode["explained"].argmax())
+
+
 @pytest.mark.parametrize("kind", ["shares", "signed"])
 def test_a_mode_keeps_the_strongest_words_and_raw_scores_keep_both_ends(kind):
     names, scores = [f"w{i}" for i in range(100)], torch.randn(9, 100)
@@ -116,6 +180,127 @@ def test_a_mode_keeps_the_strongest_words_and_raw_scores_keep_both_ends(kind):
 def test_a_word_near_chance_is_quiet_and_the_strongest_word_is_loud(values, null, loud):
     scores = torch.tensor(values)[:, None]
     assert words.make_mode("cosine", ["word"], scores, null)["loud"].tolist() == pytest.approx(loud, abs=1e-6)
+
+
+# --- what an answer needs
+
+def make_vlm(tiny, world, llm, normalize, tiles=()):
+    shared = vocab.load_words(f"{world}/words.json")[:60] if normalize != "mlp" else None
+    torch.manual_seed(5)
+    kind = ("mlp", 24, 0, "unit") if normalize == "mlp" else ("langbridge", 24, 60, normalize, 3.0)
+    vlm = checkpoint.build(model.Config(tiny.clip, getattr(tiny, llm), *kind[:4], tiles=tiles), shared, gain=kind[4] if kind[4:] else 1)
+    with torch.no_grad():                                           # image embeds as long as words, so that they matter
+        for parameter in vlm.connector.mlp.parameters():
+            parameter.mul_(3)
+    return vlm
+
+
+def slow_log_probability(vlm, prompt, answer, image_embeds):
+    """log p(answer | prompt) by the LLM of transformers alone, token by token. image_embeds float[P, D]"""
+    ids = torch.tensor(prompt + answer)
+    embeds = vlm.llm.get_input_embeddings()(ids.clamp(min=0)).clone()
+    embeds[ids == conversation.IMAGE_ID] = image_embeds.to(embeds)
+    logits = vlm.llm(inputs_embeds=embeds[None]).logits[0].float().log_softmax(-1)
+    return sum(logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def embeds_with_weight_zero(vlm, patches, word):
+    """The formula of model.combine by hand, one weight 0: float[P, Dv] -> float[P, D]"""
+    w, E = vlm.connector.scores(patches).double(), vlm.connector.vocab_embeds.double()
+    if vlm.connector.normalize != "none":
+        w = w.exp()
+    w[:, vlm.words.index(word)] = 0
+    if vlm.connector.normalize == "unit":
+        return w / w.norm(dim=1, keepdim=True) @ (E - E.mean(0))
+    return (w / w.sum(1, keepdim=True) if vlm.connector.normalize == "softmax" else w) @ E
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("llm, normalize", [("qwen", "unit"), ("llama", "softmax"), ("gemma", "none"), ("llama", "mlp")])
+def test_what_an_answer_needs_one_by_one_through_transformers(tiny, world, llm, normalize, monkeypatch):
+    vlm, pixels = make_vlm(tiny, world, llm, normalize), torch.randn(1, 3, 24, 24)
+    prompt, answer = [7, 8] + [conversation.IMAGE_ID] * 9 + [9, 10, 11], [40, 41, 42, 43]
+    patches = words.grid_patches(vlm, pixels)
+    tested = [] if normalize == "mlp" else needs.strongest_words(words.read(vlm, pixels[0])["weights"])[:5]
+    monkeypatch.setattr(needs, "BATCH_TOKENS", 60)                  # three runs in a batch
+    of_patches, of_words = needs.lost_nats(vlm, prompt, answer, pixels, None, patches, words=tested)
+    embeds = vlm.encode(pixels)[0]
+    before = slow_log_probability(vlm, prompt, answer, embeds)
+    for p in range(9):
+        changed = embeds.clone()
+        changed[p] = embeds.mean(0)
+        assert of_patches[p].item() == pytest.approx(before - slow_log_probability(vlm, prompt, answer, changed), abs=2e-4)
+    for word, lost in zip(tested, of_words.tolist(), strict=True):
+        changed = embeds_with_weight_zero(vlm, patches[0], word)
+        assert lost == pytest.approx(before - slow_log_probability(vlm, prompt, answer, changed), abs=2e-4)
+    assert of_patches.abs().median() > 1e-3 and (not tested or of_words.abs().max() > 1e-3)
+
+
+@torch.no_grad()
+def test_an_answer_needs_no_patch_that_says_what_the_mean_says(tiny, world):
+    vlm, pixels = make_vlm(tiny, world, "llama", "mlp"), torch.randn(1, 3, 24, 24)
+    features = words.grid_patches(vlm, pixels)
+    prompt = [7] + [conversation.IMAGE_ID] * 9 + [9]
+    vlm.connector.mlp[0], vlm.connector.mlp[1] = torch.nn.Identity(), torch.nn.Linear(32, 24)   # a linear connector
+    features[0, 4] = features[0, [0, 1, 2, 3, 5, 6, 7, 8]].mean(0)  # so its image embed is the mean of all
+    lost = needs.lost_nats(vlm, prompt, [40, 41], features, None, features)[0]
+    assert lost[4].abs() < 1e-4 and lost.abs().median() > 0.01
+    vlm.connector.mlp[2].weight.zero_()                             # all patches say the same
+    assert needs.lost_nats(vlm, prompt, [40, 41], features, None, features)[0].abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [0, 1, 2])
+def test_only_the_tile_that_is_read_is_tested(tiny, world, tile):
+    """A wide picture of 60 x 10 pixels on two tiles of 24: their first and last row of patches show border alone."""
+    vlm = make_vlm(tiny, world, "qwen", "unit", tiles=((48, 24),))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 60, 3), np.uint8))
+    pixels = pictures.tile_pixels(image, **vlm.image_settings, tiles=vlm.config.tiles)
+    prompt, answer = [7] + [conversation.IMAGE_ID] * vlm.num_tokens(image.size) + [9, 10], [40, 41, 42]
+    patches, tested = words.grid_patches(vlm, pixels[tile, None]), vlm.words[3:6]
+    of_patches, of_words = needs.lost_nats(vlm, prompt, answer, pixels, [image.size], patches, tile, tested)
+
+    embeds, seen = vlm.encode(pixels), slice(0, 9) if tile == 0 else slice(3, 6)
+    assert vlm.num_tokens(image.size) == 9 + 1 * 7                  # the square, then one row of both tiles and its end
+    def loss(changed):
+        return before - slow_log_probability(vlm, prompt, answer, vlm.images(changed, [image.size])[0])
+    before = slow_log_probability(vlm, prompt, answer, vlm.images(embeds, [image.size])[0])
+    for p in range(9):
+        changed = embeds.clone()
+        changed[tile, p] = embeds[tile, seen].mean(0)
+        assert of_patches[p].item() == pytest.approx(loss(changed), abs=2e-4)
+        assert (of_patches[p] != 0) == (p in range(9)[seen])
+    for word, lost in zip(tested, of_words.tolist(), strict=True):
+        changed = embeds.clone()
+        changed[tile] = embeds_with_weight_zero(vlm, patches[0], word)
+        assert lost == pytest.approx(loss(changed), abs=2e-4)
+
+
+def test_a_word_is_removed_by_the_fused_combination_too(tiny, world):
+    for normalize in ("unit", "softmax"):
+        vlm = make_vlm(tiny, world, "qwen", normalize)
+        patches = torch.randn(1, 9, 32)
+        plain_embeds = needs.embeds_without(vlm, patches, vlm.words[3])
+        vlm.connector.plain_bytes = 1                               # fused.py computes
+        torch.testing.assert_close(needs.embeds_without(vlm, patches, vlm.words[3]), plain_embeds, rtol=1e-4, atol=1e-5)
+        assert vlm.connector.to_scores.weight[3].abs().max() > 0    # the connector itself has not changed
+
+
+def test_what_is_not_tested_is_said(tiny, world, monkeypatch, capsys):
+    vlm, pixels = make_vlm(tiny, world, "qwen", "unit"), torch.randn(1, 3, 24, 24)
+    question = ("what is it?", "chat", (24, 24), pixels, words.grid_patches(vlm, pixels))
+    mode = words.read(vlm, pixels[0])["weights"]
+    answer, lost = needs.ask(vlm, *question, mode=mode)
+    assert answer and lost["patches"].shape == (9,) and len(lost["words"]) == 16
+    sums = Counter()                                                # the words that the page's lists weigh most
+    for columns, values in zip(mode["top"].tolist(), mode["values"].tolist()):
+        sums.update({mode["words"][c]: values[c] for c in columns})
+    assert [word for word, _ in lost["words"]] == [word for word, _ in sums.most_common(16)]
+    assert needs.ask(vlm, *question)[1]["words"] == []              # an MLP
+    monkeypatch.setattr(needs, "CPU_OPERATIONS", 1e6)
+    assert needs.ask(vlm, *question, mode=mode) == (answer, None) and "too long" in capsys.readouterr().out
+    monkeypatch.setattr(needs, "generate", lambda *args, **kwargs: [[]])
+    assert needs.ask(vlm, *question, mode=mode) == ("", None) and "empty" in capsys.readouterr().out
 
 
 # --- the picture
@@ -178,6 +363,7 @@ def test_the_square_is_what_the_vision_tower_sees():
 def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
     state = make_state(kind=kind)
     state["answer"] = EVIL[0]
+    state["needs"] = {"patches": torch.linspace(-1, 2, 9), "words": [(SPELT[0], 1.5), (vocab.to_word(b" unseen"), -0.25)]}
     html = page_of(state, ask=EVIL[1])
     parsed = Scripts(html)
     assert len(parsed.scripts) == 2 and "img" not in [tag for tag, _ in parsed.tags]
@@ -185,9 +371,13 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
     assert parsed.scripts[0].isprintable()                          # no raw control character, no line separator
     content = json.loads(parsed.scripts[0])
     assert content["ask"] == EVIL[1] and content["panels"][0]["states"][0]["answer"] == EVIL[0]
+    lost = content["panels"][0]["states"][0]["needs"]
+    assert lost["patches"] == pytest.approx(torch.linspace(-1, 2, 9).tolist(), rel=0.01)
+    assert [(content["words"][one["word"]], one["value"]) for one in lost["words"]] == [(vocab.show(SPELT[0]), 1.5), ("␣unseen", -0.25)]
     for key, mode in state["modes"].items():
         there = content["panels"][0]["states"][0]["modes"][key]
         top = mode["top"]
+        assert there["explained"] == (key == "together" and pytest.approx(mode["explained"].tolist(), rel=0.01))
         assert [content["words"][i] for i in there["ids"]] == [vocab.show(mode["words"][i]) for i in top.flatten().tolist()]
         assert there["values"] == pytest.approx(mode["values"].gather(1, top).flatten().tolist(), rel=0.01)
         maps = np.frombuffer(base64.b64decode(there["maps"]), np.int8).reshape(len(there["mapped"]), -1)       # (words, P)
@@ -255,6 +445,8 @@ ENTER, ESCAPE, RIGHT, DOWN, END, HOME = "\ue007", "\ue00c", "\ue014", "\ue015", 
 @pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")), reason="no Chromium with its chromedriver on this machine")
 def test_the_page_works_in_a_browser(tmp_path):
     states = [make_state(kind="signed", label="step 1"), make_state(kind="signed", label="step 2", seed=1), make_state(kind="signed", name="other")]
+    for state, largest in zip(states, (2, 1)):                      # the other LLM was not tested
+        state["needs"] = {"patches": torch.arange(9) / 8 * largest - 0.5, "words": [("Ġw3", 0.75), ("Ġw1", 1.5)]}
     (tmp_path / "page.html").write_text(page_of(*states), encoding="utf-8")
     browser = Browser(tmp_path / "profile")
     try:
@@ -295,6 +487,26 @@ def test_the_page_works_in_a_browser(tmp_path):
         assert browser.js(label) == late
         browser.point("document.querySelectorAll('#modes label')[1]", "pointerDown", "pointerUp")
         assert "random direction" in browser.js(read)
+        browser.point("document.querySelectorAll('#modes label')[2]", "pointerDown", "pointerUp")
+        together = states[1]["modes"]["together"]
+        browser.point("panels[0].cells[3]")
+        assert f"Together these 5 words explain {100 * together['explained'][3]:.0f} %" in browser.js(read) and "explain 30 %" in browser.js(read)
+        best = [vocab.show(together["words"][column]) for column in together["top"][3].tolist()]
+        assert browser.js("[...panels[0].read.querySelectorAll('.words bdi')].map(b => b.textContent)") == best
+
+        assert "loses 0.13 nats" not in browser.js(read) and "gains 0.13 nats" in browser.js(read)       # 3 / 8 - 0.5
+        assert browser.js("panels[0].read.querySelector('.chips').textContent") == "␣w1+1.50␣w3+0.75"
+        assert "nats" not in browser.js("panels[1].read.textContent")
+        browser.point("$('needs')", "pointerDown", "pointerUp")
+        assert browser.js("$('needs').ariaPressed") == "true" and "nats" in browser.js("panels[0].legend.textContent")
+        assert browser.js("panels.map(p => p.stage.classList.contains('mapped'))") == [True, False]
+        copy = "(c => (c.drawImage(panels[0].canvas, 0, 0), [...c.getImageData(0, 0, side, side).data]))(make('canvas').getContext('2d'))"
+        colours = browser.js(copy)                                  # a second read of the canvas itself would be a warning
+        red, alpha = colours[::4], colours[3::4]
+        assert [r > 200 for r, a in zip(red, alpha) if a] == [False] * 4 + [True] * 4 and alpha[4] == 0          # below 0, 0, above
+        assert "+1.50 nats" in browser.js("panels[0].legend.textContent") and "+0.50 nats" in browser.js("panels[0].cells[8].ariaLabel")
+        browser.keys(ESCAPE)
+        assert browser.js("panels.map(p => p.stage.classList.contains('mapped'))") == [False, False]
 
         unnamed = "b => !(b.getAttribute('aria-label') || b.textContent.trim() || b.labels?.length)"
         assert browser.js(f"[...document.querySelectorAll('button, input')].filter({unnamed}).length") == 0
@@ -331,12 +543,16 @@ def arguments(checkpoints, image, out, **more):
 def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
     args = arguments([checkpoints / n for n in ("soft", "raw", "mlp")], world / "images" / "0.png", tmp_path / "out", ask="What is this?")
     words.main(args)
-    assert sorted(os.listdir(tmp_path / "out")) == ["words.html", "words.png"] and "wrote" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == ["words.html", "words.png"]
+    printed = capsys.readouterr().out
+    assert "wrote" in printed and printed.count("without a patch the answer loses") == 3 and printed.count("without a word") == 2
     content = json.loads(Scripts((tmp_path / "out" / "words.html").read_text(encoding="utf-8")).scripts[0])
     modes = [panel["states"][0]["modes"] for panel in content["panels"]]
-    assert [list(m) for m in modes] == [["weights", "cosine"], ["weights", "cosine"], ["cosine"]]
+    assert [list(m) for m in modes] == [["weights", "cosine", "together"]] * 2 + [["cosine", "together"]]
     assert [m.get("weights", {}).get("kind") for m in modes] == ["shares", "signed", None]
     assert all(isinstance(panel["states"][0]["answer"], str) for panel in content["panels"])
+    lost = [panel["states"][0]["needs"] for panel in content["panels"]]
+    assert [len(one["patches"]) for one in lost] == [9] * 3 and [len(one["words"]) for one in lost] == [8, 16, 0]
     with pytest.raises(ValueError, match="--overwrite"):
         words.main(args)
 

@@ -1,0 +1,109 @@
+"""
+What an answer needs: how much less probable it is without a patch, and without a word.
+
+words.py --ask calls `ask`. A model answers a question about a picture. Then the LLM reads the same
+answer again for each patch and each strong word, with that patch or word removed. The words of a
+patch say what the LLM is told, and this test says what it uses. Letters as in model.py.
+"""
+import math
+
+import torch
+
+import conversation
+from generate import generate
+
+TESTED_WORDS = 16               # the strongest words of a picture
+BATCH_TOKENS = 4096             # of one batch
+CPU_OPERATIONS = 4e13           # of the whole test. A CPU needs minutes for so many
+
+
+def ask(vlm, question, template, image_size, pixels, patches, tile=0, mode=None):
+    """Return the answer to a question as a string, and what it needs, None if that is not tested.
+
+    image_size: (width, height) of the picture. pixels float32[N, 3, S, S]: the picture, with tiles
+    all N tiles. patches float[1, P, Dv]: of the tile that is tested. mode: by weights, of an MLP
+    None. What the answer needs: {"patches": float32[P], "words": [(word, nats)]}, see `lost_nats`.
+    """
+    messages = [{"role": "user", "content": f"<image>\n{question}"}]
+    number = vlm.num_tokens(image_size)
+    prompt = conversation.encode_prompt(messages, vlm.tokenizer, number, template)
+    image_sizes = [image_size] if vlm.config.tiles else None
+    new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64, image_sizes=image_sizes)[0]
+    answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+
+    words = strongest_words(mode) if mode else []
+    tokens = (len(prompt) + len(new_ids)) * (patches.shape[1] + len(words))
+    operations = 2 * tokens * sum(parameter.numel() for parameter in vlm.llm.parameters())
+    if not new_ids or vlm.llm.device.type == "cpu" and operations > CPU_OPERATIONS:
+        print("note: what the answer needs is not tested:",
+              "on a CPU it would take too long" if new_ids else "the answer is empty")
+        return answer, None
+    lost = lost_nats(vlm, prompt, new_ids, pixels, image_sizes, patches, tile, words)
+    return answer, {"patches": lost[0], "words": list(zip(words, lost[1].tolist()))}
+
+
+def strongest_words(mode):
+    """Return the words whose weights have the largest sums over the patches that list them."""
+    listed = torch.zeros_like(mode["values"]).scatter_(1, mode["top"], 1)           # (P, U)
+    sums = (listed * mode["values"].abs()).sum(dim=0)
+    return [mode["words"][i] for i in sums.argsort(descending=True)[:TESTED_WORDS].tolist()]
+
+
+@torch.no_grad()
+def lost_nats(vlm, prompt, answer, pixels, image_sizes, patches, tile=0, words=()):
+    """Return how much log-probability an answer loses without each patch, and without each word.
+
+    prompt, answer: lists of ids; image_sizes as for generate; the rest as for `ask`. -> float32[P]
+    and float32[n] for n words, in nats. Below 0 the answer is more probable without it.
+    A removed patch gets the mean image embed of the tile. If it lost its position, all later tokens
+    would move. A removed word has the weight 0 in all patches of the tile. The answer does not end
+    with an end token, because it may have been cut off.
+    """
+    ids = torch.tensor([prompt + answer[:-1]])
+    embeds = vlm.splice(ids, pixels, image_sizes=image_sizes)       # (1, T, D)
+    read, places = places_of_patches(vlm, ids, len(pixels), patches.shape[1], image_sizes, tile)
+    # A change is a pair: positions, and their new image embeds. The first one changes nothing.
+    changes = [(places[:0], embeds[0, :0])]
+    changes += [(place, embeds[0, places].mean(dim=0)) for place in places]
+    changes += [(places, embeds_without(vlm, patches, word)[0, read]) for word in words]
+    targets = torch.tensor(answer, device=embeds.device)
+    at_once, logs = max(1, BATCH_TOKENS // ids.shape[1]), []
+    for start in range(0, len(changes), at_once):
+        chunk = changes[start:start + at_once]
+        rows = embeds.repeat(len(chunk), 1, 1)                      # (R, T, D)
+        for row, (place, new) in zip(rows, chunk):
+            row[place] = new.to(row.dtype)
+        hidden = vlm.llm.get_decoder()(inputs_embeds=rows, use_cache=False).last_hidden_state
+        logs += [-vlm.token_loss(row, targets).item() for row in hidden[:, -len(answer):]]
+    lost = logs[0] - torch.tensor(logs[1:])
+    of_patches = torch.zeros(patches.shape[1]).index_copy(0, read, lost[:len(read)])
+    return of_patches, lost[len(read):]
+
+
+def places_of_patches(vlm, ids, num_tiles, P, image_sizes, tile):
+    """Return the patches of a tile that the LLM reads, and their positions in ids int64[1, T].
+
+    Both are int64[n] on the CPU. Tiles can have patches that show only border. The LLM does not
+    read them, and so the answer needs nothing of them.
+    """
+    # vlm.images knows where image embeds go, so let it arrange numbers instead of image embeds.
+    first = 1e6                                 # so large a number stands in no newline
+    embed = vlm.llm.get_input_embeddings()
+    numbers = torch.zeros(num_tiles, vlm.num_patches, embed.embedding_dim, device=vlm.llm.device)
+    numbers[tile, -P:] = first + torch.arange(P, device=numbers.device)[:, None]
+    numbers = torch.cat(vlm.images(numbers, image_sizes))[:, 0].cpu()
+    is_patch = numbers >= first                                     # (image positions,)
+    places = (ids[0] == conversation.IMAGE_ID).nonzero()[:, 0]      # (image positions,)
+    return (numbers[is_patch] - first).long(), places[is_patch]
+
+
+def embeds_without(vlm, patches, word):
+    """Return the image embeds if a word had the weight 0: float[N, P, Dv] -> float[N, P, D].
+
+    The other words are normalised as always, so the image embeds keep a length that the LLM knows.
+    """
+    to_scores, k = vlm.connector.to_scores, vlm.words.index(word)
+    W, b = to_scores.weight.clone(), to_scores.bias.clone()
+    W[k], b[k] = 0, 0 if vlm.connector.normalize == "none" else -math.inf
+    changed = {"to_scores.weight": W, "to_scores.bias": b}
+    return torch.func.functional_call(vlm.connector, changed, (patches,))

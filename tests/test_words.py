@@ -187,7 +187,7 @@ def test_a_word_near_chance_is_quiet_and_the_strongest_word_is_loud(values, null
 def make_vlm(tiny, world, llm, normalize, tiles=()):
     shared = vocab.load_words(f"{world}/words.json")[:60] if normalize != "mlp" else None
     torch.manual_seed(5)
-    kind = ("mlp", 24, 0, "unit") if normalize == "mlp" else ("langbridge", 24, 60, normalize, 3.0)
+    kind = ("mlp", 24, 0, "softmax") if normalize == "mlp" else ("langbridge", 24, 60, normalize, 3.0)
     vlm = checkpoint.build(model.Config(tiny.clip, getattr(tiny, llm), *kind[:4], tiles=tiles), shared, gain=kind[4] if kind[4:] else 1)
     with torch.no_grad():                                           # image embeds as long as words, so that they matter
         for parameter in vlm.connector.mlp.parameters():
@@ -210,13 +210,11 @@ def embeds_with_weight_zero(vlm, patches, word):
     if vlm.connector.normalize != "none":
         w = w.exp()
     w[:, vlm.words.index(word)] = 0
-    if vlm.connector.normalize == "unit":
-        return w / w.norm(dim=1, keepdim=True) @ (E - E.mean(0))
     return (w / w.sum(1, keepdim=True) if vlm.connector.normalize == "softmax" else w) @ E
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("llm, normalize", [("qwen", "unit"), ("llama", "softmax"), ("gemma", "none"), ("llama", "mlp")])
+@pytest.mark.parametrize("llm, normalize", [("qwen", "softmax"), ("gemma", "none"), ("llama", "mlp")])
 def test_what_an_answer_needs_one_by_one_through_transformers(tiny, world, llm, normalize, monkeypatch):
     vlm, pixels = make_vlm(tiny, world, llm, normalize), torch.randn(1, 3, 24, 24)
     prompt, answer = [7, 8] + [conversation.IMAGE_ID] * 9 + [9, 10, 11], [40, 41, 42, 43]
@@ -253,7 +251,7 @@ def test_an_answer_needs_no_patch_that_says_what_the_mean_says(tiny, world):
 @pytest.mark.parametrize("tile", [0, 1, 2])
 def test_only_the_tile_that_is_read_is_tested(tiny, world, tile):
     """A wide picture of 60 x 10 pixels on two tiles of 24: their first and last row of patches show border alone."""
-    vlm = make_vlm(tiny, world, "qwen", "unit", tiles=((48, 24),))
+    vlm = make_vlm(tiny, world, "qwen", "softmax", tiles=((48, 24),))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 60, 3), np.uint8))
     pixels = pictures.tile_pixels(image, **vlm.image_settings, tiles=vlm.config.tiles)
     prompt, answer = [7] + [conversation.IMAGE_ID] * vlm.num_tokens(image.size) + [9, 10], [40, 41, 42]
@@ -277,17 +275,16 @@ def test_only_the_tile_that_is_read_is_tested(tiny, world, tile):
 
 
 def test_a_word_is_removed_by_the_fused_combination_too(tiny, world):
-    for normalize in ("unit", "softmax"):
-        vlm = make_vlm(tiny, world, "qwen", normalize)
-        patches = torch.randn(1, 9, 32)
-        plain_embeds = needs.embeds_without(vlm, patches, vlm.words[3])
-        vlm.connector.plain_bytes = 1                               # fused.py computes
-        torch.testing.assert_close(needs.embeds_without(vlm, patches, vlm.words[3]), plain_embeds, rtol=1e-4, atol=1e-5)
-        assert vlm.connector.to_scores.weight[3].abs().max() > 0    # the connector itself has not changed
+    vlm = make_vlm(tiny, world, "qwen", "softmax")
+    patches = torch.randn(1, 9, 32)
+    plain_embeds = needs.embeds_without(vlm, patches, vlm.words[3])
+    vlm.connector.plain_bytes = 1                                   # fused.py computes
+    torch.testing.assert_close(needs.embeds_without(vlm, patches, vlm.words[3]), plain_embeds, rtol=1e-4, atol=1e-5)
+    assert vlm.connector.to_scores.weight[3].abs().max() > 0        # the connector itself has not changed
 
 
 def test_what_is_not_tested_is_said(tiny, world, monkeypatch, capsys):
-    vlm, pixels = make_vlm(tiny, world, "qwen", "unit"), torch.randn(1, 3, 24, 24)
+    vlm, pixels = make_vlm(tiny, world, "qwen", "softmax"), torch.randn(1, 3, 24, 24)
     question = ("what is it?", "chat", (24, 24), pixels, words.grid_patches(vlm, pixels))
     mode = words.read(vlm, pixels[0])["weights"]
     answer, lost = needs.ask(vlm, *question, mode=mode)

@@ -25,9 +25,9 @@ from pictures import image_path
 from results.photos import labels_of_patches
 
 
-def targets_of(objects, side, index):
+def targets_of(objects, side, index, K):
     """Return the words that each patch should say: float32[P, K] with rows of sum 1 or 0."""
-    targets = torch.zeros(side * side, len(index))
+    targets = torch.zeros(side * side, K)
     for i, label in enumerate(labels_of_patches(objects, side)):
         known = [index[word] for word in label if word in index]
         targets[i, known] = 1 / max(1, len(known))
@@ -65,7 +65,8 @@ def main():
         files = [data.features_path(args.features, image_path(args.images, name))
                  for name, _ in chosen]
         patches = torch.stack([load_file(file)["patches"] for file in files]).float()
-        targets = torch.stack([targets_of(objects, side, index) for _, objects in chosen])
+        targets = torch.stack([targets_of(objects, side, index, len(vlm.words))
+                               for _, objects in chosen])
         log_p = vlm.connector.scores(patches).log_softmax(dim=-1)               # (32, P, K)
         loss = -(targets * log_p).sum() / targets.sum().clamp(min=1)
         optimizer.zero_grad()

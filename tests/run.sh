@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 .venv/bin/pip install -q --no-compile -r requirements.txt
 unset PYTHONDONTWRITEBYTECODE                   # else each process that a test starts compiles torch's Python anew
 export OMP_WAIT_POLICY=PASSIVE                  # two ranks on two cores must not spin
-parallel=(-n auto --maxprocesses 4 --dist loadfile)     # a file's tests share what they make
+parallel=(-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)     # a file's tests share what they make
 if [ "${DEVICE:-cpu}" = cpu ]; then export CUDA_VISIBLE_DEVICES=; else parallel=(); fi
 exec .venv/bin/python -m pytest -q tests "${parallel[@]}" "$@"

@@ -22,9 +22,9 @@ BLOCK, BLOCKS = 1 << 14, 64
 MAX_IMAGES = 4000
 # Libraries write these into a config. They do not change what is computed.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-# Templates differ in what they do with a system turn, with thoughts, and with the last turn.
 # Settings beside a tokenizer's files, and the library, decide about spaces, case and accents.
 TEXT = "The cat's  2 hats,\n\tÉté ﬁn e\u0301 漢字: `a_b`.\n"
+# Templates differ in what they do with a system turn, with thoughts, and with the last turn.
 TALK = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
         {"role": "assistant", "content": "<think>\nc\n</think>\n\nd"},
         {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]

@@ -46,7 +46,6 @@ picture() {
     [ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000016.png --out "$OUT/words"
 }
 moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT
-    until [ -f "$OUT/$2/config.json" ]; do sleep 1; done     # the other lane makes the source
     transfer "$1-untrained" "$2" "$3"
     train "$1" config/pocket/sft.py --init="$OUT/$1-untrained" --connector_lr=2e-4      # it can see: do not undo that
     evaluate "$1" "$1-untrained"
@@ -56,9 +55,9 @@ moved() {                                           # moved NAME SOURCE LLM: tra
 [ -f $WORLD/words.json ] || "$PYTHON" vocab.py --tokenizers $WORLD/pocket-qwen $WORLD/pocket-llama \
     --corpus $WORLD/pretrain.json $WORLD/sft.json --count answers --size 512 --out $WORLD/words.json
 
-# Two lanes, about as long as each other.
-left() { source_LB; evaluate qwen-LB-pretrain; moved llama-from-qwen-LB qwen-LB pocket-llama; }
-right() { mlp qwen-MLP pocket-qwen; mlp llama-MLP pocket-llama; picture; }
+# Two lanes, about as long as each other. Neither waits for the other.
+left() { source_LB; picture; evaluate qwen-LB-pretrain; moved llama-from-qwen-LB qwen-LB pocket-llama; }
+right() { mlp qwen-MLP pocket-qwen; mlp llama-MLP pocket-llama; }
 set -m                                              # each lane is a process group, to be stopped with what it runs
 left & left=$!
 right & right=$!

@@ -166,8 +166,8 @@ def train(tree, world, dtype):
     out = tree / "out"
     options = [f"--images={world}/images", "--epochs=20", f"--max_steps={STEPS}", "--seed=1",
                "--global_batch=4", "--batch_size=2", f"--dtype={dtype}", "--device=cpu"]
-    start = {"pretrain": ["--init=", f"--llm={world}/pocket-qwen", f"--vision_tower={world}/vision-tower",
-                          f"--words={world}/words.json"],
+    start = {"pretrain": ["--init=", f"--llm={world}/pocket-qwen",
+                          f"--vision_tower={world}/vision-tower", f"--words={world}/words.json"],
              "sft": [f"--init={out}/pretrain"]}
     numbers = {}
     for stage in STAGES:

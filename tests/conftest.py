@@ -15,6 +15,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import warm  # noqa: E402
 DEVICE = os.environ.get("DEVICE", "cpu")        # of test_device.py and test_combine.py
 TEXT = ["a red circle and a blue square on the left of a green star", "what colour is the big circle? red!",
         "there are two small triangles above the word cat", "Is there a star in the image? yes, no"] * 4
@@ -75,10 +76,15 @@ def tiny(tmp_path_factory):
     return f
 
 
-def run(*command, check=True, env=None):
-    """A command of the README in a process of its own. -> CompletedProcess with the output as text"""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+def run(*command, check=True, env=None, fresh=False):
+    """A command of the README in a process of its own; `fresh`: one that has imported nothing yet, see warm.py.
+    -> CompletedProcess with the output as text"""
+    command = [str(word) for word in command]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if fresh or "--offline" in command:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=env)
+    else:
+        done = warm.run(command, env)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done
 

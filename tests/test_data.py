@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import struct
-import subprocess
 import sys
 import types
 import zlib
@@ -25,6 +24,7 @@ import data
 import pictures
 import vocab
 from common import BadSample
+from conftest import run
 from conversation import IGNORE, IMAGE_ID, encode, encode_prompt
 from data import Conversations, collate, global_batches, messages_of
 
@@ -589,8 +589,7 @@ def test_check_of_a_good_dataset_gives_0(tmp_path, capsys):
 
 
 def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, data.__file__, "--check", str(tmp_path / "none.json"), "--images", "."],
-                          capture_output=True, text=True)
+    done = run("data.py", "--check", tmp_path / "none.json", "--images", ".", check=False)
     assert done.returncode == 1
     assert done.stderr == f"data.py: [Errno 2] No such file or directory: '{tmp_path}/none.json'\n"
 

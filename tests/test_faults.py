@@ -441,7 +441,7 @@ def test_help_waits_for_no_library():
                "    sys.argv = [script, '--help']\n"
                "    try: runpy.run_path(script, run_name='__main__')\n"
                "    except SystemExit as stop: assert not stop.code, script\n"
-               "    assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules), script\n")
+               "    assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules), script\n", fresh=True)
     assert done.stdout.count("usage:") >= 7
 
 
@@ -653,7 +653,7 @@ print("OUTSIDE", outside)
 def test_a_run_on_folders_opens_no_connection_and_writes_nowhere_else(checkpoints, spoilt, tmp_path):
     env = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": ""}
     out = ["--out", tmp_path / "moved"]
-    done = run("-c", GUARD, tmp_path, "transfer.py", checkpoints / "ck", checkpoints / "qwen", *out, env=env)
+    done = run("-c", GUARD, tmp_path, "transfer.py", checkpoints / "ck", checkpoints / "qwen", *out, env=env, fresh=True)
     assert "OUTSIDE []" in done.stdout and (tmp_path / "moved" / "config.json").exists()
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import conftest  # noqa: E402
 import pocket_models  # noqa: E402
 import pocket_world  # noqa: E402
 from pocket_world import SUFFIX  # noqa: E402
@@ -30,9 +30,7 @@ DATA_FILES = (23, "5c44adcb5334790104e591712fb8497e84901ba055cadb29eea418b2dcb03
 
 def run(out, *more):
     """Run python pocket.py --tiny into `out`."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, str(ROOT / "pocket.py"), "--tiny", "--out", str(out), *more]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    return conftest.run("pocket.py", "--tiny", "--out", out, *more, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Run: python -m pytest tests/test_vocab.py. Tokenizers of four families are made here: hermetic."""
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import conftest  # noqa: E402
 import vocab  # noqa: E402
 from tools.import_official import import_official  # noqa: E402
 
@@ -212,7 +212,7 @@ def test_official_files_are_accepted_or_refused(toks, tmp_path):
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(ROOT / "vocab.py"), *map(str, args)], capture_output=True, text=True)
+    return conftest.run("vocab.py", *args, check=False)
 
 
 def test_command_line_end_to_end(toks, tmp_path, monkeypatch, capsys):
@@ -241,7 +241,7 @@ def test_command_line_end_to_end(toks, tmp_path, monkeypatch, capsys):
 
     (tmp_path / "o.json").write_text(json.dumps({w: i for w, i in vocab.tokenizer_words(toks["byte_level"]).items()}))
     tool = [ROOT / "tools" / "import_official.py", tmp_path / "o.json", "--tokenizer", a, "--out", tmp_path / "i.json"]
-    subprocess.run([sys.executable, *map(str, tool)], check=True, capture_output=True)
+    conftest.run(*tool)
     moved = run("--import-official", tmp_path / "o.json", "--tokenizer", a, "--out", tmp_path / "i.json")
     assert moved.returncode == 1 and "tools/import_official.py" in moved.stderr and "Traceback" not in moved.stderr
     assert len(vocab.load_words(tmp_path / "i.json")) == len(vocab.tokenizer_words(toks["byte_level"]))

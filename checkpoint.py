@@ -44,15 +44,15 @@ NEWLINE = "image_newline.safetensors"
 # --------------------------------------------------------------------------------------------------
 # build
 
-def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, attention=None,
-          frozen_dtype=None, tower_dtype=None, tower_folder=None, sharded_parts=()):
+def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=None,
+          frozen_dtype=None, tower_dtype=None, tower_folder=None, shard=False):
     """Return a VLM with a new connector, in evaluation mode, no parameter of it trainable.
 
     words: list of K strings, None for an MLP. dtype: of the LLM. frozen_dtype: of E and of the
     computation, default dtype. tower_dtype: default frozen_dtype. llm: (LLM, tokenizer) if they are
     loaded already. attention: see load_llm. tower_folder: weights in place of config.vision_tower.
-    device: one device, or "auto" for all GPUs. sharded_parts: the parts of which each rank holds a
-    piece, ("llm",) or ("llm", "vision_tower"); then every rank must call.
+    device: one device, or "auto" for all GPUs. shard: each rank holds a piece of the LLM, and every
+    rank must call.
     ValueError where a model is not what the config needs.
     """
     frozen_dtype = frozen_dtype or dtype
@@ -63,12 +63,12 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
     Dv = probe_tower(tower, tower_name, config.vision_layer, config.image_size)
     settings = image_settings(tower_name, tower.config, config.image_size)
     if llm is None:
-        llm = load_llm(config.llm, dtype, device, attention, on_meta=bool(sharded_parts))
+        llm = load_llm(config.llm, dtype, device, attention, on_meta=shard)
     llm, tokenizer = llm
     if device == "auto":
         device = llm.get_input_embeddings().weight.device
     D = llm.get_input_embeddings().embedding_dim
-    connector = make_connector(config, Dv, D, gain)
+    connector = make_connector(config, Dv, D)
     vlm = VLM(config, tower.to(device), connector.to(device), llm, tokenizer, words, settings)
     vlm.requires_grad_(False).eval()
     if tower_folder:
@@ -84,8 +84,8 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, gain=1.0, 
 
     vlm.fingerprint = {"llm": fingerprint.of_llm(llm.config.name_or_path or config.llm, tokenizer),
                        "vision_tower": fingerprint.of_vision_tower(tower_name)}
-    if sharded_parts:
-        sharding.shard_vlm(vlm, sharded_parts, device, frozen_dtype)
+    if shard:
+        sharding.shard_vlm(vlm, device, frozen_dtype)
         sharding.run_gathered(vlm, finish)
     else:
         finish()
@@ -101,7 +101,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     trained_parts: names of the parts that this run has trained, such as ("connector", "llm"). The
     LLM and the tower are written if they are among these or if the checkpoint that the run started
     from held them. dtype: of the written LLM and tower, default their own. extra: more entries of
-    config.json. With sharded parts every rank must call; rank 0 writes.
+    config.json. With a sharded LLM every rank must call; rank 0 writes.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     own_parts = vlm.own_parts | {*trained_parts} - {"connector"}
@@ -222,7 +222,7 @@ def git_commit():
 # load
 
 def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype=None,
-         tower_dtype=None, sharded_parts=(), vision_tower=None, tiles=None):
+         tower_dtype=None, shard=False, vision_tower=None, tiles=None):
     """Return the VLM of a checkpoint, in evaluation mode. The arguments are those of `build`.
 
     attention: default is the one of the training. vision_tower: where the same tower is, if it is
@@ -236,11 +236,11 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     config.tiles = config.tiles if tiles is None else tiles
     llm_folder = own_folder(folder, "llm")
     llm = load_llm(llm_folder or config.llm, dtype, device,
-                   attention or metadata.get("attention"), bool(sharded_parts))
+                   attention or metadata.get("attention"), shard)
     words = read_words(folder, config, metadata)
     vlm = build(config, words, device, dtype, llm, frozen_dtype=frozen_dtype,
                 tower_dtype=tower_dtype, tower_folder=own_folder(folder, "vision_tower"),
-                sharded_parts=sharded_parts)
+                shard=shard)
     check_patches(vlm, metadata, folder)
     load_connector(vlm.connector, folder)
     if vlm.image_newline is not None and metadata["tiles"]:

@@ -166,11 +166,13 @@ def run_script(main, *args):
     """Run a script's main function; a user's mistake ends the process with one sentence.
 
     Functions raise ValueError or OSError for what a user can mend. Other errors keep their
-    traceback.
+    traceback. If you change this code, set TRACEBACK=1 to see where a ValueError comes from.
     """
     try:
         status = main(*args)
     except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         sys.exit(f"{os.path.basename(sys.argv[0])}: {lines[0]}")
     if status:

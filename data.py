@@ -2,7 +2,7 @@
 Records and batches: a record of a LLaVA-format JSON file becomes ids, labels and pixels.
 
     record --messages_of--> messages     --conversation.encode--> ids, labels --collate--> batch
-                            image names  --pictures.transform---> pixels
+                            image names  --pictures.tile_pixels-> pixels
 
 Letters: T tokens, P patches of an image, B samples of a batch, N images of a batch,
 S side of a square image in pixels.
@@ -141,7 +141,7 @@ def messages_of(record, image_first=True):
 class Conversations:
     """A map-style dataset over LLaVA-format JSON files; several files are read as one.
 
-    image: {"size", "mean", "std"[, "mode"]} for pictures.transform.
+    image: {"size", "mean", "std"[, "mode"]} for pictures.tile_pixels.
     max_length: a sample keeps its first max_length tokens; None keeps all.
     image_names: for each record its image names; none for a record that is malformed.
     word_of_id: {id: index of the shared word that the id is}, for "words".

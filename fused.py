@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from common import print_rank0
 
-NORMALIZE = ("softmax", "none")             # what this file knows
+SUPPORTED = ("softmax", "none")             # what this file knows
 BLOCK = 1024            # words whose scores exist at one time; on a CPU they stay in its cache
 CUDA_BLOCK = 4096       # a GPU's sums over blocks pass over memory less often
 # torch.compile takes seconds. With fewer scores (patches x words) than this it does not pay.

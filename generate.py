@@ -17,8 +17,6 @@ from conversation import IMAGE_ID
 # Layers of these types keep keys and values of all tokens, so a prefix can be copied between rows.
 # Other layers (Mamba, for example) remember by a state that cannot be shifted.
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
-
-
 # cuDNN's attention plans anew for each length, and each new token makes a new length.
 CUDNN_ATTENTION = False
 
@@ -101,8 +99,8 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
     A prefix is a prompt up to its last patch, with its images. The arguments are those of
     `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of
     ids of each image. The cache covers the first C = T - rest columns, where `rest` is the largest
-    number of tokens that a prompt has after its last patch. The result is None if no two prompts share a
-    prefix or if the LLM has layers of another type.
+    number of tokens that a prompt has after its last patch. The result is None if no two prompts
+    share a prefix or if the LLM has layers of another type.
     """
     B, T = mask.shape
     remaining_images = iter(image_index)

@@ -44,23 +44,21 @@ LOSS_ROWS = 2048
 class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize: how scores become weights, see `combine`. gain: factor on the initial W; 1.0 is
-    torch's default. At the paper's sizes the connector has 129,790,720 parameters.
+    normalize: how scores become weights, see `word_weights`. plain_bytes: if the scores take more
+    bytes than this, fused.py computes; 0 means a part of the device's memory.
+    At the paper's sizes the connector has 129,790,720 parameters.
     """
 
-    def __init__(self, Dv, H=5120, K=19200, normalize="softmax", gain=1.0, plain_bytes=0):
+    def __init__(self, Dv, H=5120, K=19200, normalize="softmax", plain_bytes=0):
         super().__init__()
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize is one of {', '.join(NORMALIZE)}, not {normalize!r}")
         self.normalize = normalize
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
         self.to_scores = nn.Linear(H, K)                            # W [K, H] and b [K]
-        with torch.no_grad():
-            self.to_scores.weight.mul_(gain)
         # E [K, D] belongs to the LLM. A non-persistent buffer is in no state dict, so E is not
         # saved with the connector, and no saved tensor has the dimension D.
         self.register_buffer("vocab_embeds", None, persistent=False)
-        # With more bytes of scores than this, fused.py computes. 0: a part of the device's memory.
         self.plain_bytes = plain_bytes
 
     def forward(self, patches):
@@ -69,7 +67,7 @@ class LangBridge(nn.Module):
         W, b, E = self.to_scores.weight, self.to_scores.bias, self.vocab_embeds
         num_scores = z[..., 0].numel() * len(W)
         is_small = 4 * num_scores <= (self.plain_bytes or fused.plain_limit(z.device))
-        if self.normalize == "none" or self.normalize in fused.NORMALIZE and not is_small:
+        if self.normalize == "none" or (self.normalize in fused.SUPPORTED and not is_small):
             # The same function as `combine` below. It needs less memory, and for "none" less time.
             return fused.combine(z, W, b, E, self.normalize)        # (N, P, H) -> (N, P, D)
         plain = fused.compiled(combine) if num_scores >= fused.COMPILE_FROM else combine
@@ -108,7 +106,7 @@ def words_loss(scores, targets, background):
     """Return -log of the probability that an image says each word of its answer, summed.
 
     scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
-    answer. background float[K]: how often any answer contains each word, with a sum below 1.
+    answer. background float[K]: how frequent each word is in all answers, with a sum below 1.
     This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
 
     The images are one mixture of words, the mean of what their patches say, so that each patch is
@@ -199,10 +197,10 @@ class Config:
     tiles: tuple = ()
 
 
-def make_connector(config, Dv, D, gain=1.0):
+def make_connector(config, Dv, D):
     """Return a new connector of the kind that `config` names. ValueError for an unknown kind."""
     if config.connector == "langbridge":
-        return LangBridge(Dv, config.hidden, config.num_words, config.normalize, gain)
+        return LangBridge(Dv, config.hidden, config.num_words, config.normalize)
     if config.connector == "mlp":
         return MLPConnector(Dv, D, config.hidden)
     raise ValueError(f'connector is "langbridge" or "mlp", not {config.connector!r}')
@@ -329,12 +327,6 @@ class VLM(nn.Module):
         text_ids = input_ids.masked_fill(is_image, 0).to(device, non_blocking=True)
         embeds = embed(text_ids)                                    # (B, T) -> (B, T, D)
         if pixel_values is None or len(pixel_values) == 0:
-            if self.sharded:
-                # Another rank may have images, and it waits for this rank's pieces of the tower.
-                # So encode a blank image here, too, and multiply it by 0.
-                side = self.image_settings["size"]
-                blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
-                embeds = embeds + 0 * blank.sum().to(embeds.dtype)
             return embeds
         images = self.images(self.encode(pixel_values), image_sizes)
         if image_index is not None:
@@ -342,8 +334,8 @@ class VLM(nn.Module):
         image_embeds = torch.cat(images).to(embeds.dtype)           # (image positions, D)
         positions = is_image.flatten().nonzero()[:, 0]              # in B * T
         if len(positions) != len(image_embeds):
-            raise ValueError(f"{len(positions)} image positions for {len(images)} images of "
-                             f"{len(image_embeds)} patches")
+            raise ValueError(f"{len(positions)} image positions for {len(image_embeds)} image "
+                             f"embeds of {len(images)} images")
         positions = positions.to(device, non_blocking=True)
         flat = embeds.flatten(0, 1)                                 # (B, T, D) -> (B * T, D)
         return flat.index_copy(0, positions, image_embeds).view_as(embeds)

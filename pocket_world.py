@@ -198,12 +198,13 @@ def draw_scene(scene):
         pen.polygon(points, fill=color)
         pen.line(points + points[:2], fill=darker(color, 0.75), width=2 * scale, joint="curve")
         if "word" in thing:
-            border = 5 * scale
+            border = int((y1 - y0) / 8)
+            font = sign_font(int(0.45 * (y1 - y0)))
             ink = (20, 20, 20)
             pen.rectangle((x0 + border, y0 + border, x1 - border, y1 - border),
                           fill=(255, 255, 255))
-            pen.text((x, y), thing["word"].upper(), fill=ink, font=sign_font(18 * scale),
-                     anchor="mm", stroke_width=scale // 2, stroke_fill=ink)
+            pen.text((x, y), thing["word"].upper(), fill=ink, font=font, anchor="mm",
+                     stroke_width=scale // 2, stroke_fill=ink)
     return picture.reduce(scale)
 
 

@@ -16,20 +16,19 @@ import ranks
 from pretrained import weights_folder
 
 
-def shard_vlm(vlm, parts, device, dtype):
-    """Cut `parts` of the VLM into a piece for each rank, and read this rank's piece of the LLM.
+def shard_vlm(vlm, device, dtype):
+    """Cut the LLM into a piece for each rank, and read this rank's piece.
 
-    A block of a transformer is gathered in `dtype` for its computation and freed after it. All
-    other parameters of `parts` stay gathered from forward to backward, because the embedding may
-    be the head as well and the loss calls the head in chunks. The connector stays whole.
+    A block of the transformer is gathered in `dtype` for its computation and freed after it. All
+    other parameters of the LLM stay gathered from forward to backward, because the embedding may be
+    the head as well and the loss calls the head in chunks. Connector and vision tower stay whole.
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    for part in parts:
-        for block in transformer_blocks(getattr(vlm, part)):
-            fully_shard(block, mesh=mesh, mp_policy=precision)
-    ignored = {p for name, p in vlm.named_parameters() if name.split(".")[0] not in parts}
+    for block in transformer_blocks(vlm.llm):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    ignored = {p for name, p in vlm.named_parameters() if not name.startswith("llm.")}
     fully_shard(vlm, mesh=mesh, mp_policy=precision, ignored_params=ignored)
     vlm.sharded = True
 

@@ -53,7 +53,6 @@ class Settings:
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
     normalize: str = setting("softmax", "how scores become weights, see model.NORMALIZE")
-    gain: float = setting(1.0, "initial spread of the scores; 1 is torch's default", low=1e-9)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))
     vision_layer: int = setting(-2, "the hidden state of the tower that the connector reads")
@@ -101,8 +100,6 @@ class Settings:
                                   "1/32 of the memory", low=0)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first step")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
-    shard_tower: bool = setting(False, "each rank holds a piece of the vision tower as well",
-                                free=True)
     checkpointing: bool = setting(False, "recompute the LLM's activations: slower, less memory")
     device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank",
                           free=True)
@@ -115,7 +112,7 @@ class Settings:
     probe_every: int = setting(50, "steps between two losses without the image; 0: never", low=0,
                                free=True)
     save_every: int = setting(500, "steps between two states to resume from", low=1, free=True)
-    snapshots: tuple = setting((), "steps at which a checkpoint is kept, such as 100,1000",
+    snapshots: tuple = setting((), "keep a checkpoint before these steps, such as 100,1000",
                                free=True)
     overwrite: bool = setting(False, "train again where a finished run is", free=True)
     offline: bool = setting(False, common.OFFLINE, free=True)
@@ -136,6 +133,11 @@ def read_settings(argv):
     return cfg
 
 
+def needs_words(cfg):
+    """Return whether the settings ask for the words loss, for which an MLP has no words."""
+    return cfg.words_loss or cfg.stage == "words"
+
+
 def needs_squares(cfg):
     """Return whether the settings work only with pictures that are one square each."""
     return cfg.features or cfg.words_loss or "llm" not in STAGES[cfg.stage]
@@ -144,8 +146,7 @@ def needs_squares(cfg):
 def check(cfg):
     """End the process with one sentence if the settings cannot work. Nothing is loaded for this."""
     settings.check_ranges(cfg)
-    needs_words = cfg.words_loss or cfg.stage == "words"
-    if needs_words and cfg.connector == "mlp":
+    if needs_words(cfg) and cfg.connector == "mlp":
         sys.exit("the words loss needs the words of a LangBridge, and connector is mlp")
     if cfg.tiles and needs_squares(cfg):
         sys.exit("tiles are for stages that train the LLM, without words_loss and features")
@@ -159,8 +160,6 @@ def check(cfg):
         if getattr(cfg, key) and cfg.out and place in (".", *FOLDERS):
             sys.exit(f"{key} {getattr(cfg, key)} is in {cfg.out}, where the run would overwrite "
                      "it: name another out")
-    if cfg.shard_tower and not cfg.shard:
-        sys.exit("shard_tower is set without shard: the tower is sharded along with the LLM")
     required = ["out", "data"]
     if cfg.dry_run:
         required = []
@@ -209,7 +208,7 @@ def make_model(cfg, device):
     if "vision_tower" in trained_parts:
         options["tower_dtype"] = torch.float32
     if cfg.shard and "RANK" in os.environ:
-        options["sharded_parts"] = ("llm", "vision_tower") if cfg.shard_tower else ("llm",)
+        options["shard"] = True
     torch.manual_seed(cfg.seed)                     # of a new connector
     if cfg.normalize not in model.NORMALIZE:        # before the models are loaded
         sys.exit(f"normalize is one of {', '.join(model.NORMALIZE)}, not {cfg.normalize!r}")
@@ -226,9 +225,9 @@ def make_model(cfg, device):
             words = words[:cfg.num_words or None]
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = len(words or ())
-        vlm = checkpoint.build(config, words, device, llm_dtype, gain=cfg.gain, **options)
+        vlm = checkpoint.build(config, words, device, llm_dtype, **options)
         if cfg.words_init == "embeds":
-            W = model.initial_scores(vlm.connector.vocab_embeds, cfg.hidden) * cfg.gain
+            W = model.initial_scores(vlm.connector.vocab_embeds, cfg.hidden)
             vlm.connector.to_scores.weight.data.copy_(W)
             vlm.connector.to_scores.bias.data.zero_()
     if vlm.image_newline is not None:
@@ -254,11 +253,13 @@ def check_init(cfg, config):
         is_free = key in ("llm", "vision_tower", "tiles")
         if key in cfg.given and not is_free and getattr(cfg, key) != value:
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
+    if needs_words(cfg) and config.connector == "mlp":
+        sys.exit(f"the words loss needs the words of a LangBridge, and {cfg.init} has an MLP")
     if config.tiles and "tiles" not in cfg.given and needs_squares(cfg):
         sys.exit(f"{cfg.init} has tiles: set tiles to (), or train the LLM without words_loss and "
                  "features")
     # A config file may name these for its --dry_run. On the command line they are a mistake.
-    for key in ("llm", "vision_tower", "words", "gain", "words_init"):
+    for key in ("llm", "vision_tower", "words", "words_init"):
         if cfg.given.get(key) == "the command line":
             sys.exit(f"--{key} does not go with init, which has its own; transfer.py moves a "
                      "connector to another LLM")
@@ -408,12 +409,7 @@ def main(cfg):
     if cfg.global_batch % world:
         sys.exit(f"global_batch {cfg.global_batch} does not divide by {world} ranks")
     on_rank0(lambda: prepare_out(cfg), rank, world)
-    # A signal may reach one rank only. Each step adds the signals of all ranks up. All ranks stop
-    # if there was one.
-    signals_received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signals_received.append(True))
-
+    set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
     vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)) here. The optimizer takes
@@ -421,7 +417,7 @@ def main(cfg):
     optimizer = make_optimizer(vlm, cfg)
     trained = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
     word_of_id = {}
-    if cfg.words_loss or cfg.stage == "words":
+    if needs_words(cfg):
         pieces = vocab.word_ids(vlm.words, vlm.tokenizer)
         word_of_id = {ids[0]: k for k, ids in enumerate(pieces) if len(ids) == 1}
     dataset = data.Conversations(
@@ -458,29 +454,24 @@ def main(cfg):
     trained_parts = {name.split(".")[0] for name, _ in trained}
     save_kwargs = {"trained_parts": trained_parts, "dtype": getattr(torch, cfg.dtype),
                    "template": cfg.template, "image_mode": cfg.image_mode}
+    # A signal may reach one rank only. Each step adds the signals of all ranks up. All ranks stop
+    # if there was one.
+    signals_received = []
+    set_signal_handler(lambda *_: signals_received.append(True))
     start_time = time.time()
-    should_stop = False
-    for step in range(start, len(steps) + 1):       # one pass more than steps, which only saves
-        # 1. Save.
-        is_last = step == len(steps)
+    done = start                                    # the number of complete steps
+    for step in range(start, len(steps)):
         if step in cfg.snapshots:
             checkpoint.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **save_kwargs)
             wait_for_all(world)
-        # The first state comes after one step, so that a full disk is found now and not at night.
-        is_due = step == start + 1 or step % cfg.save_every == 0
-        progress = {"step": step, "skipped": skipped, "fingerprint": inputs}
-        if step > start and (is_last or should_stop or is_due):
-            save_state(vlm, optimizer, progress, cfg, rank, world)
-        if is_last or should_stop:
-            break
 
-        # 2. Set the learning rates. Dropout, where an LLM has it, depends on the step alone.
+        # 1. Set the learning rates. Dropout, where an LLM has it, depends on the step alone.
         step_time = time.time()
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + rank)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor(step, len(steps), cfg.warmup)
 
-        # 3. Compute the gradients of the summed loss, and add the sums up over all ranks.
+        # 2. Compute the gradients of the summed loss, and add the sums up over all ranks.
         probe = cfg.probe_every and step % cfg.probe_every == 0
         sums, bad = accumulate(vlm, loader, len(batches[step]), autocast, device, probe, cfg)
         sums["stop"] = len(signals_received)
@@ -494,14 +485,16 @@ def main(cfg):
             # state stores no hash of the data, so records may be edited. Their number must stay the
             # same, because the order of the data depends on it.
             records = {"number of records": len(dataset)}
-            progress["fingerprint"] = {**inputs, "data": records, "images": {}}
+            progress = {"step": step, "skipped": skipped,
+                        "fingerprint": {**inputs, "data": records, "images": {}}}
             save_state(vlm, optimizer, progress, cfg, rank, world)
             reason = (bad + ["another rank has a bad sample"])[0]
             if cfg.on_bad == "skip":
-                reason = too_many_skipped(skipped + int(sums["bad"]), vlm, cfg)
+                reason = (f"{skipped + int(sums['bad'])} samples were skipped, more than bad_limit "
+                          f"{limit}; data.py --check names them all")
             sys.exit(f"train.py: {reason}")
 
-        # 4. Divide once by the number of trained tokens, clip, and update.
+        # 3. Divide once by the number of trained tokens, clip, and update.
         reduce_gradients(trained, reached, sums["trained"], sums["images"], world)
         norm = clip_gradients(trained, cfg.clip, world)
         if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):       # the same on every rank
@@ -511,8 +504,7 @@ def main(cfg):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 5. Log.
-        should_stop = sums["stop"] > 0
+        # 4. Log.
         skipped += int(sums["bad"])
         if rank == 0:
             row = {"step": step, "loss": sums["loss"] / max(sums["trained"], 1),
@@ -527,26 +519,33 @@ def main(cfg):
             seconds = (time.time() - start_time) / (step + 1 - start)
             log_step(log, row, len(steps), seconds, is_printed)
 
-    if is_last:
+        # 5. Save.
+        done = step + 1
+        # The first state comes after one step, so that a full disk is found now and not at night.
+        is_due = step == start or done % cfg.save_every == 0 or done == len(steps)
+        should_stop = sums["stop"] > 0
+        if is_due or should_stop:
+            progress = {"step": done, "skipped": skipped, "fingerprint": inputs}
+            save_state(vlm, optimizer, progress, cfg, rank, world)
+        if should_stop:
+            break
+
+    is_complete = done == len(steps)
+    if is_complete:
         checkpoint.save(vlm, cfg.out, cfg.stage, **save_kwargs, seed=cfg.seed, steps=len(steps))
     if rank == 0:
         log.close()
         plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
-        stopped = f"stopped after {step} steps; the same command goes on from there"
-        print(f"wrote {cfg.out}" if is_last else stopped, flush=True)
+        stopped = f"stopped after {done} steps; the same command goes on from there"
+        print(f"wrote {cfg.out}" if is_complete else stopped, flush=True)
     leave(world)
-    sys.exit(0 if is_last else STOPPED)
+    sys.exit(0 if is_complete else STOPPED)
 
 
-def too_many_skipped(number, vlm, cfg):
-    """Return the sentence for a run that skipped more samples than bad_limit."""
-    check = (f"data.py --check {cfg.data.replace(',', ' ')} --images {cfg.images} "
-             f"--tokenizer {vlm.config.llm} --template {cfg.template} "
-             f"--num_patches {vlm.num_patches} --max_length {cfg.max_length}")
-    if vlm.config.tiles:
-        check += f" --image_size {vlm.image_settings['size']} --tiles '{vlm.config.tiles}'"
-    return (f"{number} samples were skipped, more than bad_limit {cfg.bad_limit}; {check} names "
-            "them all")
+def set_signal_handler(handler):
+    """Call `handler` on SIGTERM, with which a scheduler ends a job, and on Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def prepare_out(cfg):

@@ -28,7 +28,9 @@ def vlm(tiny, world, request):
     config = model.Config(vision_tower=tiny.clip, llm=tiny.qwen, connector=request.param, hidden=24,
                           num_words=len(shared or ()))
     torch.manual_seed(1)
-    vlm = checkpoint.build(config, shared, DEVICE, gain=3.0)
+    vlm = checkpoint.build(config, shared, DEVICE)
+    if shared:
+        vlm.connector.to_scores.weight.data.mul_(3)
     vlm.connector.requires_grad_(True)
     return vlm
 

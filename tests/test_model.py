@@ -29,7 +29,10 @@ def make(tiny, llm="qwen", tower="clip", connector="langbridge", normalize="soft
     config = model.Config(vision_tower=getattr(tiny, tower), llm=getattr(tiny, llm), connector=connector, hidden=hidden,
                           num_words=len(words or ()), normalize=normalize, vision_layer=layer, image_size=image_size)
     torch.manual_seed(1)
-    return checkpoint.build(config, words, gain=3.0)
+    vlm = checkpoint.build(config, words)
+    if words:
+        vlm.connector.to_scores.weight.data.mul_(3)                 # weights that differ from each other
+    return vlm
 
 
 def sample(tokenizer, messages, images, seed=0):

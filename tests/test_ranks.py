@@ -49,10 +49,12 @@ def ranks(count, work, *args):
 
 @pytest.mark.parametrize("stage,more", [
     ("sft", ["--shard"]),
-    ("sft", ["--shard", "--shard_tower", "--connector=mlp", "--checkpointing"]),
+    ("sft", ["--shard", "--connector=mlp", "--checkpointing"]),
+    ("sft", ["--shard", "--words_loss=0.1"]),
+    ("words", ["--shard"]),
     ("sft", ["--normalize=none"]),
     ("pretrain", ["--shard", "--normalize=softmax", "--checkpointing"]),
-    ("pretrain", ["--shard", "--normalize=none", "--shard_tower"]),
+    ("pretrain", ["--shard", "--normalize=none"]),
     ("pretrain", ["--connector=mlp"])])
 def test_two_ranks_train_as_one_process(tiny, world, five, tmp_path, stage, more):
     """With micro-batches of one, text alone on one rank meets images on the other, and a rank may have nothing."""

@@ -195,7 +195,7 @@ def test_a_mistake_gets_one_sentence(argv, words):
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr and not done.stdout.strip()
 
 
-@pytest.mark.parametrize("flag,words", [("--llm=other", "--llm does not go with init.*transfer.py"), ("--gain=2", "--gain"),
+@pytest.mark.parametrize("flag,words", [("--llm=other", "--llm does not go with init.*transfer.py"), ("--words_init=embeds", "--words_init does not go with init"),
                                         ("--num_words=3", "num_words is set to 3"), ("--hidden=7", "hidden is set to 7"),
                                         ("--connector=mlp", "connector is set to 'mlp'")])
 def test_a_checkpoint_keeps_its_own_parts(tiny, world, tmp_path, pretrained, flag, words):

@@ -187,9 +187,11 @@ def test_a_word_near_chance_is_quiet_and_the_strongest_word_is_loud(values, null
 def make_vlm(tiny, world, llm, normalize, tiles=()):
     shared = vocab.load_words(f"{world}/words.json")[:60] if normalize != "mlp" else None
     torch.manual_seed(5)
-    kind = ("mlp", 24, 0, "softmax") if normalize == "mlp" else ("langbridge", 24, 60, normalize, 3.0)
-    vlm = checkpoint.build(model.Config(tiny.clip, getattr(tiny, llm), *kind[:4], tiles=tiles), shared, gain=kind[4] if kind[4:] else 1)
+    kind = ("mlp", 24, 0, "softmax") if normalize == "mlp" else ("langbridge", 24, 60, normalize)
+    vlm = checkpoint.build(model.Config(tiny.clip, getattr(tiny, llm), *kind, tiles=tiles), shared)
     with torch.no_grad():                                           # image embeds as long as words, so that they matter
+        if shared:
+            vlm.connector.to_scores.weight.mul_(3)
         for parameter in vlm.connector.mlp.parameters():
             parameter.mul_(3)
     return vlm

@@ -127,8 +127,7 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
     inner = getattr(llm, "intermediate_size", None) or 4 * D        # GPT-2 names no inner width
     weights = state = 0
     for part in ("vision_tower", "connector", "llm"):
-        is_sharded = part == "llm" or part == "vision_tower" and cfg.shard_tower
-        pieces = shards if is_sharded else 1
+        pieces = shards if part == "llm" else 1
         for p in getattr(vlm, part).parameters():
             weights += p.numel() * p.element_size() / pieces
             state += 12 * p.numel() * p.requires_grad / pieces      # gradient and two moments

@@ -50,9 +50,9 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
 
     words: list of K strings, None for an MLP. dtype: of the LLM. frozen_dtype: of E and of the
     computation, default dtype. tower_dtype: default frozen_dtype. llm: (LLM, tokenizer) if they are
-    loaded already. attention: see load_llm. tower_folder: weights in place of config.vision_tower.
-    device: one device, or "auto" for all GPUs. shard: each rank holds a piece of the LLM, and every
-    rank must call.
+    loaded already. attention: see load_llm. tower_folder: weights to use instead of those of
+    config.vision_tower. device: one device, or "auto" for all GPUs. shard: each rank holds a piece
+    of the LLM, and every rank must call.
     ValueError where a model is not what the config needs.
     """
     frozen_dtype = frozen_dtype or dtype
@@ -107,7 +107,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     own_parts = vlm.own_parts | {*trained_parts} - {"connector"}
     if is_writer and os.path.isfile(f"{folder}/config.json"):
         # Delete the old checkpoint's copies of other parts, because `load` would use them. Without
-        # its config.json, a mixture of both checkpoints is none.
+        # its config.json a mixture of both cannot be loaded.
         for part in {"llm", "vision_tower"} - own_parts:
             shutil.rmtree(f"{folder}/{part}", ignore_errors=True)
         os.remove(f"{folder}/config.json")
@@ -226,8 +226,8 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     """Return the VLM of a checkpoint, in evaluation mode. The arguments are those of `build`.
 
     attention: default is the one of the training. vision_tower: where the same tower is, if it is
-    not under the name in config.json. tiles: in place of the checkpoint's own. Where the checkpoint
-    has no image_newline, a new one is drawn.
+    not under the name in config.json. tiles: to use instead of the checkpoint's own. If the
+    checkpoint has no image_newline, a new one is drawn.
     ValueError where its parts do not belong together: another word list, another LLM than the one
     of the training, or a vision tower that gives another number of patches.
     """
@@ -250,7 +250,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     if llm_folder:
         vlm.own_parts.add("llm")
         if words:
-            # The E of the training, in place of the one that `build` made of the trained LLM.
+            # The E of the training. `build` has made another one, from the trained LLM.
             E = vlm.connector.vocab_embeds
             found = read_tensors(f"{llm_folder}/vocab_embeds.safetensors", {"vocab_embeds": E})
             vlm.connector.vocab_embeds = found["vocab_embeds"].to(E)
@@ -345,8 +345,8 @@ def read_config(folder):
 def read_tensors(path, expected):
     """Return the tensors of a safetensors file, {name: tensor}.
 
-    ValueError for a torn file. It also names the first tensor that has not the shape of its
-    namesake in `expected` or that has numbers which are not finite.
+    expected: {name: tensor of the wanted shape}. ValueError if the file is damaged, if a name or a
+    shape differs, or if a number is not finite.
     """
     # Older checkpoints call the layer of the scores "words".
     found = {re.sub(r"^words\.", "to_scores.", name): tensor

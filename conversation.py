@@ -102,14 +102,15 @@ def encode_prompt(messages, tokenizer, num_patches, template="chat"):
 def _encoder(tokenizer):
     """Return (encoder, mark, {id in the encoder: id}) of a tokenizer.
 
-    The encoder is a copy in which "<|im_end|>" is ordinary text. A private character stands for the
-    control token; mark(text) writes it in place of the name. IMAGE_MARK stands for an image.
+    The encoder is a copy of the tokenizer in which "<|im_end|>" is ordinary text. mark(text)
+    replaces the name of each control token by a private character, which the encoder reads as this
+    token. IMAGE_MARK stands for an image.
     """
     from tokenizers import AddedToken
 
     special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks = {token.content: chr(0xF0000 + n) for n, token in enumerate(special.values())}
-    # Some control tokens (Phi-3's) swallow the white space beside them.
+    # Some control tokens (Phi-3's) remove the white space next to them.
     tokens = [AddedToken(marks[token.content], normalized=False, lstrip=token.lstrip,
                          rstrip=token.rstrip) for token in special.values()]
     encoder = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -291,5 +292,5 @@ def eos_ids(llm, tokenizer):
             _, labels = encode(turns, tokenizer, num_patches=0)
             ids.append([label for label in labels if label != IGNORE][-1])
         except ValueError:
-            pass    # This template cannot be used. Who trains with it gets encode's sentence.
+            pass    # This template cannot be used. In training `encode` will say so.
     return {i for i in ids if i is not None}

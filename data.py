@@ -145,8 +145,7 @@ class Conversations:
     max_length: a sample keeps its first max_length tokens; None keeps all.
     image_names: for each record its image names; none for a record that is malformed.
     word_of_id: {id: index of the shared word that the id is}, for "words".
-    features: a folder with the patches of each picture, see features.py. They then take the place
-        of pixels.
+    features: a folder with the patches of each picture, see features.py, to use instead of pixels.
     tiles: see model.Config. With tiles an image is n rows of "images" and not one.
     [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
         "images": float32[n, 3, S, S], "image_sizes": [(width, height), ...]}, or a BadSample that
@@ -225,7 +224,7 @@ class Conversations:
     def read_image(self, path):
         """Return (a picture's pixels float32[n, 3, S, S], (width, height) of the picture).
 
-        Cached patches float16[1, P, Dv] come in place of the pixels, and then there is no size.
+        With `features` it returns (cached patches float16[1, P, Dv], None) instead.
         """
         if self.features:
             from safetensors.torch import load_file
@@ -238,10 +237,10 @@ class Conversations:
         return tile_pixels(image, **self.image, tiles=self.tiles), image.size
 
     def word_frequencies(self, num_words, limit=10_000):
-        """Return which part of all words in the answers each shared word is: float32[num_words].
+        """Return the frequency of each shared word in the answers, sum 1: float32[num_words].
 
-        At most `limit` records are read. They are spread evenly, so that the result depends on
-        nothing but the data.
+        At most `limit` records are read. They are spread evenly, so that the result depends only
+        on the data.
         """
         import torch
 
@@ -335,8 +334,8 @@ def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
 
     It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch is
     all image or all text, longest first, so that ranks that take batch[rank::world] do equal work.
-    What is left of both kinds is one short batch at the end, or two. group_batches: so many batches
-    are sorted together and then cut, so that the samples of a batch are of similar length.
+    The samples that are left over form one or two short batches at the end. group_batches: the
+    samples of this many batches are sorted by length together, so that a batch needs less padding.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """
 The patches of a frozen vision tower, kept in files, so that each picture goes through it only once.
 
-train.py --features=DIR writes the files, and data.py reads them in place of the pictures.
+train.py --features=DIR writes the files, and data.py reads them instead of the pictures.
 """
 import os
 import time

@@ -17,7 +17,7 @@ from conversation import IMAGE_ID
 # Layers of these types keep keys and values of all tokens, so a prefix can be copied between rows.
 # Other layers (Mamba, for example) remember by a state that cannot be shifted.
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
-# cuDNN's attention plans anew for each length, and each new token makes a new length.
+# cuDNN's attention makes a new plan for each length, and each new token makes a new length.
 CUDNN_ATTENTION = False
 
 
@@ -98,9 +98,9 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
 
     A prefix is a prompt up to its last patch, with its images. The arguments are those of
     `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of
-    ids of each image. The cache covers the first C = T - rest columns, where `rest` is the largest
-    number of tokens that a prompt has after its last patch. The result is None if no two prompts
-    share a prefix or if the LLM has layers of another type.
+    ids of each image. The cache covers the first C columns. The columns after them hold what the
+    prompts have after their last patch. The result is None if no two prompts share a prefix, or if
+    the LLM has layers of a type that cannot be copied.
     """
     B, T = mask.shape
     remaining_images = iter(image_index)
@@ -131,8 +131,8 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
             position_ids=position[rows, :columns], use_cache=True,
             **{cache_argument(decoder): cache})
     # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
-    # columns move to the right. Patches that move out of the C columns are computed again.
-    # That is cheaper than a gap between its tokens: sliding windows count columns, gaps included.
+    # columns move to the right. Patches that move out of the C columns are computed again. A gap
+    # between the tokens of a row would be wrong, because a sliding window counts columns.
     sources = [longest[prefix] for prefix in prefixes]
     row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
     shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]

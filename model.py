@@ -103,16 +103,17 @@ def combine(z, W, b, E, normalize):
 
 
 def words_loss(scores, targets, background):
-    """Return -log of the probability that an image says each word of its answer, summed.
+    """Return the sum of -log p(word | images) over the words of an answer: float32 scalar.
 
     scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
     answer. background float[K]: how frequent each word is in all answers, with a sum below 1.
     This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
 
-    The images are one mixture of words, the mean of what their patches say, so that each patch is
-    free to say what stands there. Every answer contains words such as "a" and "the" that no patch
-    should say. They are left to the background, which is as large a part as its sum says. The loss
-    falls most when patches say words that this answer has and most other answers do not have.
+    p is a mixture. One component is the mean of the patches' distributions over words, so each
+    patch is free to say what it shows. The other component is the background. It explains words
+    such as "a" and "the", which are in every answer and which no patch should say. Its weight in
+    the mixture is background.sum(). So the loss falls most when the patches say words that this
+    answer has and most other answers do not have.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
@@ -191,7 +192,7 @@ class Config:
     normalize: str = "softmax"          # one of NORMALIZE
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size
-    pool: int = 1                       # so many x so many patches become one, their mean
+    pool: int = 1                       # the mean of pool x pool patches becomes one patch
     # LLaVA-NeXT: the grids of tiles that a picture may fill, ((width, height), ...) in pixels, for
     # example ((336, 672), (672, 336)). Empty: a picture is one square.
     tiles: tuple = ()
@@ -231,8 +232,8 @@ class VLM(nn.Module):
         self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
                                        config.pool) ** 2
         check_tiles(config.tiles, image_settings["size"])
-        # It ends each row of patches of a grid of tiles. It has the dimension D, so it belongs to
-        # the LLM's side and is no part of the connector.
+        # A learned embedding that ends each row of tiles. It has the dimension D. Therefore it
+        # belongs to the LLM and does not move with the connector.
         self.image_newline = None
         if config.tiles:
             D = llm.get_input_embeddings().embedding_dim
@@ -282,12 +283,13 @@ class VLM(nn.Module):
                           self.image_settings["size"])
 
     def images(self, image_embeds, image_sizes):
-        """Return what the LLM sees of each image: float[rows, P, D] -> list of float[P_i, D].
+        """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
-        image_sizes: the (width, height) of each image in pixels, whose rows of image_embeds are the
-        square picture and then the tiles of a grid. None: each row is an image. The square picture
-        comes first, then the patches of the grid row by row, without those that show only border.
-        Each row ends with the newline. Source: LLaVA-NeXT, "spatial_unpad".
+        image_sizes: the (width, height) of each image in pixels, None without tiles. Without tiles
+        each image is one square. With tiles it is first the whole image as one square, then its
+        tiles, one square each. The LLM sees the patches of the first square, and then those of the
+        tiles as one grid, row by row, without the patches that show only border. Each row of the
+        grid ends with image_newline. Source: LLaVA-NeXT, "spatial_unpad".
         """
         if not image_sizes:
             return list(image_embeds)

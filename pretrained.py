@@ -95,9 +95,9 @@ def vision_config(name):
 def image_settings(name, config, image_size):
     """Return {"size": pixels, "mean": 3 floats, "std": 3 floats} of a tower's pictures.
 
-    pictures.py computes (pixels / 255 - mean) / std. If the tower's preprocessor scales pixels by
-    another factor than 1 / 255, mean and std are divided by the ratio of the two factors, which
-    gives the same result. ValueError for a preprocessor that cannot be expressed in this way.
+    pictures.py computes (pixels / 255 - mean) / std. If the tower's preprocessor has another scale
+    than 1 / 255, mean and std are changed so that the result is the same. ValueError for a
+    preprocessor that does more than this.
     """
     processor, _ = from_hub(ImageProcessingMixin.get_image_processor_dict, name)
     for flag in ("do_flip_channel_order", "rescale_offset", "do_grayscale"):
@@ -199,7 +199,7 @@ def load_llm(name, dtype, device, attention=None, on_meta=False):
         placement = {"device_map": "auto"} if device == "auto" else {}
         on_gpu = device != "auto" and torch.device(device).type == "cuda"
         if on_gpu and is_accelerate_available():
-            # Each tensor goes from the file to the GPU. Else every rank's LLM would lie in the
+            # Each tensor goes from the file to the GPU. Otherwise every rank's LLM would lie in the
             # machine's memory first.
             placement = {"device_map": {"": device}}
         llm = load_weights(model_class, name, **options, **placement)

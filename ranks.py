@@ -70,7 +70,7 @@ def own_device(name, most=1):
 
 def set_precision(dtype):
     """Let CUDA's matrix products round no more than `dtype` does. Other devices ignore this."""
-    # TF32 rounds float32 factors to 10 bits. Who asks for float32 does not want that.
+    # TF32 rounds float32 factors to 10 bits. A user who asks for float32 does not want that.
     torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
     torch.backends.cudnn.allow_tf32 = dtype == torch.bfloat16       # the tower's first layer
     # cuBLAS splits long sums. It would add the parts in the factors' dtype.
@@ -124,8 +124,8 @@ def check_shared_memory(workers, batch_size, side):
 def length_multiple(pad_to, device, max_positions):
     """Return the number of which every batch's length T is a multiple. 0 means the default.
 
-    cuDNN's attention plans anew for each T, which takes longer than a step. Multiples of 64 leave
-    few lengths. A T that was rounded up must not be more than the LLM's positions.
+    cuDNN's attention makes a new plan for each T, which takes longer than a step. With multiples of
+    64 there are few lengths. A T that was rounded up must not be more than the LLM's positions.
     """
     pad_to = pad_to or (64 if device.type == "cuda" else 1)
     return math.gcd(pad_to, max_positions or pad_to)

@@ -26,7 +26,8 @@ import settings
 from common import print_rank0
 from settings import setting
 
-# What each stage trains. All other parts are frozen. The rate of a part is the setting PART_lr.
+# What each stage trains. All other parts are frozen. The learning rate of a part is the setting
+# PART_lr.
 STAGES = {
     "words": ("connector",),            # by the words loss alone: the LLM gives its tokenizer and E
     "pretrain": ("connector",),
@@ -49,7 +50,7 @@ class Settings:
     vision_tower: str = setting("", "hub name or folder")
     llm: str = setting("", "hub name or folder")
     words: str = setting("", "the shared vocabulary, as vocab.py writes it")
-    num_words: int = setting(0, "use only the first so many words; 0 means all", low=0)
+    num_words: int = setting(0, "use only this many words, the first; 0 means all", low=0)
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
     normalize: str = setting("softmax", "how scores become weights, see model.NORMALIZE")
@@ -85,9 +86,10 @@ class Settings:
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
     words_loss: float = setting(0.0, "weight of the words loss in stages with an LLM", low=0)
-    words_background: float = setting(0.9, "part of an answer's words that no patch has to say",
+    words_background: float = setting(0.9, "fraction of an answer's words that no patch has to say",
                                       low=0, high=0.99)
-    warmup: float = setting(0.03, "part of all steps in which the rate rises", low=0, high=1)
+    warmup: float = setting(0.03, "fraction of the steps in which the learning rate rises",
+                            low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
     beta1: float = setting(0.9, "AdamW's")
     beta2: float = setting(0.999, "AdamW's")
@@ -105,7 +107,7 @@ class Settings:
                           free=True)
     deterministic: bool = setting(False, "a resumed run has the same bits on CUDA, too; slower")
     pad_to: int = setting(0, "lengths are multiples of this; 0: 64 on CUDA, where each new length "
-                             "is planned anew, else 1", low=0)
+                             "costs time once, and 1 elsewhere", low=0)
     seed: int = setting(42, "of the new connector and of the order of the data")
     # The log and the checkpoints.
     log_every: int = setting(1, "steps between two printed lines", low=1, free=True)
@@ -294,7 +296,7 @@ def make_optimizer(vlm, cfg):
 
 
 def parts_table(vlm, cfg):
-    """Return a table as text: the parts, how many of their parameters train, dtype and rate."""
+    """Return a table as text: for each part its parameters, how many train, dtype and rate."""
     lines = [f"{'part':14}{'parameters':>16}{'trained':>16}  {'dtype':10}{'lr':>8}"]
     for part in ("vision_tower", "connector", "llm"):
         parameters = list(getattr(vlm, part).parameters())
@@ -481,9 +483,8 @@ def main(cfg):
             for sentence in bad:
                 print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
         if skipped + sums["bad"] > limit:           # the same on every rank
-            # Save before the update, so that the run resumes here after the data is repaired. The
-            # state stores no hash of the data, so records may be edited. Their number must stay the
-            # same, because the order of the data depends on it.
+            # Save without the hash of the data, so that a user can repair records and resume here.
+            # The number of records must stay the same: the order of the data depends on it.
             records = {"number of records": len(dataset)}
             progress = {"step": step, "skipped": skipped,
                         "fingerprint": {**inputs, "data": records, "images": {}}}
@@ -619,7 +620,7 @@ def losses(vlm, batch, cfg):
 
 
 def dummy_batch(batch):
-    """Return a batch of two tokens, none of them trained, in place of an empty batch."""
+    """Return a batch of two tokens, none of them trained, to use instead of an empty batch."""
     two = torch.zeros(1, 2, dtype=torch.int64)
     return batch | {"input_ids": two, "labels": two + conversation.IGNORE,
                     "attention_mask": two + 1, "position_ids": two}

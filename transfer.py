@@ -67,7 +67,7 @@ BATCH_SIZE = 16
 
 
 def move(source, target, device, dtype, attention=None, vision_tower=None):
-    """Return the VLM of checkpoint folder `source` with `target` in place of its LLM.
+    """Return the VLM of checkpoint folder `source`, but with the LLM `target`.
 
     vision_tower: where the same tower is, if not under the name in config.json.
     """

@@ -34,7 +34,7 @@ RESERVED = re.compile(
     r"[<\[]\|?(unused|reserved|extra_id|special|placeholder)\w*\d+\|?[>\]]", re.IGNORECASE)
 # For SentencePiece only. In a byte-level vocabulary "<s>" may be HTML.
 SENTENCEPIECE_CONTROL = {"<unk>", "<s>", "</s>", "<pad>"}
-# A byte that is not UTF-8 on its own is a surrogate in Python's "surrogateescape" form.
+# Bytes that are not valid UTF-8, after bytes.decode(errors="surrogateescape").
 STRAY_BYTE = re.compile("([\udc80-\udcff])")
 
 
@@ -232,7 +232,7 @@ def read_texts(path, count="all"):
 def count_words(paths, tokenizer, count="all"):
     """Return ({word: count}, number of tokens counted, number of records) of LLaVA-format files."""
     backend = rust_tokenizer(tokenizer)
-    backend.no_truncation()                 # transformers sets both anew at each of its own calls
+    backend.no_truncation()                 # transformers sets both at each of its own calls
     backend.no_padding()
     records = [texts for path in paths for texts in read_texts(path, count)]
     texts = [text for record in records for text in record]

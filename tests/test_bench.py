@@ -30,8 +30,8 @@ def test_a_step_is_llavas_step():
     for name, step in bench.steps(vlm, bench.captions(vlm, 3, 12), "float32").items():
         # `update` would clip and drop the gradients, so a function that keeps them replaces it.
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(bench, "update", lambda connector, optimizer, count=1: seen.setdefault(
-                name, [p.grad / count for p in connector.parameters()]))
+            m.setattr(bench, "update", lambda optimizer, count=1: seen.setdefault(
+                name, [p.grad / count for p in vlm.connector.parameters()]))
             loss = step()
         seen[name].append(torch.tensor(loss))
         vlm.zero_grad()
@@ -128,12 +128,26 @@ def test_results_are_kept_and_not_measured_twice(tmp_path, monkeypatch, capsys):
         bench.main(bench.read_arguments(["all", "--json", str(file)]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_llava_step_reports_speed_and_memory(dtype, monkeypatch):
+def test_the_floor_has_all_operations_that_torch_counts():
+    """Products and attention of a step, forward and backward: as many as the step itself has."""
+    from torch.utils.flop_counter import FlopCounterMode
+    vlm = bench.random_vlm(*configs(), side=24, dtype=torch.float32)
+    step = bench.steps(vlm, bench.captions(vlm, 3, 12), "float32")["ours"]
+    floor, counts = bench.floor_of(step), []
+    for call in (step, floor):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("dtype, stage", [("float32", "pretrain"), ("bfloat16", "sft")])
+def test_llava_step_reports_speed_and_memory(dtype, stage, monkeypatch):
     made = []
     # Compilation takes seconds and is tested with train.py.
     monkeypatch.setattr("torch.nn.Module.compile", lambda block, **options: made.append(block))
-    speed, compiled, memory = bench.bench_llava_step("step", *configs(), 24, 3, dtype)
-    assert speed["detail"]["images"] == 3 and compiled["bar"] == ">= 1.5" and len(made) > 1
+    rows = bench.bench_llava_step("step", *configs(), 24, 3, dtype, stage)
+    floor, _, _, speed, memory = rows
+    assert floor["detail"]["images"] == 3 and speed["bar"] == ">= 1.7" and len(made) > 1
     # LLaVA has the logits of 60 positions in memory, and this code those of 24.
     assert 0 < memory["value"] < 1

@@ -126,24 +126,27 @@ def group_by_image(questions):
 
 
 def make_batches(groups, lengths, size):
-    """Yield lists of at most `size` questions. A group stays in one batch if it fits.
+    """Yield lists of questions. A group stays in one batch if it fits.
 
-    groups: lists of questions. lengths: {question_key: number of tokens}. The longest prompts come
-    first, so that a lack of memory shows at once, and prompts of similar length share a batch.
+    groups: lists of questions. lengths: {question_key: number of tokens}. size: how many of the
+    longest prompts form a batch. Of shorter prompts as many form a batch as have no more tokens,
+    with padding. The longest prompts come first, so that a lack of memory shows at once.
     """
     def length(question):
         return lengths[question_key(question)]
 
-    batch = []
+    batch, tokens = [], size * max(lengths.values(), default=0)
     for group in sorted(groups, key=lambda group: -max(map(length, group))):
         group = sorted(group, key=lambda question: -length(question))
-        for start in range(0, len(group), size):
-            piece = group[start:start + size]
+        while group:
+            longest = max(map(length, batch + group[:1]))
+            room = tokens // longest - len(batch)
             # Do not fill up the batch with part of a group: two batches would encode its image.
-            if len(batch) + len(piece) > size:
+            if batch and len(group) > room:
                 yield batch
                 batch = []
-            batch = batch + piece
+            else:
+                batch, group = batch + group[:room], group[room:]
     if batch:
         yield batch
 
@@ -321,7 +324,7 @@ def parse_arguments(argv):
     add("--tasks", default="all", help=f"with commas between, or all: {','.join(BENCHMARKS)}")
     add("--data", help="folder with gqa/, textvqa/, mme/, ...")
     add("--out", help="folder of the results (default: CHECKPOINT/eval)")
-    add("--batch_size", type=int, default=32, help="questions at a time")
+    add("--batch_size", type=int, default=32, help="how many of the longest questions at a time")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--attention", help=common.ATTENTION)

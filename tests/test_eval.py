@@ -12,6 +12,7 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -159,6 +160,19 @@ def test_questions_of_an_image_are_one_batch(size, batches):
     lengths = {(name, ""): n for name, n in zip("abcdefg", [5, 9, 5, 7, 2, 6, 6])}
     found = list(program.make_batches(groups, lengths, size))
     assert ["".join(q["question_id"] for q in batch) for batch in found] == batches
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), max_size=6), st.integers(1, 5))
+def test_batches_have_all_questions_and_no_more_tokens_than_the_longest_ones(sizes, size):
+    groups = [[{"question_id": f"{g}/{i}", "prompt": ""} for i in range(len(group))] for g, group in enumerate(sizes)]
+    lengths = {(f"{g}/{i}", ""): n for g, group in enumerate(sizes) for i, n in enumerate(group)}
+    found = [[lengths[program.question_key(q)] for q in batch] for batch in program.make_batches(groups, lengths, size)]
+    assert sorted(sum(found, [])) == sorted(lengths.values())
+    for batch in found:
+        assert 0 < len(batch) * max(batch) <= size * max(lengths.values())
+    if len(set(lengths.values())) == 1:                 # alike prompts: batches of `size`
+        assert max(map(len, found)) <= size
 
 
 def test_resume_after_a_kill(world):

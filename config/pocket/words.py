@@ -1,5 +1,5 @@
 # The words stage in the pocket world (python pocket.py makes it): the connector learns from captions
-# which words a picture holds. No LLM is trained or run, so it takes seconds.
+# which words a picture holds. The LLM gives its embeddings and does not run: it takes seconds.
 stage = "words"
 out = "out/pocket/words"
 llm = "data/pocket/pocket-qwen"     # its tokenizer and its E, for words_init

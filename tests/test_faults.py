@@ -676,7 +676,7 @@ def test_offline_is_said_before_anything_is_imported(tiny, tmp_path):
                  ["transfer.py", "x", hub], ["words.py", "x", "x"],
                  ["data.py", "--check", corpus, "--images", ".", "--tokenizer", hub],
                  ["vocab.py", "--tokenizers", hub, hub, "--corpus", corpus, "--out", tmp_path / "w.json"]):
-        done = run("-c", spy, *argv, "--offline", check=False, env={"HF_HUB_OFFLINE": ""})
+        done = run("-c", spy, *argv, "--offline", check=False, env={"HF_HUB_OFFLINE": ""}, fresh=True)
         assert "OFFLINE 1" in done.stderr, argv
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("HF_HUB_OFFLINE", raising=False)

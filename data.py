@@ -381,6 +381,9 @@ def main(argv=None):
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--offline", action="store_true", help=common.OFFLINE)
     args = parser.parse_args(argv)
+    for flag in ("num_patches", "image_size", "max_length"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} must be at least 1")
     if args.offline:
         common.go_offline()
     import torch

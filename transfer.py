@@ -191,10 +191,8 @@ def main(args):
     out = args.out or f"{os.path.normpath(args.source)}-to-{target}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
-    place = os.path.realpath(out)
-    for path in (args.source, args.target):
-        if os.path.commonpath([os.path.realpath(path), place]) == place:
-            sys.exit(f"{path} lies in --out {out}, where a checkpoint would replace it")
+    common.refuse_inside(out, source=args.source, target=args.target,
+                         vision_tower=args.vision_tower)
     device = ranks.own_device(args.device, most=None)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")

@@ -419,11 +419,14 @@ def main(cfg):
     if needs_words(cfg):
         pieces = vocab.word_ids(vlm.words, vlm.tokenizer)
         word_of_id = {ids[0]: k for k, ids in enumerate(pieces) if len(ids) == 1}
+    paths = [path for path in cfg.data.split(",") if path]
+    if not paths:
+        sys.exit(f"there is no data file in {cfg.data!r}")
     dataset = data.Conversations(
-        cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
+        paths, cfg.images, vlm.tokenizer, vlm.num_patches,
         {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
         word_of_id, cfg.features, vlm.config.tiles)
-    inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, cfg.data.split(",")),
+    inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, paths),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
     if cfg.init:                                    # its config is among the settings otherwise
         inputs["init"] = {"config.json": fingerprint.value_hash(asdict(vlm.config))}

@@ -189,5 +189,7 @@ def run_script(main, *args):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         sys.exit(f"{os.path.basename(sys.argv[0])}: {lines[0]}")
+    except KeyboardInterrupt:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: interrupted")
     if status:
         sys.exit(status)

@@ -507,12 +507,22 @@ def test_a_full_disk(tiny, world, tmp_path):
      "eval.py: {w}/images/3.png is not a whole JSON file"),
     ("words.py {c}/ck {w}/images/3.png --out {o}/words", 1, "words.py: image '{w}/images/3.png' cannot be read"),
     ("pocket.py --scenes 3", 1, "pocket.py: --scenes and --held_out must be at least 20"),
-    ("bench.py compost", 1, "invalid choice: 'compost'")])
+    ("bench.py compost", 1, "invalid choice: 'compost'"),
+    ("bench.py combine --json {w}/captions.json", 1, "captions.json is no file of bench.py --json"),
+    ("results/words_loss.py compost", 1, "there is no row 'compost'"),
+    ("results/pocket_probes.py --world {o}", 1, "holds no pocket world; python pocket.py makes one")])
 def test_command_lines(command, code, words, spoilt, checkpoints, tmp_path):
     places = {"w": spoilt, "c": checkpoints, "o": tmp_path}
     done = run(*(part.format(**places) for part in command.split()), check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == code and words.format(**places) in last and "Traceback" not in done.stderr, done.stderr
+
+
+def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sys, "argv", ["some/script.py"])
+    expect(outcome(lambda: common.run_script(stopped), capsys), 1, ["script.py: interrupted"])
 
 
 def test_help_waits_for_no_library():

@@ -698,6 +698,8 @@ def main(args):
     results = {}
     if args.json and os.path.exists(args.json):
         results = common.read_json(args.json)       # now, and not after the minutes of measuring
+        if not isinstance(results, dict) or not isinstance(results.get("parts"), dict):
+            raise ValueError(f"{args.json} is no file of bench.py --json; give another file")
     if any(results.get(k, v) != v for k, v in machine.items()):
         raise ValueError(f"{args.json} was measured on another machine or torch; give another file")
     print(f"{machine['processor']}, torch {machine['torch']}", flush=True)

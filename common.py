@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 
 OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
+FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in its folder
 ATTENTION = ("transformers' attn_implementation, such as eager or flash_attention_2; default: "
              "that of the checkpoint, else what the library chooses")
 
@@ -49,6 +50,17 @@ def write_text(text, path):
 def write_json(value, path, indent=1):
     """Write a value as JSON."""
     write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", path)
+
+
+def refuse_inside(out, **paths):
+    """End the process if a path is the folder `out` or in a part of it that a checkpoint replaces.
+
+    paths: {what it is: path}. A path may be None or "".
+    """
+    for kind, path in paths.items():
+        place = os.path.relpath(os.path.realpath(path or ""), os.path.realpath(out))
+        if path and place.split(os.sep)[0] in (".", *FOLDERS):
+            sys.exit(f"{kind} {path} is in {out}, where it would be overwritten: name another out")
 
 
 def read_json(path):
@@ -114,7 +126,9 @@ def from_hub(load, name, **kwargs):
     try:
         return load(name, trust_remote_code=False, **kwargs)
     except Exception as error:              # the library raises a dozen types, most of many lines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # A first line that ends with ":" begins a list.
+        reason = " ".join(lines if lines[0].rstrip().endswith(":") else lines[:1])
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name):
             reason = ("it is no folder and not in the Hugging Face cache, and nothing is "
                       "downloaded (--offline)")
@@ -175,5 +189,7 @@ def run_script(main, *args):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         sys.exit(f"{os.path.basename(sys.argv[0])}: {lines[0]}")
+    except KeyboardInterrupt:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: interrupted")
     if status:
         sys.exit(status)

@@ -34,7 +34,7 @@ DATE = datetime(2024, 7, 26)            # the date that Llama-3's template write
 # LLaVA's stage 1: image, caption and a newline.
 TEMPLATES = {
     "chat": "{{ bos }}{% for m in messages %}{% if m.role == 'user' %}{{ 'USER:\n' }}{% endif %}"
-            "{% if m.role == 'assistant' %}{{ 'ASSISTANT:\n' + m.content + eos_token }}"
+            "{% if m.role == 'assistant' %}{{ 'ASSISTANT:\n' + m.content + eos_token|default('') }}"
             "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}",
     "prompted": "{{ bos }}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}",

@@ -116,6 +116,10 @@ def messages_of(record, image_first=True):
         expected = ("assistant",) if role == "user" else ("user",)
         if not content.strip():
             raise BadSample("malformed", f"turn {i} is empty")
+        for key in ("loss", "weight", "train"):         # of ms-swift, OpenAI and axolotl
+            if role == "assistant" and turn.get(key) not in (None, True):
+                raise BadSample("malformed", f"turn {i} has {key!r} {str(turn[key])[:40]}, which is "
+                                             "not read: every answer is trained")
         other = OTHER_IMAGE.search(content)
         if other:
             raise BadSample("malformed", f"turn {i} holds {other[0][:40]!r}, which is not read: a "
@@ -381,6 +385,9 @@ def main(argv=None):
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--offline", action="store_true", help=common.OFFLINE)
     args = parser.parse_args(argv)
+    for flag in ("num_patches", "image_size", "max_length"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} must be at least 1")
     if args.offline:
         common.go_offline()
     import torch

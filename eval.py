@@ -107,10 +107,10 @@ def prompt_ids(vlm, question):
     # The image comes before the question, as in the training data.
     image_line = f"{IMAGE}\n" if question["image"] else ""
     message = {"role": "user", "content": image_line + question["text"]}
-    num_patches = vlm.num_patches
+    num_patches = [vlm.num_patches] if question["image"] else []
     if question["image"] and vlm.config.tiles:
         from pictures import open_image
-        num_patches = vlm.num_tokens(open_image(question["image"]).size)
+        num_patches = [vlm.num_tokens(open_image(question["image"]).size)]
     return encode_prompt([message], vlm.tokenizer, num_patches)
 
 

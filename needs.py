@@ -28,7 +28,7 @@ def ask(vlm, question, template, image_size, pixels, patches, tile=0, mode=None)
     """
     messages = [{"role": "user", "content": f"<image>\n{question}"}]
     number = vlm.num_tokens(image_size)
-    prompt = conversation.encode_prompt(messages, vlm.tokenizer, number, template)
+    prompt = conversation.encode_prompt(messages, vlm.tokenizer, [number], template)
     image_sizes = [image_size] if vlm.config.tiles else None
     new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64, image_sizes=image_sizes)[0]
     answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()

@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -79,7 +80,9 @@ def main():
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
                    "TOKENIZERS_PARALLELISM": "false"}
     workers = min(len(MODELS), os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=30) as pool:
+    # Ctrl-C reaches all processes. The main process ends the others.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore, 30) as pool:
         if marker.exists():
             print(f"pictures          reused from {out}")
         else:

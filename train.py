@@ -34,7 +34,6 @@ STAGES = {
     "sft": ("connector", "llm"),
     "sft_tower": ("connector", "llm", "vision_tower"),
 }
-FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in the folder `out`
 STOPPED = 75        # exit status of a run that saved itself after SIGTERM or SIGINT (EX_TEMPFAIL)
 
 
@@ -156,12 +155,8 @@ def check(cfg):
         sys.exit(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
         sys.exit("hidden is 0, the width of the LLM, but a LangBridge does not know its LLM")
-    for key in ("init", "llm", "vision_tower"):
-        path = os.path.realpath(getattr(cfg, key))
-        place = os.path.relpath(path, os.path.realpath(cfg.out)).split(os.sep)[0]
-        if getattr(cfg, key) and cfg.out and place in (".", *FOLDERS):
-            sys.exit(f"{key} {getattr(cfg, key)} is in {cfg.out}, where the run would overwrite "
-                     "it: name another out")
+    if cfg.out:
+        common.refuse_inside(cfg.out, init=cfg.init, llm=cfg.llm, vision_tower=cfg.vision_tower)
     required = ["out", "data"]
     if cfg.dry_run:
         required = []
@@ -416,17 +411,22 @@ def main(cfg):
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)) here. The optimizer takes
     # what requires a gradient.
+    if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
+        sys.exit("shard does not go with LoRA: the adapter of a sharded LLM cannot be merged")
     optimizer = make_optimizer(vlm, cfg)
     trained = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
     word_of_id = {}
     if needs_words(cfg):
         pieces = vocab.word_ids(vlm.words, vlm.tokenizer)
         word_of_id = {ids[0]: k for k, ids in enumerate(pieces) if len(ids) == 1}
+    paths = [path for path in cfg.data.split(",") if path]
+    if not paths:
+        sys.exit(f"there is no data file in {cfg.data!r}")
     dataset = data.Conversations(
-        cfg.data.split(","), cfg.images, vlm.tokenizer, vlm.num_patches,
+        paths, cfg.images, vlm.tokenizer, vlm.num_patches,
         {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
         word_of_id, cfg.features, vlm.config.tiles)
-    inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, cfg.data.split(",")),
+    inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, paths),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
     if cfg.init:                                    # its config is among the settings otherwise
         inputs["init"] = {"config.json": fingerprint.value_hash(asdict(vlm.config))}
@@ -553,7 +553,7 @@ def prepare_out(cfg):
     """Make the run's folder. With --overwrite, remove the old run from it."""
     os.makedirs(cfg.out, exist_ok=True)
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
-        for old in FOLDERS:
+        for old in common.FOLDERS:
             shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
         os.remove(f"{cfg.out}/config.json")         # the last one: it says that there is a run
 

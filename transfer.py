@@ -66,12 +66,22 @@ import vocab
 BATCH_SIZE = 16
 
 
+def refuse_mlp(config, source):
+    """Raise ValueError if a checkpoint cannot move because it has an MLP."""
+    if config.connector == "mlp":
+        raise ValueError(f"{source} has an MLP connector: its output is in the embedding space of "
+                         f"{config.llm} and means nothing to another LLM. Only a LangBridge can "
+                         "move; --map words.json of transfer.py moves an MLP by a linear map, as a "
+                         "baseline.")
+
+
 def move(source, target, device, dtype, attention=None, vision_tower=None):
     """Return the VLM of checkpoint folder `source`, but with the LLM `target`.
 
     vision_tower: where the same tower is, if not under the name in config.json.
     """
     config, metadata = checkpoint.read_config(source)
+    refuse_mlp(config, source)
     config = replace(config, llm=target, vision_tower=vision_tower or config.vision_tower)
     words = checkpoint.read_words(source, config, metadata)
     # A tower that was trained belongs to the connector and moves with it.
@@ -181,20 +191,16 @@ def run_benchmarks(folder, args):
 
 def main(args):
     config, metadata = checkpoint.read_config(args.source)
-    if config.connector == "mlp" and not args.map:
-        sys.exit(f"{args.source} has an MLP connector: its output is in the embedding space of "
-                 f"{config.llm} and means nothing to another LLM. Only a LangBridge can move; "
-                 "--map words.json moves an MLP by a linear map, as a baseline.")
+    if not args.map:
+        refuse_mlp(config, args.source)
     if config.connector == "langbridge" and args.map:
         sys.exit(f"--map is for an MLP, and {args.source} has a LangBridge, which moves without it")
     target = os.path.basename(os.path.normpath(args.target))
     out = args.out or f"{os.path.normpath(args.source)}-to-{target}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
-    place = os.path.realpath(out)
-    for path in (args.source, args.target):
-        if os.path.commonpath([os.path.realpath(path), place]) == place:
-            sys.exit(f"{path} lies in --out {out}, where a checkpoint would replace it")
+    common.refuse_inside(out, source=args.source, target=args.target,
+                         vision_tower=args.vision_tower)
     device = ranks.own_device(args.device, most=None)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")

@@ -79,8 +79,9 @@ def spelling_of(tokenizer):
     for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
         mark = getattr(backend.model, affix, None)
         if mark:
-            raise ValueError(f"a tokenizer that marks pieces of words with {mark!r} has no words "
-                             "in bytes")
+            name = getattr(tokenizer, "name_or_path", "a tokenizer")
+            raise ValueError(f"{name} marks pieces of words with {mark!r}, so it has no words in "
+                             "bytes")
     # The JSON of each part. backend.to_str() would add half a million merges, seconds for Gemma.
     parts = (backend.decoder, backend.pre_tokenizer, backend.normalizer)
     spec = "".join(part.__getstate__().decode() for part in parts if part is not None)
@@ -327,6 +328,8 @@ def main():
     counter = args.tokenizers[0]
     start = time.time()
     counts, total, records = count_words(args.corpus, tokenizers[counter], args.count)
+    if not total:
+        raise ValueError(f"there is no text to count in {' '.join(args.corpus)}")
     print(f"counted      {records:,} records in {time.time() - start:.1f} s, by {counter}")
     words = rank_words(shared, counts, args.size)
     if len(words) < args.size:

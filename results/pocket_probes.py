@@ -116,6 +116,8 @@ def main():
     parser.add_argument("--world", type=Path, default=Path("data/pocket"))
     parser.add_argument("--questions", type=int, default=600)
     args = parser.parse_args()
+    if not (args.world / "pocket.json").is_file():
+        raise ValueError(f"{args.world} holds no pocket world; python pocket.py makes one")
     measured = {f"{name}, reading": reading(args.world / name, args.questions) for name in LLMS}
     measured["vision-tower, linear probe"] = linear_probe(args.world / "vision-tower", args.world)
     measured["blind on GQA"] = blind_gqa(args.world)

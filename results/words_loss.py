@@ -35,7 +35,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFF
 
 def call(*command):
     """Run a script of this project."""
-    subprocess.run([sys.executable, *map(str, command)], check=True)
+    command = [str(part) for part in command]
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise ValueError(f"{' '.join(command)} has failed")
 
 
 def measure(name):
@@ -82,6 +84,9 @@ def main():
     report = read_json(REPORT) if os.path.isfile(REPORT) else {}
     if sys.argv[1:] != ["--table"]:
         os.environ |= ENVIRONMENT
+        for name in sys.argv[1:]:
+            if name not in ROWS:
+                raise ValueError(f"there is no row {name!r}; there are {'; '.join(ROWS)}")
         for name in sys.argv[1:] or ROWS:
             report[name] = measure(name)
             write_json(report, REPORT)

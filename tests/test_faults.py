@@ -18,12 +18,15 @@ import torch
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import checkpoint
+import common
 import conversation
 import data
 import eval as evaluation
+import needs
 from tools.import_official import import_official
 import test_data
 import test_benchmarks
@@ -94,6 +97,13 @@ DATA = {  # name: (what is in a.jpg, what is in d.json, exit status, words)
                            ["d.json, line 2: not complete JSON"]),
     "not UTF-8": (None, b'[{"id": "\xff"}]', 1, ["d.json, line 1 is not UTF-8 text"]),
     "too deep": (None, b"[" * 99_999, 1, ["d.json is not a whole JSON file"]),
+    "an answer that is not to be learnt": (None, [{"conversations": [
+        {"from": "human", "value": "a", "loss": False}, {"from": "gpt", "value": "b", "loss": False}]}], 1,
+        ["malformed: 1", "turn 1 has 'loss' False, which is not read: every answer is trained"]),
+    "an answer of half the weight": (None, [{"conversations": [
+        {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0.5}]}], 1, ["turn 1 has 'weight' 0.5"]),
+    "a loss for every turn": (None, [{"conversations": [
+        {"from": "human", "value": "a", "loss": False}, {"from": "gpt", "value": "b", "loss": True, "weight": 1}]}], 0, GOOD),
     "wrong role": (None, [record("a", "b", roles=("human", "wizard"))], 1, ["malformed: 1", "turn 1 is from 'wizard'"]),
     "roles out of order": (None, [record("a", "b", roles=("gpt", "human"))], 1, ["turn 0 is from 'gpt'"]),
     "empty turn": (None, [record("a", " \n", image=None)], 1, ["turn 1 is empty"]),
@@ -136,6 +146,13 @@ def test_data_check(name, tiny, pictures, tmp_path, capsys):
     argv = ["--check", tmp_path / "d.json", "--images", tmp_path / "images", "--workers", "0", "--tokenizer", tiny.qwen,
             "--num_patches", "9"]
     expect(outcome(lambda: data.main([*map(str, argv)]), capsys), code, words)
+
+
+@pytest.mark.parametrize("flag", ["--num_patches=0", "--num_patches=-5", "--max_length=0", "--max_length=-3",
+                                  "--image_size=0", "--image_size=-24"])
+def test_sizes_of_the_check_are_at_least_1(flag, tmp_path, capsys):
+    argv = ["--check", "none.json", "--images", str(tmp_path), flag, "--tiles=((48, 24),)"]
+    expect(outcome(lambda: data.main(argv), capsys), 2, [flag.split("=")[0] + " must be at least 1"])
 
 
 def test_labels_all_masked(tiny, tmp_path, capsys):
@@ -311,6 +328,68 @@ def test_a_vocabulary_of_another_tokenizer(tiny, tmp_path):
         vocab.load_words(tmp_path / "v.json")
 
 
+@pytest.mark.parametrize("path, out, is_refused", [
+    ("ck", "ck", True), ("ck/", "./ck", True), ("ck/llm", "ck", True), ("ck/steps/000100", "ck", True),
+    ("ck/vision_tower", "ck", True), ("link", "ck", True), ("ck", "ck/moved", False), ("ck/moved", "ck", False),
+    ("ck", "ck2", False), ("ck2", "ck", False), ("Qwen/Qwen2-0.5B", "ck", False), (None, ".", False), ("", ".", False)])
+def test_a_model_inside_of_out(path, out, is_refused, tmp_path, monkeypatch, capsys):
+    """One rule for train.py, transfer.py, import and export: a checkpoint replaces some folders below it and not the others"""
+    monkeypatch.chdir(tmp_path)
+    os.symlink("ck/llm", "link")
+    words = [f"source {path} is in {out}, where it would be overwritten"] if is_refused else []
+    expect(outcome(lambda: common.refuse_inside(out, other=None, source=path), capsys), int(is_refused), words)
+
+
+def test_float16_is_the_same_llm(checkpoints):
+    """float16 has no small numbers, so rounding makes other embeddings of these"""
+    assert checkpoint.load(str(checkpoints / "ck"), dtype=torch.float16).llm.dtype == torch.float16
+
+
+def test_lora_does_not_go_with_shard(tiny, world, tmp_path, capsys, monkeypatch):
+    make_model = train.make_model
+
+    def sharded_lora(cfg, device):
+        vlm = make_model(cfg, device)
+        vlm.sharded, vlm.llm.merge_and_unload = True, None
+        return vlm
+    monkeypatch.setattr(train, "make_model", sharded_lora)
+    expect(outcome(lambda: train_with(tiny, world, tmp_path / "out"), capsys), 1, ["shard does not go with LoRA"])
+
+
+def test_an_mlp_is_moved_by_no_script(tiny, checkpoints, tmp_path, capsys):
+    vlm = make(tiny, connector="mlp")
+    checkpoint.save(vlm, str(tmp_path / "mlp"), "pretrain", ("connector",))
+    found = outcome(lambda: transfer.move(str(tmp_path / "mlp"), tiny.qwen, "cpu", torch.float32), capsys)
+    expect(found, 1, ["mlp has an MLP connector", "means nothing to another LLM"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizers and words
+
+@pytest.mark.parametrize("values", [("", ""), ("x", "")])
+def test_a_corpus_without_text(values, tiny, tmp_path, capsys, monkeypatch):
+    """With --count=answers, the second has no text in what is counted"""
+    (tmp_path / "d.json").write_text(json.dumps([record(*values, image=None)]))
+    monkeypatch.setattr(sys, "argv", ["vocab.py", "--tokenizers", tiny.qwen, tiny.llama, "--count", "answers", "--corpus",
+                                      str(tmp_path / "d.json"), "--out", str(tmp_path / "w.json")])
+    expect(outcome(vocab.main, capsys), 1, ["there is no text to count in ", "d.json"])
+    assert not (tmp_path / "w.json").exists()
+
+
+def test_a_folder_without_a_tokenizer(tiny):
+    """The library's sentence goes on after its first line, which ends with a colon"""
+    with pytest.raises(ValueError, match="clip cannot be loaded: .* from one of: .*tokenizers"):
+        conversation.load_tokenizer(tiny.clip)
+
+
+def test_a_tokenizer_of_words_that_has_no_end_token(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match="has no end-of-sequence token"):
+        conversation.encode(turns, conversation.load_tokenizer(str(tmp_path)), 4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # train.py
 
@@ -345,11 +424,12 @@ TRAIN = {  # name: (arguments, exit status, words)
     "more words than there are": (["--num_words=999"], 1, ["num_words is 999, but "]),
     "no patch": (["--image_size=4"], 1, ["image_size 4 is less than a patch"]),
     "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),
-    "out is init": (["--init=same", "--out=same/"], 1, ["init same is in same/, where the run would overwrite it"]),
+    "out is init": (["--init=same", "--out=same/"], 1, ["init same is in same/, where it would be overwritten"]),
     "init is a snapshot in out": (["--init=same/steps/000100", "--out=same/"], 1, ["init same/steps/000100 is in same/"]),
-    "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where the run would overwrite it"]),
+    "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where it would be overwritten"]),
     "a file named by a number": (["--words=2024"], 1, ["No such file", "'2024'"]),
     "no such data": (["--data=none.json"], 1, ["No such file", "none.json"]),
+    "no data but a comma": (["--data=,"], 1, ["there is no data file in ','"]),
 }
 
 
@@ -415,20 +495,34 @@ def test_a_full_disk(tiny, world, tmp_path):
     ("data.py --check none.json --images .", 1, "data.py: [Errno 2] No such file or directory: 'none.json'"),
     ("vocab.py --tokenizers nobody/nothing {c}/qwen --corpus {w}/captions.json --out {o}/w.json --offline", 1,
      "vocab.py: nobody/nothing cannot be loaded: it is no folder and not in the Hugging Face cache"),
-    ("transfer.py {c}/ck {c}/qwen --out {c}/ck --overwrite", 1, "lies in --out"),
-    ("transfer.py {c}/ck {c}/sft/llm --out {c}/sft --overwrite", 1, "lies in --out"),
+    ("transfer.py {c}/ck {c}/qwen --out {c}/ck --overwrite", 1, "source {c}/ck is in {c}/ck, where it would be overwritten"),
+    ("tools/export.py {c}/ck {c}/ck --overwrite", 1, "checkpoint {c}/ck is in {c}/ck, where it would be overwritten"),
+    ("tools/export.py {c}/ck {o}/x --image {w}/images/1.png", 2, "and --image to them"),
+    ("tools/import_official.py {w}/words.json --llm {c}/qwen --size 3 --out {o}/x", 2, "--size does not go with a checkpoint"),
+    ("tools/import_official.py {w}/words.json --tokenizer {c}/qwen --words {w}/words.json --out {o}/x", 2,
+     "--words does not go with a list of words"),
     ("transfer.py {c}/ck {c}/qwen --out {o}/x --eval {w}/captions.json --limit -1", 1, "--limit is -1"),
     ("transfer.py {c}/ck", 2, "the following arguments are required: target"),
     ("eval.py --score gqa --questions {w}/images/3.png --predictions {w}/chats.json", 1,
      "eval.py: {w}/images/3.png is not a whole JSON file"),
     ("words.py {c}/ck {w}/images/3.png --out {o}/words", 1, "words.py: image '{w}/images/3.png' cannot be read"),
     ("pocket.py --scenes 3", 1, "pocket.py: --scenes and --held_out must be at least 20"),
-    ("bench.py compost", 1, "invalid choice: 'compost'")])
+    ("bench.py compost", 1, "invalid choice: 'compost'"),
+    ("bench.py combine --json {w}/captions.json", 1, "captions.json is no file of bench.py --json"),
+    ("results/words_loss.py compost", 1, "there is no row 'compost'"),
+    ("results/pocket_probes.py --world {o}", 1, "holds no pocket world; python pocket.py makes one")])
 def test_command_lines(command, code, words, spoilt, checkpoints, tmp_path):
     places = {"w": spoilt, "c": checkpoints, "o": tmp_path}
     done = run(*(part.format(**places) for part in command.split()), check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == code and words.format(**places) in last and "Traceback" not in done.stderr, done.stderr
+
+
+def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sys, "argv", ["some/script.py"])
+    expect(outcome(lambda: common.run_script(stopped), capsys), 1, ["script.py: interrupted"])
 
 
 def test_help_waits_for_no_library():
@@ -526,7 +620,7 @@ def test_any_value_of_a_setting(tmp_path_factory, draw):
     key, value = draw.draw(st.sampled_from(sorted(train.Settings.__annotations__) + ["Hidden", ""])), draw.draw(ANY)
     file = tmp_path_factory.getbasetemp() / "any-config.py"
     file.write_text(f"{key or 'x'} = {value!r}", encoding="utf-8", errors="surrogatepass")
-    needed = ["--out=x", "--data=x", "--llm=x", "--vision_tower=x", "--words=x"]
+    needed = ["--out=out", "--data=x", "--llm=x", "--vision_tower=x", "--words=x"]
     for argv in ([*needed, f"--{key}={value}"], [*needed, f"--{key}={json.dumps(value)}"], [*needed, str(file)]):
         try:
             train.check(train.read_settings(argv))
@@ -621,6 +715,15 @@ def test_questions_of_a_benchmark_stay_in_its_folder(tmp_path, image, words):
     test_benchmarks.save(tmp_path / "pope/llava_pope_test.jsonl", [question])
     with pytest.raises(ValueError, match=words):
         evaluation.load_questions("pope", str(tmp_path))
+
+
+def test_a_question_that_holds_the_mark_of_an_image(tiny):
+    vlm = make(tiny)
+    for question in ({"image": "x.png", "text": "<image> what?"}, {"image": None, "text": "<image>"}):
+        with pytest.raises(ValueError, match="more '<image>' than there are pictures"):
+            evaluation.prompt_ids(vlm, question)
+    with pytest.raises(ValueError, match="more '<image>' than there are pictures"):
+        needs.ask(vlm, "<image> what?", "chat", (24, 24), torch.zeros(1, 3, 24, 24), None)
 
 
 def test_a_page_of_words_escapes_all_that_comes_from_elsewhere():

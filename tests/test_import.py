@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel,
+                          SiglipVisionModel)
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import checkpoint
@@ -286,6 +287,9 @@ def test_wrong_files_are_one_sentence(released, tiny, world, words, tmp_path):
     file.write_bytes(saved(projector(K)).read_bytes()[:900])
     refused(file, "is torn")
     refused(saved({"conv.weight": torch.zeros(3)}), "conv.weight is the name of no tensor")
+    deeper = projector(D=44) | {"model.mm_projector.4.bias": torch.zeros(44)}
+    refused(saved(deeper), r"mm_projector.4.bias is \(44,\); the sizes .* want no such tensor")
+    refused(saved(projector(D=44)), "holds an MLP: --vocab_matrix", "--vocab_matrix", file)
     whole, matrix = released[0] / "mm_projector.bin", ("--vocab_matrix", released[0] / "E.pt")
     refused(whole, "row 0 is not the embedding of", "--words", reordered, *matrix)
     refused(whole, "row 0 is not the embedding of", *matrix, llm=tiny_other(tiny, others, tmp_path))
@@ -309,6 +313,69 @@ def test_wrong_files_are_one_sentence(released, tiny, world, words, tmp_path):
         import_it(released[0] / "mm_projector.bin", tiny, world, tmp_path / "out")
     done = run(TOOL, tmp_path / "mm_projector.bin", "--llm", tiny.qwen, "--out", tmp_path / "new", "--offline", check=False)
     assert done.returncode == 1 and "holds no connector" in done.stderr and "Traceback" not in done.stderr
+
+
+CONFIGS = {     # name: (what is in config.json, words)
+    "pictures at a side of up to nine tiles": ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
+    "another arrangement of tiles": ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"}, "merge_type is 'flat'"),
+    "LLaVA-OneVision": ({"model_type": "llava_onevision", "text_config": {}}, "model_type is 'llava_onevision'"),
+    "LLaVA-NeXT for videos": ({"model_type": "llava_next_video", "text_config": {}}, "model_type is 'llava_next_video'"),
+    "another activation": ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+    "CLS among the patches": ({"vision_feature_select_strategy": "full"}, "'full' drops 0 rows of the vision tower, which has 1"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_of_another_computation(name, tiny, tmp_path):
+    config, sentence = CONFIGS[name]
+    torch.save(projector(D=44), tmp_path / "mm_projector.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=sentence):
+        import_here(tmp_path / "mm_projector.bin", "--llm", tiny.qwen, "--vision_tower", tiny.clip, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+SHARDS = {      # name: (files in the folder, files that its index names or what the index is, the file that is missing)
+    "all there": (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None, None),
+    "one missing, without an index": (["model-00002-of-00002.safetensors"], None, "model-00001-of-00002.safetensors"),
+    "a pickle missing": (["pytorch_model-00001-of-00002.bin"], None, "pytorch_model-00002-of-00002.bin"),
+    "a name of its own": (["a.safetensors"], ("model.safetensors", ["a.safetensors", "tower.safetensors"]), "tower.safetensors"),
+    "an index of the other format": (["model.safetensors"], ("pytorch_model.bin", ["pytorch_model-00001-of-00002.bin"]), None),
+    "an index without names": (["model.safetensors"], ("model.safetensors", 3), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_shards_that_are_missing(name, tmp_path):
+    """Without the check, a part that is in the missing file would come from --llm or --vision_tower, untrained"""
+    files, index, missing = SHARDS[name]
+    for file in files:
+        (tmp_path / file).write_bytes(b"")
+    if index:
+        names = {str(i): file for i, file in enumerate(index[1])} if isinstance(index[1], list) else index[1]
+        (tmp_path / f"{index[0]}.index.json").write_text(json.dumps({"weight_map": names}))
+    if missing:
+        with pytest.raises(ValueError, match=missing):
+            import_official.shards_of(str(tmp_path))
+    else:
+        assert [os.path.basename(file) for file in import_official.shards_of(str(tmp_path))] == files
+
+
+@torch.no_grad()
+def test_siglip_has_no_row_to_drop(tiny, tmp_path, pixels):
+    """A LLaVA of transformers on SigLIP takes all rows: "full". "default" would drop a patch."""
+    mlp = projector(D=52, dtype=torch.float32)
+    torch.save(mlp, tmp_path / "mm_projector.bin")
+    arguments = (tmp_path / "mm_projector.bin", "--llm", tiny.llama, "--vision_tower", tiny.siglip, "--out", tmp_path / "out")
+    (tmp_path / "config.json").write_text(json.dumps({"vision_feature_select_strategy": "default"}))
+    with pytest.raises(ValueError, match="'default' drops 1 rows of the vision tower, which has 0"):
+        import_here(*arguments)
+    (tmp_path / "config.json").write_text(json.dumps({"vision_feature_select_strategy": "full"}))
+    import_here(*arguments)
+    patches = SiglipVisionModel.from_pretrained(tiny.siglip)(pixels, output_hidden_states=True).hidden_states[-2]
+    first, second = ([mlp[f"model.mm_projector.{i}.{n}"] for n in ("weight", "bias")] for i in (0, 2))
+    want = F.linear(F.gelu(F.linear(patches, *first)), *second)
+    torch.testing.assert_close(checkpoint.load(str(tmp_path / "out")).encode(pixels), want, atol=1e-5, rtol=1e-4)
 
 
 def tiny_other(tiny, llm, root):

@@ -202,8 +202,8 @@ def read_arguments():
     add("--overwrite", action="store_true", help="replace what is there")
     add("--offline", action="store_true", help=common.OFFLINE)
     args = parser.parse_args()
-    if args.prompt_embeds != bool(args.ask):
-        parser.error("--prompt_embeds and --ask QUESTION belong together")
+    if args.prompt_embeds != bool(args.ask) or args.image and not args.ask:
+        parser.error("--prompt_embeds and --ask QUESTION belong together, and --image to them")
     return args
 
 
@@ -213,6 +213,7 @@ def main():
         common.go_offline()
     if os.path.exists(args.out) and not args.overwrite:
         raise ValueError(f"{args.out} exists; --overwrite replaces it")
+    common.refuse_inside(args.out, checkpoint=args.checkpoint)
     import torch
     import checkpoint
     import pictures

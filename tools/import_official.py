@@ -27,6 +27,7 @@ from settings import parse_value
 NAMES = [
     (r".*mm_projector\.([02])\.", r"connector.mlp.\1."),
     (r".*mm_projector\.3\.", "connector.to_scores."),
+    (r".*(mm_projector|multi_modal_projector|vision_resampler)(?!\.linear_)\.", "connector.other."),
     (r"(model\.)?multi_modal_projector\.linear_1\.", "connector.mlp.0."),
     (r"(model\.)?multi_modal_projector\.linear_2\.", "connector.mlp.2."),
     (r"(model\.)?image_newline$", "newline.image_newline"),
@@ -49,11 +50,7 @@ def read_tensors(path):
     The parts are "connector", "llm", "vision_tower" and "newline". ValueError if a file is torn,
     holds other things than tensors, or if there is no connector.
     """
-    files = [path]
-    if os.path.isdir(path):
-        patterns = ("*.safetensors", "pytorch_model*.bin", "mm_projector.bin")
-        shards = (sorted(glob(f"{escape(path)}/{pattern}")) for pattern in patterns)
-        files = next(filter(None, shards), [])
+    files = shards_of(path) if os.path.isdir(path) else [path]
     parts = {"connector": {}, "llm": {}, "vision_tower": {}, "newline": {}}
     for file in files:
         for name, tensor in read_file(file).items():
@@ -71,6 +68,35 @@ def read_tensors(path):
         raise ValueError(f"{path} holds no connector: no tensor mm_projector.0.weight or "
                          "multi_modal_projector.linear_1.weight")
     return parts
+
+
+def shards_of(folder):
+    """Return the files of a folder's weights. ValueError names one that is missing.
+
+    Without this check a part whose shard was not downloaded would be taken from --llm or
+    --vision_tower, untrained.
+    """
+    patterns = ("*.safetensors", "pytorch_model*.bin", "mm_projector.bin")
+    found = (sorted(glob(f"{escape(folder)}/{pattern}")) for pattern in patterns)
+    files = next(filter(None, found), [])
+    there = {os.path.basename(file) for file in files}
+    named = set()
+    for name in there:
+        shard = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", name)      # model-00001-of-00003.bin
+        if shard:
+            named |= {f"{shard[1]}{i:05d}{shard[2]}" for i in range(1, int(shard[3]) + 1)}
+    for index in glob(f"{escape(folder)}/*.index.json"):
+        kind = os.path.splitext(index.removesuffix(".index.json"))[1]
+        content = common.read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} is no index of weights: it has no weight_map")
+        if any(name.endswith(kind) for name in there):      # else it is of the other format
+            named |= {str(name) for name in weight_map.values()}
+    missing = sorted(named - there)
+    if missing:
+        raise ValueError(f"{folder} lacks {missing[0]}, one of its {len(named)} files of weights")
+    return files
 
 
 def read_file(path):
@@ -100,15 +126,18 @@ def read_settings(path):
     settings = common.read_json(file) if os.path.isfile(file) else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is no config of a model")
-    known = {"mm_vision_select_feature": ("patch",), "vision_feature_select_strategy": ("default",),
-             "mm_use_im_start_end": (False,), "projector_hidden_act": ("gelu",),
-             "multimodal_projector_bias": (True,)}
+    known = {"mm_vision_select_feature": ("patch",), "mm_use_im_start_end": (False,),
+             "vision_feature_select_strategy": ("default", "full"),
+             "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
+             "image_aspect_ratio": ("square", "pad", "anyres")}
+    if "text_config" in settings:                       # of transformers
+        known["model_type"] = ("llava", "llava_next")
     if settings.get("image_aspect_ratio") == "anyres":
         known["mm_patch_merge_type"] = ("spatial_unpad",)
     for key, allowed in known.items():
         if settings.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{file}: {key} is {settings[key]!r}, and this code knows "
-                             f"{allowed[0]!r} only")
+                             f"{' and '.join(map(repr, allowed))} only")
     layer = settings.get("mm_vision_select_layer", settings.get("vision_feature_layer", -2))
     if type(layer) is not int:
         raise ValueError(f"{file}: the connector reads the layers {layer}, and this code reads one")
@@ -177,6 +206,19 @@ def fill_llm(vlm, tensors, path):
     fill(vlm.llm, tensors, path, "the sizes of --llm")
 
 
+def check_strategy(vlm, strategy, path):
+    """Raise ValueError if transformers keeps other rows of the tower than the patches."""
+    import torch
+    from model import tower_hidden
+    side = vlm.image_settings["size"]
+    extra = tower_hidden(vlm.vision_tower, torch.zeros(1, 3, side, side))[-1].shape[1]
+    extra -= vlm.num_patches                                # CLS and registers
+    dropped = {"default": 1, "full": 0}.get(strategy, extra)
+    if dropped != extra:
+        raise ValueError(f"{path}: vision_feature_select_strategy {strategy!r} drops {dropped} "
+                         f"rows of the vision tower, which has {extra} before its patches")
+
+
 def check_matrix(path, E, words):
     """Raise ValueError if a file, the release's E, is not the E of these words and this LLM."""
     matrix = read_file(path)
@@ -215,8 +257,12 @@ def import_checkpoint(args):
         config.tiles = tiles_of(settings, args.file)
     dtype = next(iter(tensors["llm"].values()))[1].dtype if has_llm else torch.bfloat16
     vlm = checkpoint.build(config, words, dtype=dtype)
+    check_strategy(vlm, settings.get("vision_feature_select_strategy"), args.file)
     fill(vlm.connector, connector, args.file, "the sizes of --vision_tower, --words and --llm")
-    if args.vocab_matrix and is_langbridge:
+    if args.vocab_matrix:
+        if not is_langbridge:
+            raise ValueError(f"{args.file} holds an MLP: --vocab_matrix, a list of embeddings, "
+                             "belongs to a LangBridge")
         check_matrix(args.vocab_matrix, vlm.connector.vocab_embeds, words)
     trained = ["connector"]
     if has_llm:
@@ -341,13 +387,18 @@ def main():
         parser.error("--size must be at least 1")
     if bool(args.tokenizer) == bool(args.llm):
         parser.error("give --tokenizer for a list of words, or --llm for a checkpoint")
+    kind, other = "checkpoint", ("size", "counts")
+    if args.tokenizer:
+        kind, other = "list of words", ("words", "vision_tower", "vocab_matrix")
+    for flag in other:
+        if getattr(args, flag):
+            parser.error(f"--{flag} does not go with a {kind}")
     for path in filter(None, (args.counts, f"{args.out}/config.json" if args.llm else args.out)):
         if os.path.exists(path) and not args.overwrite:
             raise ValueError(f"{path} exists; --overwrite replaces it")
     if not (os.path.exists if args.llm else os.path.isfile)(args.file):
         raise ValueError(f"there is no file {args.file}")
-    if os.path.realpath(args.file) == os.path.realpath(args.out):
-        raise ValueError(f"--out is {args.out}, too: what is read is not overwritten")
+    common.refuse_inside(args.out, file=args.file, llm=args.llm, vision_tower=args.vision_tower)
     import_checkpoint(args) if args.llm else write_words(args)
     print(f"wrote        {args.out}")
 

@@ -11,6 +11,7 @@ same tensors, in turns. A ratio is the median of the rounds' ratios.
 """
 import argparse
 import copy
+import functools
 import os
 import platform
 import re
@@ -52,8 +53,8 @@ import conversation
 import data
 import fused
 import model
-import sharding
 from generate import generate
+from support import sharding
 
 # Two images of 576 patches, the paper's number of words, and the width of Qwen2-0.5B.
 P, K, D = 1152, 19200, 896
@@ -408,7 +409,7 @@ def step_parts():
             for dtype in ("float32", "bfloat16"):
                 name = f"step, {stage}, SmolLM2-135M, {(side // 14) ** 2} patches, {dtype}"
                 sizes = config_of("DINOv2-small"), config_of("SmolLM2-135M"), side, images
-                parts[name] = lambda name, more=(*sizes, dtype, stage): bench_llava_step(name, *more)
+                parts[name] = functools.partial(bench_llava_step, *sizes, dtype, stage)
     for images in (1, 8):
         name = f"step, Qwen2-0.5B, {images} x 576 patches, bfloat16"
         parts[name] = lambda name, images=images: bench_connectors(name, images)
@@ -464,7 +465,7 @@ def steps(vlm, batch, dtype):
     return {"ours": ours, "LLaVA": theirs}
 
 
-def bench_llava_step(name, tower, llm, side, images, dtype="float32", stage="pretrain"):
+def bench_llava_step(tower, llm, side, images, dtype, stage, name):
     vlm = random_vlm(tower, llm, side, getattr(torch, dtype))
     if stage == "sft":
         vlm.llm.float().requires_grad_(True)                # the weights of train.py's AdamW

@@ -8,7 +8,7 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
                              and with tiles image_newline, which has the dimension of the LLM
     vision_tower/            if a stage trained the vision tower: a Hugging Face folder
 
-pretrained.py reads the LLM and the vision tower that a config names.
+support/pretrained.py reads the LLM and the vision tower that a config names.
 """
 import copy
 import hashlib
@@ -27,15 +27,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
-import fingerprint
-import sharding
 from common import read_json, replacing, write_json
 from conversation import load_tokenizer
 from model import VLM, Config, make_connector, vocab_embeds
-from pretrained import (errors_name, image_settings, load_llm, load_weights, probe_llm, probe_tower,
-                        vision_config)
-from ranks import set_precision
 from vocab import load_words, save_words, words_hash
+from support import fingerprint, sharding
+from support.pretrained import (errors_name, image_settings, load_llm, load_weights, probe_llm,
+                                probe_tower, vision_config)
+from support.ranks import set_precision
 
 FORMAT = 1
 NEWLINE = "image_newline.safetensors"

@@ -19,7 +19,7 @@ import common
 from conversation import (IGNORE, IMAGE, IMAGE_ID, TEMPLATES, check_text, encode, load_tokenizer,
                           show_sample)
 from common import BadSample
-from pictures import check_tiles, image_path, num_tokens, open_image, tile_pixels
+from support.pictures import check_tiles, image_path, num_tokens, open_image, tile_pixels
 # torch is imported where it is used, so that --help does not wait for it.
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -118,8 +118,8 @@ def messages_of(record, image_first=True):
             raise BadSample("malformed", f"turn {i} is empty")
         for key in ("loss", "weight", "train"):         # of ms-swift, OpenAI and axolotl
             if role == "assistant" and turn.get(key) not in (None, True):
-                raise BadSample("malformed", f"turn {i} has {key!r} {str(turn[key])[:40]}, which is "
-                                             "not read: every answer is trained")
+                raise BadSample("malformed", f"turn {i} has {key!r} {str(turn[key])[:40]}, which is"
+                                             " not read: every answer is trained")
         other = OTHER_IMAGE.search(content)
         if other:
             raise BadSample("malformed", f"turn {i} holds {other[0][:40]!r}, which is not read: a "
@@ -149,7 +149,8 @@ class Conversations:
     max_length: a sample keeps its first max_length tokens; None keeps all.
     image_names: for each record its image names; none for a record that is malformed.
     word_of_id: {id: index of the shared word that the id is}, for "words".
-    features: a folder with the patches of each picture, see features.py, to use instead of pixels.
+    features: a folder with the patches of each picture, to use instead of pixels; see
+        support/features.py.
     tiles: see model.Config. With tiles an image is n rows of "images" and not one.
     [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
         "images": float32[n, 3, S, S], "image_sizes": [(width, height), ...]}, or a BadSample that
@@ -235,7 +236,7 @@ class Conversations:
 
             file = features_path(self.features, path)
             if not os.path.isfile(file):
-                open_image(path)                    # raises BadSample, as it did in features.py
+                open_image(path)        # raises BadSample, as it did in support/features.py
             return load_file(file)["patches"][None], None
         image = open_image(path)
         return tile_pixels(image, **self.image, tiles=self.tiles), image.size
@@ -392,7 +393,7 @@ def main(argv=None):
         common.go_offline()
     import torch
     from tqdm import tqdm
-    from settings import parse_value
+    from support.settings import parse_value
 
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     # The size does not change which pictures are refused, so a small one is used for speed.

@@ -109,7 +109,7 @@ def prompt_ids(vlm, question):
     message = {"role": "user", "content": image_line + question["text"]}
     num_patches = [vlm.num_patches] if question["image"] else []
     if question["image"] and vlm.config.tiles:
-        from pictures import open_image
+        from support.pictures import open_image
         num_patches = [vlm.num_tokens(open_image(question["image"]).size)]
     return encode_prompt([message], vlm.tokenizer, num_patches)
 
@@ -159,7 +159,7 @@ def load_images(batch, vlm, pool):
     The result of a future is (float32[n, 3, S, S], (width, height)). n is 1 without tiles.
     The threads of `pool` read the images while the GPU answers the batch before.
     """
-    from pictures import open_image, tile_pixels
+    from support.pictures import open_image, tile_pixels
 
     def load(name):
         image = open_image(name)
@@ -251,8 +251,7 @@ def evaluate(args):
 
     import torch
     import checkpoint
-    import fingerprint
-    import ranks
+    from support import fingerprint, ranks
     # Under torchrun each rank loads the whole model on its own GPU.
     device = ranks.own_device(args.device, most=1 if world > 1 else None)
     dtype = args.dtype or ("float32" if str(device) == "cpu" else "bfloat16")

@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 from conversation import IGNORE, IMAGE_ID, eos_ids
-from pictures import check_tiles, num_tokens, tile_layout
 from vocab import word_ids
+from support.pictures import check_tiles, num_tokens, tile_layout
 
 NORMALIZE = ("softmax", "none")             # what `word_weights` knows
 

@@ -10,7 +10,8 @@ seen a picture. They have learnt to read: a description, which stands where an i
 and questions about it.
 
 Everything follows from --seed: two runs on one machine write the same bytes. This file writes the
-data. pocket_world.py holds scenes, pictures and questions, pocket_models.py trains the models.
+data. support/pocket_world.py holds scenes, pictures and questions, and support/pocket_models.py
+trains the models.
 results/pocket_probes.py measures what they have learnt.
 """
 import argparse
@@ -31,9 +32,9 @@ from pathlib import Path
 from PIL import Image
 
 from common import read_json, run_script, write_json, write_text
-from pocket_world import (BRIEF, KINDS, SHAPES, STYLES, SUFFIX, TRAIN_KINDS, ask, chat, choice_chat,
-                          choices, describe, document, draw_scene, questions, random_scene,
-                          scene_key, spoken)
+from support.pocket_world import (BRIEF, KINDS, SHAPES, STYLES, SUFFIX, TRAIN_KINDS, ask, chat,
+                                  choice_chat, choices, describe, document, draw_scene, questions,
+                                  random_scene, scene_key, spoken)
 
 # Each is trained by one process. The longest training comes first, for machines with two cores.
 MODELS = ("pocket-llama", "pocket-qwen", "vision-tower")
@@ -101,7 +102,7 @@ def main():
 
 def make_model(job):
     """Make one model in a worker process. Return its name and the seconds that it took."""
-    import pocket_models                    # imports torch; the main process need not wait for it
+    from support import pocket_models   # imports torch; the main process need not wait for it
     name, settings = job
     start = time.time()
     pocket_models.make_model(name, settings)

@@ -22,9 +22,9 @@ import time
 from dataclasses import asdict, dataclass, fields
 
 import common
-import settings
 from common import print_rank0
-from settings import setting
+from support import settings
+from support.settings import setting
 
 # What each stage trains. All other parts are frozen. The learning rate of a part is the setting
 # PART_lr.
@@ -182,15 +182,13 @@ import torch
 import checkpoint
 import conversation
 import data
-import features
-import fingerprint
 import model
-import pretrained
-import sharding
 import vocab
-from ranks import (check_compiler, check_shared_memory, clip_gradients, leave, leave_process_group,
-                   length_multiple, on_rank0, reduce_gradients, setup_ranks, sum_up, wait_for_all)
-from resume import resume, save_state
+from support import features, fingerprint, pretrained, sharding
+from support.ranks import (check_compiler, check_shared_memory, clip_gradients, leave,
+                           leave_process_group, length_multiple, on_rank0, reduce_gradients,
+                           setup_ranks, sum_up, wait_for_all)
+from support.resume import resume, save_state
 
 
 # --------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ import torch
 
 import checkpoint
 import data
-import ranks
 import vocab
+from support import ranks
 
 BATCH_SIZE = 16
 

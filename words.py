@@ -65,11 +65,9 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 import checkpoint
-import needs
-import pictures
-import ranks
 import transfer
 import vocab
+from support import needs, pictures, ranks
 
 
 # --------------------------------------------------------------------------------------------------

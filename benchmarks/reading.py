@@ -87,7 +87,7 @@ def question(record_id, text, image=None, prompt=None, **extra):
 
 def image_file(folder, name, where):
     """Return the path of an image. ValueError if the name leads out of the folder."""
-    from pictures import inside
+    from support.pictures import inside
     if not isinstance(name, str):
         raise ValueError(f"{where} has an image that is no file name")
     inside(folder, name)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import checkpoint
 import common
 import data
-from pictures import image_path
 from results.photos import labels_of_patches
+from support.pictures import image_path
 
 
 def targets_of(objects, side, index, K):

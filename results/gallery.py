@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 import checkpoint
 import common
 import conversation
-import pictures
 import words
 from generate import generate
+from support import pictures
 
 PROMPT = "Describe the picture."
 SIDE = 512                      # pixels of a picture in the gallery

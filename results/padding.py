@@ -30,7 +30,7 @@ SOURCES = {
 
 
 def simulate(part, seed=0):
-    """Return (tokens of each record, its length as data.py counts it), of 1 / part of the records."""
+    """Return (tokens of each record, its length as data.py counts it), of 1 / part of all."""
     rng = random.Random(seed)
     tokens, lengths = [], []
     for records, has_image, median, sigma in SOURCES.values():

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from common import read_json, run_script
 from data import IGNORE
-from pocket_models import LLMS, TOWER, encode, load_pixels, pad_batch
-from pocket_world import (CELLS, COLORS, SHAPES, SIDE, SIZES, STYLES, TRAIN_KINDS, WORDS, chat,
-                          choice_chat, choices, describe, questions, random_scene)
+from support.pocket_models import LLMS, TOWER, encode, load_pixels, pad_batch
+from support.pocket_world import (CELLS, COLORS, SHAPES, SIDE, SIZES, STYLES, TRAIN_KINDS, WORDS,
+                                  chat, choice_chat, choices, describe, questions, random_scene)
 
 
 @torch.no_grad()

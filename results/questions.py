@@ -1,7 +1,7 @@
 """
 Questions about photographs: hold some photographs out, and measure checkpoints on their questions.
 
-    python results/questions.py split QUESTIONS.json DIR [--held_out 60]    # DIR/train.json, DIR/val.json
+    python results/questions.py split QUESTIONS.json DIR [--held_out 60]    # DIR/train.json, val.json
     python results/questions.py measure NAME=CHECKPOINT [...] --data DIR/val.json --images DIR
         --out FILE.json
 
@@ -23,8 +23,8 @@ import common
 import conversation
 import data
 from generate import generate
-from pictures import image_path, open_image, transform
 from results.photos import interval
+from support.pictures import image_path, open_image, transform
 
 
 def split(path, folder, held_out):

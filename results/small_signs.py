@@ -1,8 +1,9 @@
 """
 Signs that are too small for one square picture, with and without tiles (LLaVA-NeXT's "anyres").
 
-    python results/small_signs.py draw WORLD OUT    # pictures of a pocket world with signs of half the size
-    python results/small_signs.py table             # out/pocket/seed*/small-signs-* -> results/pocket/small-signs.json
+    python results/small_signs.py draw WORLD OUT    # a pocket world with signs of half the size
+    python results/small_signs.py table             # out/pocket/seed*/small-signs-*
+                                                    # -> results/pocket/small-signs.json
 
 The vision tower sees a picture of 192 pixels at 96 pixels, and a small sign's letters are 4 pixels
 high there. With a grid of 2 x 2 tiles it sees each quarter at 96 pixels, and the letters are 9
@@ -17,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common import read_json, run_script, write_json
-from pocket_world import draw_scene, sign_of
+from support.pocket_world import draw_scene, sign_of
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TASKS = ("textvqa", "gqa", "pope")

@@ -58,11 +58,10 @@ from matplotlib.figure import Figure
 
 import checkpoint
 import data
-import pictures
-import ranks
 import vocab
 from words import (cosine, cosine_null, grid_patches, refuse_to_overwrite, save_figure,
                    vocabulary)
+from support import pictures, ranks
 
 
 # --------------------------------------------------------------------------------------------------

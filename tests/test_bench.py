@@ -146,7 +146,7 @@ def test_llava_step_reports_speed_and_memory(dtype, stage, monkeypatch):
     made = []
     # Compilation takes seconds and is tested with train.py.
     monkeypatch.setattr("torch.nn.Module.compile", lambda block, **options: made.append(block))
-    rows = bench.bench_llava_step("step", *configs(), 24, 3, dtype, stage)
+    rows = bench.bench_llava_step(*configs(), 24, 3, dtype, stage, "step")
     floor, _, _, speed, memory = rows
     assert floor["detail"]["images"] == 3 and speed["bar"] == ">= 1.7" and len(made) > 1
     # LLaVA has the logits of 60 positions in memory, and this code those of 24.

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 import conversation
 import data
-import pictures
 import vocab
 from common import BadSample
 from conftest import run
 from conversation import IGNORE, IMAGE_ID, encode, encode_prompt
 from data import Conversations, collate, global_batches, messages_of
+from support import pictures
 
 ROOT = pathlib.Path(data.__file__).parent
 P = 3

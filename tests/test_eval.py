@@ -246,7 +246,7 @@ def test_two_ranks_write_what_one_writes(world):
 
 def test_pictures_are_read_while_the_batch_before_is_answered(world, monkeypatch):
     """The model of the first batch waits until a picture of the second one is read, and of no later one."""
-    import pictures
+    from support import pictures
     read, second = [], threading.Event()
     open_image = pictures.open_image
 

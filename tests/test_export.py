@@ -18,8 +18,8 @@ import generate
 import model
 import vocab
 from conftest import run
-from pictures import open_image, transform
 from tools import export
+from support.pictures import open_image, transform
 
 QUESTION = "what colour is the big circle?"
 

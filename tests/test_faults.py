@@ -26,7 +26,6 @@ import common
 import conversation
 import data
 import eval as evaluation
-import needs
 from tools.import_official import import_official
 import test_data
 import test_benchmarks
@@ -36,9 +35,10 @@ import transfer
 import vocab
 from conftest import ROOT, byte_level, run, settings
 from test_model import make
+from support import needs
 
 
-SOURCES = {os.path.relpath(path, ROOT): open(path, encoding="utf-8").read() for folder in ("", "benchmarks", "tools")
+SOURCES = {os.path.relpath(path, ROOT): open(path, encoding="utf-8").read() for folder in ("", "support", "benchmarks", "tools")
            for path in sorted(glob(f"{ROOT}/{folder}/*.py"))}
 
 

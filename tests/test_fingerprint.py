@@ -15,11 +15,11 @@ import checkpoint
 import common
 import conversation
 import eval as evaluation
-import fingerprint
 import test_benchmarks
 import train
 import transfer
 from conftest import CHATML, settings, train_here
+from support import fingerprint
 
 
 def weights(path, *names, factor=1.1):

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 import checkpoint
-import pictures
 import eval
 import generate
 import model
 import vocab
 from conftest import ROOT
+from support import pictures
 
 
 @pytest.fixture(scope="module")

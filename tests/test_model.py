@@ -11,9 +11,9 @@ from generate import generate
 import conversation
 import data
 import model
-import pretrained
 import vocab
 from conversation import IGNORE, IMAGE_ID
+from support import pretrained
 
 P = 9                                                               # 24 pixels, patches of 8
 

@@ -18,9 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import conftest  # noqa: E402
-import pocket_models  # noqa: E402
-import pocket_world  # noqa: E402
-from pocket_world import SUFFIX  # noqa: E402
+from support import pocket_models, pocket_world  # noqa: E402
+from support.pocket_world import SUFFIX  # noqa: E402
 
 
 # The JSON files of the tiny world: their number, and a hash of their hashes. If this hash changes,

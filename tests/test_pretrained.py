@@ -10,14 +10,13 @@ import transformers
 import checkpoint
 import conversation
 import data
-import pictures
 import model
-import pretrained
 import train
 from conftest import PROCESSOR
 from generate import generate
 from test_model import make, sample, turns
 from tools import memory
+from support import pictures, pretrained
 
 P = 9
 V = 500

@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoint
 import model
-import pretrained
 import train
 from conftest import ROOT, settings, train_here
-from ranks import check_shared_memory, leave, length_multiple, local, own_device, sum_up
 from kill_loop import end, kill_loop, start
 from test_train import losses, same, weights
+from support import pretrained
+from support.ranks import check_shared_memory, leave, length_multiple, local, own_device, sum_up
 
 # Sums over two ranks are rounded in another order than over one, so gradients differ in their last bits: measured,
 # losses by 2e-7 and weights by 8e-7 after 4 steps. Adam divides a gradient by its own size, so that one near zero could
@@ -375,7 +375,7 @@ def test_sums_and_the_parameters_that_were_reached(tmp_path):
 
 def wait_long(report):
     """Ranks with a patience of 1 s in the default group; rank 0 works for longer before the others go on."""
-    import ranks as module
+    from support import ranks as module
     module.NCCL_TIMEOUT = timedelta(seconds=1)
     for name, value in {"device_count": lambda: 2, "is_available": lambda: True, "set_device": lambda device: None}.items():
         setattr(torch.cuda, name, value)

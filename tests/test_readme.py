@@ -36,7 +36,7 @@ def test_a_command_names_scripts_configs_and_flags_that_exist(command):
 def test_every_file_named_in_the_text_is_in_the_tree():
     for page, content in PAGES.items():
         text = re.sub(r"```.*?```", "", content, flags=re.S)
-        for path in re.findall(r"`((?:config|tests|results|docs|benchmarks|tools)/[\w./-]+|[\w-]+\.(?:py|sh|txt|md))[` ]", text):
+        for path in re.findall(r"`((?:config|tests|results|docs|benchmarks|tools|support)/[\w./-]+|[\w-]+\.(?:py|sh|txt|md))[` ]", text):
             assert os.path.exists(os.path.join(ROOT, path)), (page, path)
         for path in re.findall(r"\]\(((?!http)[^)#]+)\)", content):
             assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), path)), (page, path)

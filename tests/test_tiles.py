@@ -21,13 +21,13 @@ import conversation
 import data
 import eval
 import model
-import pictures
 import transfer
 import vocab
 from conftest import settings, train_here
 from generate import generate
 from test_export import export_here
 from tools import import_official
+from support import pictures
 
 PAPER = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 S, SIDE, P = 24, 3, 9                                               # of the tiny towers

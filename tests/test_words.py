@@ -24,11 +24,10 @@ from safetensors.torch import load_file
 import checkpoint
 import conversation
 import model
-import needs
-import pictures
 import vocab
 import words
 from conftest import ROOT, run
+from support import needs, pictures
 
 sys.path.insert(0, f"{ROOT}/results")
 import study

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import checkpoint
 import data
-import pictures
 import model
 import train
 from conftest import settings, train_here
+from support import pictures
 
 
 def log_of(out):

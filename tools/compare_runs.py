@@ -149,9 +149,9 @@ def commit_of(ref):
 def make_world(out):
     """Make what the two stages need of a pocket world: pictures, records, one LLM, the tower."""
     import pocket
-    import pocket_models
     import vocab
-    from pocket_world import CELLS, COLORS, SHAPES, SIZES, WORDS
+    from support import pocket_models
+    from support.pocket_world import CELLS, COLORS, SHAPES, SIZES, WORDS
     settings = {"seed": 0, "corpus": 100, "effort": 0, "out": str(out)}
     with ThreadPool(1) as pool:
         pocket.make_world(out, 40, 20, settings["seed"], pool)

@@ -216,8 +216,8 @@ def main():
     common.refuse_inside(args.out, checkpoint=args.checkpoint)
     import torch
     import checkpoint
-    import pictures
     from conversation import IMAGE, encode_prompt
+    from support import pictures
 
     vlm = checkpoint.load(args.checkpoint, dtype=getattr(torch, args.dtype))
     question = args.ask or "What is in the image?"

@@ -167,7 +167,7 @@ def unpack(path, folder):
     ValueError before anything is written if a name leads out of the folder, if it is a link, or if
     the disk is too small.
     """
-    from pictures import inside
+    from support.pictures import inside
     try:
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir()]
@@ -206,7 +206,7 @@ def to_jpeg(body):
     """Return the bytes of a picture as those of a JPEG in RGB or grey. BadSample if it is none."""
     from PIL import Image
     from common import BadSample
-    from pictures import open_image
+    from support.pictures import open_image
     image = open_image(body)
     if max(image.size) == 1:                    # the shop sends one pixel for a picture it has not
         raise BadSample("broken image", "the host sends a picture of one pixel")

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import conversation
 import vocab
-from settings import parse_value
+from support.settings import parse_value
 
 # torch and checkpoint are imported inside functions, because --offline must come before them.
 
@@ -165,7 +165,7 @@ def fill(module, tensors, path, source):
     flags that the module was made from.
     """
     import torch
-    import sharding
+    from support import sharding
     allowed = module.state_dict()
     # A tied head may be in the file or not.
     for name in sorted(sharding.stored_tensors(module).keys() | tensors.keys()):

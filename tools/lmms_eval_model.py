@@ -17,10 +17,9 @@ from lmms_eval.api.model import lmms
 
 import common
 import conversation
-import pictures
-import ranks
 from checkpoint import load
 from generate import generate
+from support import pictures, ranks
 
 
 class LangBridge(lmms):

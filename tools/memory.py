@@ -14,10 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import checkpoint
 import fused
 import model
-import pictures
-import pretrained
-import sharding
 import vocab
+from support import pictures, pretrained, sharding
 
 SIZES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config/paper/sizes.json")
 RANKS = (1, 2, 4, 8, 64)

@@ -23,8 +23,8 @@ from tokenizers.trainers import BpeTrainer
 
 import data
 from common import choose_dtype, read_json, write_json
-from pocket_world import (CELLS, COLORS, EASY_KINDS, SHAPES, SIZES, TRAIN_KINDS, WORDS, corpus,
-                          describe, document, sign_of)
+from support.pocket_world import (CELLS, COLORS, EASY_KINDS, SHAPES, SIZES, TRAIN_KINDS, WORDS,
+                                  corpus, describe, document, sign_of)
 
 # Each LLM's family says which tokenizer and which architecture it has.
 LLMS = {"pocket-llama": {"family": "headers", "width": 144, "layers": 4, "heads": 4, "mlp": 320},

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 
-import ranks
-from pretrained import weights_folder
+from support import ranks
+from support.pretrained import weights_folder
 
 
 def shard_vlm(vlm, device, dtype):

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 import common
 import data
-import pictures
+from support import pictures
 
 # A tensor or a picture of up to 64 blocks is read completely. Of a larger one, 64 blocks are read.
 BLOCK, BLOCKS = 1 << 14, 64

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import common
 import data
-import pictures
+from support import pictures
 
 
 def is_newer(path, made):

@@ -18,9 +18,8 @@ from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorag
                                           HuggingFaceStorageWriter)
 
 import common
-import fingerprint
-import ranks
-from ranks import on_rank0
+from support import fingerprint, ranks
+from support.ranks import on_rank0
 
 # torch.distributed.checkpoint says this in every run of one process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")

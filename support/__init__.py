@@ -1,0 +1,1 @@
+"""What supports the scripts. A reader of the method needs none of it at first."""

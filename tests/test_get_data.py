@@ -257,6 +257,29 @@ def test_one_bad_host_is_named_and_the_others_go_on(case, server, get, tmp_path)
     assert not [p for p in (root / failed).rglob("*") if p.suffix == ".jpg"]
 
 
+@pytest.mark.parametrize("name, content, sentence", [
+    ("get_data.json", "[]", "get_data.json was not written by this script"),
+    ("get_data.json", '{"done": []}', "get_data.json was not written by this script"),
+    ("ocr_vqa/dataset.json", "[]", "dataset.json is not that of OCR-VQA")])
+def test_files_of_another_form(name, content, sentence, get, tmp_path):
+    (tmp_path / "data/ocr_vqa").mkdir(parents=True)
+    (tmp_path / "data" / name).write_text(content)
+    if name == "get_data.json":                             # nothing can be done without it
+        with pytest.raises(ValueError, match=sentence):
+            get("--only", "mix665k")
+    else:                                                   # the other sources go on
+        status, text = get("--only", "ocr_vqa,gqa")
+        assert status == 1 and sentence in text and "gqa          finished" in text
+
+
+def test_entries_without_an_address_are_missing_pictures(get, tmp_path):
+    (tmp_path / "data/ocr_vqa").mkdir(parents=True)
+    (tmp_path / "data/ocr_vqa/dataset.json").write_text(json.dumps({"good": {"imageURL": 3}, "gif": 7, "png": {}}))
+    status, _ = get("--only", "ocr_vqa")
+    missing = json.loads((tmp_path / "data/get_data.json").read_text())["missing"]
+    assert status == 0 and missing["ocr_vqa/images/good.jpg"] == "dataset.json does not name it"
+
+
 def test_other_bytes_than_the_hub_told_are_refused(server, get, tmp_path):
     hub = f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json"
     server.behaviour[hub], server.sums[hub] = "always 302", "0" * 64

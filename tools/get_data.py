@@ -228,7 +228,11 @@ class Data:
         self.root, self.mirror, self.workers = os.path.abspath(args.root), args.mirror, args.workers
         self.state_file = f"{self.root}/get_data.json"
         state = common.read_json(self.state_file) if os.path.isfile(self.state_file) else {}
-        self.done, self.missing = state.get("done", {}), state.get("missing", {})
+        parts = [state.get(key, {}) if isinstance(state, dict) else None
+                 for key in ("done", "missing")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"{self.state_file} was not written by this script: move it away")
+        self.done, self.missing = parts
         self.failed = {}                                # name: sentence
         self.changed = False
 
@@ -277,6 +281,9 @@ class Data:
         from common import BadSample
         from tqdm import tqdm
         addresses = common.read_json(f"{self.root}/ocr_vqa/dataset.json") if self.has_list() else {}
+        if not isinstance(addresses, dict):
+            raise ValueError(f"{self.root}/ocr_vqa/dataset.json is not that of OCR-VQA: an object "
+                             "with an entry for each picture")
         names = {record.get("image", "") for record in common.read_json(f"{self.root}/{MIX}.json")}
         names = sorted(name for name in names if name.startswith("ocr_vqa/"))
         checked = self.done.setdefault("ocr_vqa pictures", [])
@@ -295,10 +302,11 @@ class Data:
             try:
                 if raw.endswith(".raw"):
                     entry = addresses.get(os.path.basename(stem))
-                    if not entry:
+                    address = entry.get("imageURL") if isinstance(entry, dict) else None
+                    if not address or not isinstance(address, str):
                         raise NotThere("dataset.json does not name it" if addresses else
                                        "the archive does not hold it")
-                    download(self.address(entry["imageURL"]), raw)
+                    download(self.address(address), raw)
                 with open(raw, "rb") as file:
                     body = file.read()
                 jpeg = to_jpeg(body)
@@ -357,6 +365,8 @@ def main(argv=None):
     add("--mirror", metavar="ADDRESS", help="ask ADDRESS/HOST/PATH in place of http://HOST/PATH")
     add("--workers", type=int, default=16, help="pictures of OCR-VQA at a time")
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
     chosen = args.only.split(",") if args.only else list(SOURCES)
     for name in chosen:
         if name not in SOURCES:

@@ -288,7 +288,7 @@ def test_wrong_files_are_one_sentence(released, tiny, world, words, tmp_path):
     refused(file, "is torn")
     refused(saved({"conv.weight": torch.zeros(3)}), "conv.weight is the name of no tensor")
     deeper = projector(D=44) | {"model.mm_projector.4.bias": torch.zeros(44)}
-    refused(saved(deeper), r"mm_projector.4.bias is \(44,\); the sizes .* want no such tensor")
+    refused(saved(deeper), r"mm_projector.4.bias is \(44,\); the sizes of --vision_tower.* want no such tensor")
     refused(saved(projector(D=44)), "holds an MLP: --vocab_matrix", "--vocab_matrix", file)
     whole, matrix = released[0] / "mm_projector.bin", ("--vocab_matrix", released[0] / "E.pt")
     refused(whole, "row 0 is not the embedding of", "--words", reordered, *matrix)

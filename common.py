@@ -75,7 +75,7 @@ def read_json(path):
 def read_records(path):
     """Return the objects of a JSON list, or of a file with an object on each line.
 
-    A list of (place in the file, dict); empty lines are nothing. ValueError names the file, and the
+    A list of (place in the file, dict); empty lines are skipped. ValueError names the file, and the
     first line or record that is not complete or no object.
     """
     with open(path, "rb") as file:

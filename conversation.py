@@ -49,7 +49,7 @@ SENTINEL = re.compile(r"Zq\d+qZ")
 
 
 def image_token_ids(num_patches):
-    """Return the ids of one image. This is the one place that knows how an image is laid out."""
+    """Return the ids of one image. To put other ids around an image, change this function."""
     return [IMAGE_ID] * num_patches
 
 
@@ -172,9 +172,10 @@ def _texts(messages, tokenizer, template):
                                      "so that no answer could end")
             end = CONTROL.search(gap)
             answers.append((start, len(text) + (end.end() if end else len(gap))))
-        # The first template of Llama-3 always opens one more answer at the end. That opening is
-        # left out, and only the token that ends the turn is kept.
-        if roles[i - 1:] == ("user", "assistant") and gaps[-1].strip() == gaps[-2].strip():
+        # The first template of Llama-3 always adds the opening of one more answer at the end. Drop
+        # it, and keep the token that ends the turn.
+        is_last = i == len(roles) - 1 and roles[-2:] == ("user", "assistant")
+        if is_last and gaps[-1].strip() == gaps[-2].strip():
             gap = gap[:1]
         text += gap
     return [(text, answers)]

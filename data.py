@@ -250,7 +250,7 @@ class Conversations:
         import torch
 
         counts = torch.zeros(num_words)
-        for record in self.records[::len(self.records) // limit + 1]:
+        for record in self.records[::-(-len(self.records) // limit)]:
             try:
                 messages, _ = messages_of(record, image_first=self.template == "chat")
                 labels = self.encode(messages, self.num_patches)[1]
@@ -311,7 +311,7 @@ def collate(samples, pad_id, pad_to=1):
     with_images = [s for s in good if len(s["images"])]
     images = torch.cat([s["images"] for s in with_images] or [torch.zeros(0, 3, 0, 0)])
     sizes = [s.get("image_sizes") for s in with_images]
-    sizes = None if None in sizes else sum(sizes, [])
+    sizes = sum(sizes, []) if sizes and None not in sizes else None
     return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels, "words": words,
             "attention_mask": mask, "position_ids": torch.arange(T).repeat(B, 1),
             "pixel_values": images,                                     # (N, 3, S, S)
@@ -323,7 +323,7 @@ def without_images(batch):
     """Return the batch with its images hidden from attention and the positions closed up.
 
     As many tokens are trained as before. If an image opens a row (template "plain" without BOS),
-    its last patch predicts the first word, so that patch stays visible. All pixels are 0.
+    its last patch predicts the first word, so that patch stays visible. All its pixels are 0.
     """
     hidden = batch["input_ids"] == IMAGE_ID                             # (B, T)
     front = hidden.cumprod(1).bool()

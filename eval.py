@@ -128,9 +128,9 @@ def group_by_image(questions):
 def make_batches(groups, lengths, size):
     """Yield lists of questions. A group stays in one batch if it fits.
 
-    groups: lists of questions. lengths: {question_key: number of tokens}. size: how many of the
-    longest prompts form a batch. Of shorter prompts as many form a batch as have no more tokens,
-    with padding. The longest prompts come first, so that a lack of memory shows at once.
+    groups: lists of questions. lengths: {question_key: number of tokens}. No batch has more
+    tokens, padding included, than `size` of the longest prompts. The longest prompts come first, so
+    that a lack of memory shows at once.
     """
     def length(question):
         return lengths[question_key(question)]

@@ -98,9 +98,9 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
 
     A prefix is a prompt up to its last patch, with its images. The arguments are those of
     `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of
-    ids of each image. The cache covers the first C columns. The columns after them hold what the
-    prompts have after their last patch. The result is None if no two prompts share a prefix, or if
-    the LLM has layers of a type that cannot be copied.
+    ids of each image. The cache covers the first C columns. C is chosen so that the text after the
+    last patch of each prompt lies behind column C. The result is None if no two prompts share a
+    prefix, or if the LLM has layers of a type that cannot be copied.
     """
     B, T = mask.shape
     remaining_images = iter(image_index)
@@ -131,14 +131,18 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
             position_ids=position[rows, :columns], use_cache=True,
             **{cache_argument(decoder): cache})
     # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
-    # columns move to the right. Patches that move out of the C columns are computed again. A gap
-    # between the tokens of a row would be wrong, because a sliding window counts columns.
+    # columns move to the right. Patches that move past column C are computed again. There must be
+    # no gap between the tokens of a row, because a sliding window counts columns.
     sources = [longest[prefix] for prefix in prefixes]
-    row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
+    row_index = [rows.index(source) for source in sources]                              # B numbers
     shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]
     column_index = (torch.arange(columns) + shift).clamp(min=0)                         # (B, C)
-    for layer in cache.layers:                          # keys, values float[rows, heads, C, d]
-        index = row_index.to(layer.keys.device), slice(None), column_index.to(layer.keys.device)
-        layer.keys = layer.keys[index].transpose(1, 2)  # (B, C, heads, d) -> (B, heads, C, d)
-        layer.values = layer.values[index].transpose(1, 2)
+
+    def copy(tensor):
+        """Return float[rows, heads, C, d] -> float[B, heads, C, d]."""
+        index = column_index.to(tensor.device)
+        return torch.stack([tensor[row][:, c] for row, c in zip(row_index, index)])
+
+    for layer in cache.layers:
+        layer.keys, layer.values = copy(layer.keys), copy(layer.values)
     return cache

@@ -7,8 +7,9 @@ LangBridge: a connector that writes every image patch as a combination of an LLM
     w = softmax(s)  or  w = s                (B, P, K)   the paper's text, or its released code
     image_embeds = w @ E                     (B, P, D)   E: the LLM's own embeddings of the words
 
-Training changes only the MLP, W and b. None of them has a dimension of the LLM. E comes from the
-LLM and is never trained. Therefore the connector moves to another LLM when E is replaced.
+The connector trains its MLP, W and b. None of them has a dimension of the LLM. E comes from the
+LLM and is never trained. Therefore the connector moves to another LLM when E is replaced. A "word"
+is a token that the tokenizers of several LLMs share, such as " dog" or "ing".
 
 Letters that the whole project uses:
     B samples in a batch    P patches of an image    H connector width    Dv vision width
@@ -44,8 +45,8 @@ LOSS_ROWS = 2048
 class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize: how scores become weights, see `word_weights`. plain_bytes: if the scores take more
-    bytes than this, fused.py computes; 0 means a part of the device's memory.
+    normalize: how scores become weights, see `word_weights`. plain_bytes: above this many bytes of
+    scores fused.py computes; 0 means 1/32 of the device's memory.
     At the paper's sizes the connector has 129,790,720 parameters.
     """
 
@@ -112,8 +113,8 @@ def words_loss(scores, targets, background):
     p is a mixture. One component is the mean of the patches' distributions over words, so each
     patch is free to say what it shows. The other component is the background. It explains words
     such as "a" and "the", which are in every answer and which no patch should say. Its weight in
-    the mixture is background.sum(). So the loss falls most when the patches say words that this
-    answer has and most other answers do not have.
+    the mixture is background.sum(), and 0 means no background. So patches gain most from words
+    that are in this answer and rare elsewhere. Scores become p by a softmax, whatever `normalize`.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
@@ -146,13 +147,10 @@ def vocab_embeds(llm, tokenizer, words):
     embed = llm.get_input_embeddings()
     device = embed.weight.device
     ids = torch.tensor([i for word in pieces for i in word], device=device)
-    word_index = torch.tensor([k for k, word in enumerate(pieces) for _ in word])
     # Call the module, do not index its weight: Gemma's embedding multiplies by sqrt(D).
     rows = embed(ids).float().cpu()                                 # (number of pieces, D)
-    # On CUDA index_add_ adds in any order, so ranks would get different bits. The CPU's does not.
-    sums = torch.zeros(len(words), rows.shape[1]).index_add_(0, word_index, rows)
-    counts = torch.tensor([len(word) for word in pieces])
-    E = sums / counts[:, None]                                      # (K, D)
+    parts = rows.split([len(word) for word in pieces])              # K tensors
+    E = torch.stack([part.mean(dim=0) for part in parts])           # (K, D)
     not_finite = (~E.isfinite()).any(dim=1).nonzero()
     if len(not_finite):
         raise ValueError(f"the embedding of {words[int(not_finite[0])]!r} is not finite")
@@ -329,6 +327,8 @@ class VLM(nn.Module):
         text_ids = input_ids.masked_fill(is_image, 0).to(device, non_blocking=True)
         embeds = embed(text_ids)                                    # (B, T) -> (B, T, D)
         if pixel_values is None or len(pixel_values) == 0:
+            if is_image.any():
+                raise ValueError("the ids have image positions, and there is no image")
             return embeds
         images = self.images(self.encode(pixel_values), image_sizes)
         if image_index is not None:
@@ -382,10 +382,10 @@ class VLM(nn.Module):
         scores = self.connector.scores(patches.to(dtype))           # (N, P, K)
         counts = (batch["input_ids"] == IMAGE_ID).sum(dim=1) // self.num_patches
         loss, number = scores.sum() * 0, 0
-        for row, images in zip(batch["words"], scores.split(counts.tolist())):
+        for row, image_scores in zip(batch["words"], scores.split(counts.tolist())):
             targets = row[row >= 0].to(scores.device, non_blocking=True)
-            if len(images) and len(targets):
-                loss = loss + words_loss(images, targets, self.background)
+            if len(image_scores) and len(targets):
+                loss = loss + words_loss(image_scores, targets, self.background)
                 number += len(targets)
         return loss, number
 

@@ -85,7 +85,7 @@ class Settings:
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
     words_loss: float = setting(0.0, "weight of the words loss in stages with an LLM", low=0)
-    words_background: float = setting(0.9, "fraction of an answer's words that no patch has to say",
+    words_background: float = setting(0.9, "weight of the background in the words loss; 0: none",
                                       low=0, high=0.99)
     warmup: float = setting(0.03, "fraction of the steps in which the learning rate rises",
                             low=0, high=1)
@@ -147,8 +147,9 @@ def needs_squares(cfg):
 def check(cfg):
     """End the process with one sentence if the settings cannot work. Nothing is loaded for this."""
     settings.check_ranges(cfg)
-    if needs_words(cfg) and cfg.connector == "mlp":
-        sys.exit("the words loss needs the words of a LangBridge, and connector is mlp")
+    if cfg.connector == "mlp" and (needs_words(cfg) or cfg.words_init == "embeds"):
+        sys.exit("the words loss and words_init need the words of a LangBridge, and connector is "
+                 "mlp")
     if cfg.tiles and needs_squares(cfg):
         sys.exit("tiles are for stages that train the LLM, without words_loss and features")
     if cfg.features and "vision_tower" in STAGES[cfg.stage]:
@@ -307,7 +308,7 @@ def parts_table(vlm, cfg):
 def lr_factor(step, steps, warmup):
     """Return the factor on the learning rate at a step: linear warm-up, then a cosine to 0.
 
-    The same as transformers' cosine schedule. The factor of the first step is 0.
+    The same as transformers' cosine schedule. With a warm-up the factor of the first step is 0.
     """
     rise = math.ceil(warmup * steps)
     if step < rise:
@@ -386,7 +387,7 @@ def plot_loss(path, out):
     rows = [json.loads(line) for line in open(path)]
     figure, axes = plt.subplots(figsize=(7, 4))
     for key, style, label in (("loss", "-", "loss"), ("blind", "o-", "without the image"),
-                              ("words_loss", "-", "words loss")):
+                              ("words_loss", "-", "words loss, per word")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points), style, lw=1, ms=3, label=label)
@@ -595,7 +596,7 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
             with torch.no_grad(), autocast:
                 blind_loss, blind_trained = vlm(data.without_images(batch))
             if vlm.sharded:
-                vlm.reshard()                       # the update would miss gathered parameters
+                vlm.reshard()                       # the optimizer updates pieces only
             if images:
                 sums["blind_loss"] = blind_loss.double()
                 sums["blind_trained"] = blind_trained
@@ -613,7 +614,7 @@ def losses(vlm, batch, cfg):
     if not (cfg.words_loss and len(batch["pixel_values"])):
         return *vlm(batch), 0, 0
     # Both losses need the patches, so they are computed here, once.
-    batch["pixel_values"] = vlm.patch_features(batch["pixel_values"])
+    batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
     return *vlm(batch), *vlm.words_loss(batch)
 
 

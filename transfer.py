@@ -147,9 +147,10 @@ def measure(vlm, batches, num_bytes):
         weights = vlm.connector.weights(patches).abs().sum((0, 1)).cpu()    # (N, P, K) -> (K,)
         single = single_tokens(vlm)
         report["mass_on_single_tokens"] = (weights[single].sum() / weights.sum()).item()
-    ids = batches[0]["input_ids"]
+    ids, mask = batches[0]["input_ids"], batches[0]["attention_mask"]
+    text_ids = ids[(ids >= 0) & (mask == 1)].to(vlm.llm.device)
     for name, x in (("image", vlm.connector(patches)),
-                    ("text", vlm.llm.get_input_embeddings()(ids[ids >= 0].to(vlm.llm.device)))):
+                    ("text", vlm.llm.get_input_embeddings()(text_ids))):
         report[f"rms_{name}_embeds"] = x.float().square().mean().sqrt().item()
     return report
 

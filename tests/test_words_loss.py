@@ -195,8 +195,9 @@ def test_stage_words_passes_over_text_without_a_picture(tiny, world, tmp_path):
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--connector=mlp", "--words_loss=0.1"], "the words loss needs the words of a LangBridge"),
-    (["--connector=mlp", "--stage=words"], "the words loss needs the words of a LangBridge"),
+    (["--connector=mlp", "--words_loss=0.1"], "need the words of a LangBridge"),
+    (["--connector=mlp", "--stage=words"], "need the words of a LangBridge"),
+    (["--connector=mlp", "--words_init=embeds"], "need the words of a LangBridge"),
     (["--stage=sft_tower", "--features=x"], "trains it"),
     (["--words_init=none"], "it must be one of random, embeds"),
     (["--pool=0"], "pool is 0, it must be at least 1"),

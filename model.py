@@ -329,6 +329,12 @@ class VLM(nn.Module):
         if pixel_values is None or len(pixel_values) == 0:
             if is_image.any():
                 raise ValueError("the ids have image positions, and there is no image")
+            if self.sharded:
+                # Another rank may have images. Its backward pass waits for this rank's pieces of
+                # the LLM. So the loss must depend on the connector here, too: on 0 x a blank image.
+                side = self.image_settings["size"]
+                blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
+                embeds = embeds + 0 * blank.sum().to(embeds.dtype)
             return embeds
         images = self.images(self.encode(pixel_values), image_sizes)
         if image_index is not None:

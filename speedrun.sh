@@ -14,7 +14,10 @@ unset PYTHONDONTWRITEBYTECODE                       # else each of 20 starts com
 if [ -z "${PYTHON:-}" ]; then                       # PYTHON=... uses an environment that you have
     PYTHON=.venv/bin/python
     [ -x $PYTHON ] || python3 -m venv .venv
-    $PYTHON -m pip install -q --no-compile -r requirements.txt     # most of what torch brings is never imported
+    if [ ! .venv/installed -nt requirements.txt ]; then
+        $PYTHON -m pip install -q --no-compile -r requirements.txt # most of what torch brings is never imported
+        touch .venv/installed
+    fi
 fi
 
 train() {                                           # train NAME CONFIG [--key=value ...]

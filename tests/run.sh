@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install -q --no-compile -r requirements.txt
+[ .venv/installed -nt requirements.txt ] || { .venv/bin/pip install -q --no-compile -r requirements.txt; touch .venv/installed; }
 unset PYTHONDONTWRITEBYTECODE                   # else each process that a test starts compiles torch's Python anew
 export OMP_WAIT_POLICY=PASSIVE                  # two ranks on two cores must not spin
 parallel=(-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)     # a file's tests share what they make

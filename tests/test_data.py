@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import struct
-import sys
 import types
 import zlib
 

@@ -133,6 +133,9 @@ def test_an_image_too_many_is_refused(tiny):
     batch = data.collate(samples(vlm.tokenizer), pad_id=0)
     with pytest.raises(ValueError, match="image positions"):
         vlm.splice(batch["input_ids"], batch["pixel_values"][:-1])
+    for pixels in (None, batch["pixel_values"][:0]):
+        with pytest.raises(ValueError, match="there is no image"):
+            vlm.splice(batch["input_ids"], pixels)
 
 
 @pytest.mark.parametrize("llm", ["qwen", "gemma"])

@@ -55,6 +55,7 @@ import fused
 import model
 from generate import generate
 from support import sharding
+from support.device import choose_dtype
 
 # Two images of 576 patches, the paper's number of words, and the width of Qwen2-0.5B.
 P, K, D = 1152, 19200, 896
@@ -704,7 +705,7 @@ def main(args):
     if any(results.get(k, v) != v for k, v in machine.items()):
         raise ValueError(f"{args.json} was measured on another machine or torch; give another file")
     print(f"{machine['processor']}, torch {machine['torch']}", flush=True)
-    has_bfloat16 = common.choose_dtype("auto", default_device()) == "bfloat16"
+    has_bfloat16 = choose_dtype("auto", default_device()) == "bfloat16"
     if not has_bfloat16:
         print("bfloat16 is left out: this processor does not compute in it", flush=True)
     results = {**machine, "parts": results.get("parts", {})}

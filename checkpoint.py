@@ -11,30 +11,27 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
 support/pretrained.py reads the LLM and the vision tower that a config names.
 """
 import copy
-import hashlib
-import json
 import os
-import re
 import shutil
-import subprocess
 from dataclasses import asdict, fields
 from glob import escape, glob
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
-from common import read_json, replacing, write_json
-from conversation import load_tokenizer
+from common import read_json, write_json
 from model import VLM, Config, make_connector, vocab_embeds
 from vocab import load_words, save_words, words_hash
 from support import fingerprint, sharding
+from support.device import set_precision
+from support.fingerprint import git_commit
+from support.hub import load_tokenizer
 from support.pretrained import (errors_name, image_settings, load_llm, load_weights, probe_llm,
                                 probe_tower, vision_config)
-from support.ranks import set_precision
+from support.tensors import read_tensors, write_safetensors
 
 FORMAT = 1
 NEWLINE = "image_newline.safetensors"
@@ -78,8 +75,6 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
         if words:
             connector.vocab_embeds = vocab_embeds(llm, tokenizer, words).to(device, frozen_dtype)
         probe_llm(vlm, frozen_dtype)
-        vlm.llm_fingerprint = {"tokenizer_hash": tokenizer_hash(tokenizer),
-                               "embeddings_hash": embeddings_hash(llm)}
 
     vlm.fingerprint = {"llm": fingerprint.of_llm(llm.config.name_or_path or config.llm, tokenizer),
                        "vision_tower": fingerprint.of_vision_tower(tower_name)}
@@ -147,7 +142,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
         written["llm"] = fingerprint.of_llm(f"{folder}/llm", tokenizer)
     if "vision_tower" in own_parts:
         written["vision_tower"] = fingerprint.of_vision_tower(f"{folder}/vision_tower")
-    config = {"format": FORMAT, "stage": stage, **asdict(vlm.config), **vlm.llm_fingerprint,
+    config = {"format": FORMAT, "stage": stage, **asdict(vlm.config),
               "vision_tower": portable(vlm.config.vision_tower, folder),
               "llm": portable(vlm.config.llm, folder), "num_patches": vlm.num_patches,
               "attention": vlm.llm.config._attn_implementation,
@@ -207,16 +202,6 @@ def resolve(name, folder):
     return local if name.startswith("..") or os.path.isdir(local) else name
 
 
-def git_commit():
-    """Return the commit of this code; None outside of a git checkout."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return run.stdout.strip() or None
-
-
 # --------------------------------------------------------------------------------------------------
 # load
 
@@ -245,7 +230,6 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     if vlm.image_newline is not None and metadata["tiles"]:
         newline = read_tensors(f"{folder}/llm/{NEWLINE}", {"image_newline": vlm.image_newline})
         vlm.image_newline.data.copy_(newline["image_newline"])
-    llm_fingerprint = {key: metadata[key] for key in vlm.llm_fingerprint}
     if llm_folder:
         vlm.own_parts.add("llm")
         if words:
@@ -253,17 +237,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
             E = vlm.connector.vocab_embeds
             found = read_tensors(f"{llm_folder}/vocab_embeds.safetensors", {"vocab_embeds": E})
             vlm.connector.vocab_embeds = found["vocab_embeds"].to(E)
-    check_fingerprint(vlm, folder, metadata)
-    # These two hashes protect checkpoints of older versions, which have no fingerprint. A published
-    # connector leaves both hashes empty, because it belongs to no LLM.
-    is_tied = any(llm_fingerprint.values()) and not llm_folder
-    found = vlm.llm_fingerprint
-    if dtype == torch.float16:                      # it rounds small numbers away
-        found = found | {"embeddings_hash": llm_fingerprint["embeddings_hash"]}
-    if is_tied and found != llm_fingerprint:
-        raise ValueError(f"{folder} was trained on another LLM than what {config.llm} is now; "
-                         "transfer.py moves it")
-    vlm.llm_fingerprint = llm_fingerprint           # of E's LLM, also where training changed it
+    fingerprint.check(vlm, folder, metadata)
     return vlm
 
 
@@ -283,28 +257,6 @@ def check_patches(vlm, metadata, folder):
     if vlm.num_patches != expected:
         raise ValueError(f"{folder} was trained on {expected} patches of an image, "
                          f"{vlm.config.vision_tower} gives {vlm.num_patches}")
-
-
-def check_fingerprint(vlm, folder, metadata, sources=("llm", "vision_tower")):
-    """Raise a ValueError that names what has changed of the LLM or the tower of a checkpoint."""
-    now = {source: vlm.fingerprint[source] for source in sources}
-    changed = fingerprint.changes(metadata.get("fingerprint", {}), now)
-    if not changed:
-        return
-    source = changed[0][0]
-    parts = ", ".join(part for other, part in changed if other == source)
-    name = own_folder(folder, source) or getattr(vlm.config, source)
-    label = "vision tower"
-    advice = f"to accept the change, remove \"fingerprint\" from {folder}/config.json"
-    if source == "llm":
-        label = "LLM"
-        # `load` goes on to refuse an LLM whose embeddings or tokenizer differ from those of E.
-        same_E = all(metadata[key] == value for key, value in vlm.llm_fingerprint.items())
-        can_accept = same_E or own_folder(folder, "llm")
-        move = "transfer.py moves it to another LLM"
-        advice = f"{move}; {advice}" if can_accept else move
-    raise ValueError(f"{folder} was trained on another {label} than what {name} is now ({parts} "
-                     f"changed): {advice}")
 
 
 def own_folder(folder, part):
@@ -333,8 +285,7 @@ def read_config(folder):
     if isinstance(metadata["tiles"], list):         # JSON has no tuples
         metadata["tiles"] = tuple(tuple(t) if isinstance(t, list) else t for t in metadata["tiles"])
     types = {field.name: field.type for field in fields(Config)}
-    required = types | {"stage": str, "tokenizer_hash": str, "embeddings_hash": str}
-    for name, kind in required.items():
+    for name, kind in (types | {"stage": str}).items():
         if type(metadata.get(name)) is not kind:
             value = str(metadata.get(name))[:60]
             raise ValueError(f"{path}: {name} is {value!r}, it must be of type {kind.__name__}")
@@ -344,50 +295,9 @@ def read_config(folder):
     return config, metadata
 
 
-def read_tensors(path, expected):
-    """Return the tensors of a safetensors file, {name: tensor}.
-
-    expected: {name: tensor of the wanted shape}. ValueError if the file is damaged, if a name or a
-    shape differs, or if a number is not finite.
-    """
-    # Older checkpoints call the layer of the scores "words".
-    found = {re.sub(r"^words\.", "to_scores.", name): tensor
-             for name, tensor in read_safetensors(path).items()}
-    for name in sorted(expected.keys() | found.keys()):
-        shape, want = (tuple(d[name].shape) if name in d else None for d in (found, expected))
-        if shape != want:
-            raise ValueError(f"{path}: {name} is {shape}, this connector wants {want}")
-        if not found[name].isfinite().all():
-            raise ValueError(f"{path}: {name} has numbers that are not finite")
-    return found
-
-
 def load_connector(connector, folder):
     """Read connector.safetensors of a checkpoint into a connector."""
     path = f"{folder}/connector.safetensors"
     connector.load_state_dict(read_tensors(path, connector.state_dict()))
 
 
-def embeddings_hash(llm):
-    """Return a SHA-256 over 1,000 rows of the input embedding in bfloat16."""
-    weight = llm.get_input_embeddings().weight.detach()
-    rows = torch.linspace(0, len(weight) - 1, 1000).long()
-    sample = weight[rows].to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def tokenizer_hash(tokenizer):
-    """Return a SHA-256 over every token and its id."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def write_safetensors(tensors, path):
-    """Write {name: tensor} to a temporary name and rename it."""
-    with errors_name(path), replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
-
-
-def read_safetensors(path):
-    """Return {name: tensor}. ValueError names a torn file."""
-    with errors_name(path):
-        return load_file(path)

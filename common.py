@@ -4,7 +4,6 @@ torch is imported inside functions, so that --help answers at once.
 """
 import json
 import os
-import re
 import sys
 from contextlib import contextmanager
 
@@ -72,102 +71,9 @@ def read_json(path):
             raise ValueError(f"{path} is not a whole JSON file: {error}") from None
 
 
-def read_records(path):
-    """Return the objects of a JSON list, or of a file with an object on each line.
-
-    A list of (place in the file, dict); empty lines are skipped. ValueError names the file, and the
-    first line or record that is not complete or no object.
-    """
-    with open(path, "rb") as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8 text") from None
-    try:
-        value = json.loads(text)
-        values = value if isinstance(value, list) else [value]
-        places = [f"{path}: record {i}" for i in range(len(values))]
-        if isinstance(value, dict):
-            places = [f"{path}, line 1"]
-    except (ValueError, RecursionError) as error:
-        if text.lstrip()[:1] == "[":
-            raise ValueError(f"{path} is not a whole JSON file: {error}") from None
-        places, values = [], []
-        # Only \n ends a line. splitlines() would also cut at \x85 or \u2028 in a text.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                places.append(f"{path}, line {number}")
-                try:
-                    values.append(json.loads(line))
-                except (ValueError, RecursionError):
-                    raise ValueError(f"{places[-1]}: not complete JSON") from None
-    for place, value in zip(places, values):
-        if not isinstance(value, dict):
-            raise ValueError(f"{place} is not a JSON object but {str(value)[:60]!r}")
-    return list(zip(places, values))
-
-
 def go_offline():
     """Forbid downloads. Call it before transformers is imported, which reads this only once."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def from_hub(load, name, **kwargs):
-    """Return load(name, **kwargs): `load` is a from_pretrained, `name` a folder or a hub name.
-
-    Code that comes with a model is never run. ValueError with one sentence for any failure.
-    """
-    looks_like_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
-    is_local = os.path.isdir(name.split("/")[0]) or not looks_like_hub_name
-    if is_local and not os.path.isdir(name):
-        raise ValueError(f"there is no folder {name}")
-    try:
-        return load(name, trust_remote_code=False, **kwargs)
-    except Exception as error:              # the library raises a dozen types, most of many lines
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # A first line that ends with ":" begins a list.
-        reason = " ".join(lines if lines[0].rstrip().endswith(":") else lines[:1])
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name):
-            reason = ("it is no folder and not in the Hugging Face cache, and nothing is "
-                      "downloaded (--offline)")
-        raise ValueError(f"{name} cannot be loaded: {reason}") from error
-
-
-def choose_device(text, most=None):
-    """Return the device that --device names; without a name CUDA if there is one, else the CPU.
-
-    "auto" spreads an LLM over all GPUs, unless most=1. ValueError for a device that this machine
-    does not have.
-    """
-    import torch
-    if text == "auto" and most != 1:
-        return text
-    name = text or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"there is no device {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"there is no device {name!r}: torch sees {count} GPUs")
-    return name
-
-
-def choose_dtype(name, device):
-    """Return the name of a dtype. "auto" is bfloat16 if the hardware computes in it, else float32.
-
-    A CPU without such instructions takes ten times as long in bfloat16 as in float32.
-    """
-    import torch
-    if name != "auto":
-        return name
-    device_type = torch.device(device).type
-    has_bfloat16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def print_rank0(text):

@@ -20,15 +20,13 @@ import copy
 import functools
 import itertools
 import re
-from datetime import datetime
 
-import common
 from common import BadSample
+from support.hub import DATE, freeze_date
 
 IMAGE = "<image>"                       # the placeholder of an image in a text
 IMAGE_ID = -200                         # LLaVA's id of an image, here once for each patch
 IGNORE = -100                           # the label that cross_entropy ignores
-DATE = datetime(2024, 7, 26)            # the date that Llama-3's template writes without a clock
 
 # Chat templates besides the tokenizer's own. "chat" is for a tokenizer without one. "plain" is
 # LLaVA's stage 1: image, caption and a newline.
@@ -219,38 +217,6 @@ def _bos(tokenizer):
     """Return the name of the token that the tokenizer puts before a text, or ""."""
     ids = tokenizer("a").input_ids
     return tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
-
-
-def load_tokenizer(name):
-    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date.
-
-    ValueError if it is not a fast tokenizer.
-    """
-    from transformers import AutoTokenizer
-    tokenizer = common.from_hub(AutoTokenizer.from_pretrained, name)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{name} has only a slow tokenizer; one with a tokenizer.json is needed")
-    template = tokenizer.chat_template
-    if isinstance(template, dict):                  # several templates by name
-        tokenizer.chat_template = {key: freeze_date(value) for key, value in template.items()}
-    elif template:
-        tokenizer.chat_template = freeze_date(template)
-    return tokenizer
-
-
-def freeze_date(template):
-    """Return a chat template that writes 26 July 2024 where it would write today's date.
-
-    With today's date a resumed run and an evaluation would see other ids than the first day of
-    training. The templates of Llama-3.2, SmolLM3, Granite and gpt-oss ask the library's function
-    strftime_now for the date. A macro of this name replaces it, also in the tokenizer that a
-    checkpoint holds.
-    """
-    codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
-    changes = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
-    macro = "{%- macro strftime_now(format) -%}{{ format" + changes + " }}{%- endmacro -%}"
-    is_frozen = "strftime_now" not in template or template.startswith(macro)
-    return template if is_frozen else macro + template
 
 
 def show_sample(ids, labels, tokenizer):

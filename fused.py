@@ -17,7 +17,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from common import print_rank0
+from support.device import compiled
 
 SUPPORTED = ("softmax", "none")             # what this file knows
 BLOCK = 1024            # words whose scores exist at one time; on a CPU they stay in its cache
@@ -190,29 +190,3 @@ def add_product(total, a, b):
             total_rows.add_(a_rows @ b)
 
 
-print_once = functools.cache(print_rank0)
-
-
-@functools.cache
-def compiled(function):
-    """Return `function` compiled, so that it passes over memory once instead of six times.
-
-    Where torch.compile fails, the result runs `function` itself and says so once.
-    """
-    fast = torch.compile(function, dynamic=True)
-    works = True
-
-    def run(*args):
-        nonlocal works
-        if works:
-            try:
-                return fast(*args)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:      # no C++ compiler and no Triton raise many types
-                works = False
-                print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
-                           "combination runs uncompiled and slower")
-        return function(*args)
-
-    return run

@@ -19,7 +19,6 @@ Letters that the whole project uses:
 This file holds the model alone. checkpoint.py builds, loads and saves it, train.py trains it, and
 generate.py writes answers with it.
 """
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -31,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 import fused
 from conversation import IGNORE, IMAGE_ID, eos_ids
 from vocab import word_ids
-from support.pictures import check_tiles, num_tokens, tile_layout
+from support.tiles import check_tiles, join_tiles, num_tokens
+from support.tower import pooled_side, tower_hidden
 
 NORMALIZE = ("softmax", "none")             # what `word_weights` knows
 
@@ -225,7 +225,6 @@ class VLM(nn.Module):
         self.sharded = False                # sharding.py: each rank holds a piece of the LLM
         self.own_parts = set()              # checkpoint.py: parts that the folder holds itself
         self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
-        self.llm_fingerprint = {}           # checkpoint.py: hashes of the LLM that E comes from
         self.background = None              # train.py: float32[K] for words_loss
         self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
                                        config.pool) ** 2
@@ -283,29 +282,13 @@ class VLM(nn.Module):
     def images(self, image_embeds, image_sizes):
         """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
-        image_sizes: the (width, height) of each image in pixels, None without tiles. Without tiles
-        each image is one square. With tiles it is first the whole image as one square, then its
-        tiles, one square each. The LLM sees the patches of the first square, and then those of the
-        tiles as one grid, row by row, without the patches that show only border. Each row of the
-        grid ends with image_newline. Source: LLaVA-NeXT, "spatial_unpad".
+        image_sizes: the (width, height) of each image in pixels. It is None without tiles, where
+        each image is one square.
         """
         if not image_sizes:
             return list(image_embeds)
-        size, side = self.image_settings["size"], math.isqrt(self.num_patches)
-        newline = self.image_newline.to(image_embeds.dtype)
-        images, start = [], 0
-        for image_size in image_sizes:
-            layout = tile_layout(image_size, self.config.tiles, size, side)
-            end = start + 1 + layout.rows * layout.columns
-            square, grid = image_embeds[start], image_embeds[start + 1:end]
-            grid = grid.unflatten(1, (side, side)).unflatten(0, (layout.rows, layout.columns))
-            grid = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)     # (rows, columns, D)
-            rows, columns, _ = grid.shape
-            grid = grid[layout.top:rows - layout.top, layout.left:columns - layout.left]
-            grid = torch.cat([grid, newline.expand(len(grid), 1, -1)], dim=1)
-            images.append(torch.cat([square, grid.flatten(0, 1)]))      # (P_i, D)
-            start = end
-        return images
+        return join_tiles(image_embeds, image_sizes, self.config.tiles, self.image_settings["size"],
+                          self.image_newline.to(image_embeds.dtype))
 
     def splice(self, input_ids, pixel_values, image_index=None, image_sizes=None):
         """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
@@ -412,38 +395,3 @@ class VLM(nn.Module):
         # The logits of a chunk are made again in the backward pass, so they need not be kept.
         chunks = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS))
         return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)
-
-
-def side_of(config, key):
-    """Return "image_size" or "patch_size" of a tower's config: an int where it is [224, 224]."""
-    value = getattr(config, key, None)
-    is_square = isinstance(value, (list, tuple)) and len(set(value)) == 1
-    return value[0] if is_square else value
-
-
-def pooled_side(config, size, pool):
-    """Return how many patches, after pooling, a picture of `size` pixels has along its side.
-
-    config: of the tower. ValueError if pool does not divide the tower's patches.
-    """
-    patch_size = side_of(config, "patch_size")
-    side = size // patch_size
-    if side == 0 or side % pool:
-        raise ValueError(f"image_size {size} gives {side} x {side} patches of {patch_size} pixels, "
-                         f"which pool {pool} does not divide")
-    return side // pool
-
-
-def tower_hidden(tower, pixel_values):
-    """Return the hidden states of the tower: float32[N, 3, S, S] -> many float[N, extra + P, Dv].
-
-    Number 0 is what enters the first block, and number -1 is what leaves the last one.
-    """
-    # Pictures move to the device here and nowhere else, so callers need not know it.
-    pixel_values = pixel_values.to(tower.device, tower.dtype)
-    options = {}
-    if pixel_values.shape[-1] != side_of(tower.config, "image_size"):
-        # Some towers (DINOv2) always interpolate their position embeddings and lack the argument.
-        if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
-            options["interpolate_pos_encoding"] = True
-    return tower(pixel_values, output_hidden_states=True, **options).hidden_states

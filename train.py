@@ -12,7 +12,6 @@ same command started again continues a run that was stopped, to the same bits on
 on CUDA this takes --deterministic.
 The result is a checkpoint folder, see checkpoint.py.
 """
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 import common
 from common import print_rank0
 from support import settings
+from support.checks import check, check_init, needs_words
 from support.settings import setting
 
 # What each stage trains. All other parts are frozen. The learning rate of a part is the setting
@@ -119,6 +119,10 @@ class Settings:
     offline: bool = setting(False, common.OFFLINE, free=True)
     dry_run: bool = setting(False, "print sizes and memory, allocate and write nothing", free=True)
 
+    def trained_parts(self):
+        """Return the names of the parts that this stage trains."""
+        return STAGES[self.stage]
+
 
 Settings.given = {}     # {name: where it was set}. It is not a field, so no state contains it.
 
@@ -132,44 +136,6 @@ def read_settings(argv):
     cfg, given = settings.read(Settings, argv)
     cfg.given = given
     return cfg
-
-
-def needs_words(cfg):
-    """Return whether the settings ask for the words loss, for which an MLP has no words."""
-    return cfg.words_loss or cfg.stage == "words"
-
-
-def needs_squares(cfg):
-    """Return whether the settings work only with pictures that are one square each."""
-    return cfg.features or cfg.words_loss or "llm" not in STAGES[cfg.stage]
-
-
-def check(cfg):
-    """End the process with one sentence if the settings cannot work. Nothing is loaded for this."""
-    settings.check_ranges(cfg)
-    if cfg.connector == "mlp" and (needs_words(cfg) or cfg.words_init == "embeds"):
-        sys.exit("the words loss and words_init need the words of a LangBridge, and connector is "
-                 "mlp")
-    if cfg.tiles and needs_squares(cfg):
-        sys.exit("tiles are for stages that train the LLM, without words_loss and features")
-    if cfg.features and "vision_tower" in STAGES[cfg.stage]:
-        sys.exit(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
-    if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
-        sys.exit("hidden is 0, the width of the LLM, but a LangBridge does not know its LLM")
-    if cfg.out:
-        common.refuse_inside(cfg.out, init=cfg.init, llm=cfg.llm, vision_tower=cfg.vision_tower)
-    required = ["out", "data"]
-    if cfg.dry_run:
-        required = []
-    if not os.path.isfile(f"{cfg.init}/config.json") and (cfg.dry_run or not cfg.init):
-        required += ["llm", "vision_tower"]
-        if cfg.connector == "langbridge" and not cfg.dry_run:
-            required.append("words")
-    for key in required:
-        if not getattr(cfg, key):
-            sys.exit(f"{key} is not set: give it in the config file or as --{key}=...")
-    if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
-        sys.exit(f"{cfg.out} holds a finished run; --overwrite trains it again")
 
 
 if __name__ == "__main__":      # before the slow imports: a mistyped setting answers at once
@@ -186,10 +152,13 @@ import data
 import model
 import vocab
 from support import features, fingerprint, pretrained, sharding
-from support.ranks import (check_compiler, check_shared_memory, clip_gradients, leave,
-                           leave_process_group, length_multiple, on_rank0, reduce_gradients,
-                           setup_ranks, sum_up, wait_for_all)
+from support.device import check_compiler
+from support.log import log_step, open_log, plot_loss
+from support.ranks import (check_shared_memory, clip_gradients, leave, leave_process_group,
+                           length_multiple, on_rank0, reduce_gradients, setup_ranks, sum_up,
+                           wait_for_all)
 from support.resume import resume, save_state
+from support.tower import freeze_unreached
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,7 +167,7 @@ from support.resume import resume, save_state
 def make_model(cfg, device):
     """Return the VLM of this run: trained parts in float32, frozen parts in cfg.dtype."""
     dtype = getattr(torch, cfg.dtype)
-    trained_parts = STAGES[cfg.stage]
+    trained_parts = cfg.trained_parts()
     llm_dtype = torch.float32 if "llm" in trained_parts else dtype
     options = {"attention": cfg.attention, "frozen_dtype": dtype}
     if "vision_tower" in trained_parts:
@@ -241,39 +210,6 @@ def make_model(cfg, device):
         for block in sharding.transformer_blocks(vlm.llm):
             block.compile(dynamic=True)             # all blocks are alike and share one compilation
     return vlm
-
-
-def check_init(cfg, config):
-    """End the process if a setting asks for another model than `config` of the checkpoint init."""
-    for key, value in asdict(config).items():
-        is_free = key in ("llm", "vision_tower", "tiles")
-        if key in cfg.given and not is_free and getattr(cfg, key) != value:
-            sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
-    if needs_words(cfg) and config.connector == "mlp":
-        sys.exit(f"the words loss needs the words of a LangBridge, and {cfg.init} has an MLP")
-    if config.tiles and "tiles" not in cfg.given and needs_squares(cfg):
-        sys.exit(f"{cfg.init} has tiles: set tiles to (), or train the LLM without words_loss and "
-                 "features")
-    # A config file may name these for its --dry_run. On the command line they are a mistake.
-    for key in ("llm", "vision_tower", "words", "words_init"):
-        if cfg.given.get(key) == "the command line":
-            sys.exit(f"--{key} does not go with init, which has its own; transfer.py moves a "
-                     "connector to another LLM")
-
-
-def freeze_unreached(vlm, device):
-    """Freeze the tower's parameters that the loss does not reach, such as the layers after
-    vision_layer, and say so. An optimizer must not wait for gradients that never come."""
-    side = vlm.image_settings["size"]
-    features = vlm.patch_features(torch.zeros(1, 3, side, side, device=device))
-    named = list(vlm.vision_tower.named_parameters())
-    gradients = torch.autograd.grad(features.sum(), [p for _, p in named], allow_unused=True)
-    frozen = [name for (name, _), gradient in zip(named, gradients) if gradient is None]
-    for name, parameter in named:
-        parameter.requires_grad_(name not in frozen)
-    if frozen:
-        print_rank0(f"vision_tower: {len(frozen)} of {len(named)} tensors stay frozen, because the "
-                    f"loss does not depend on them ({frozen[0]} ... {frozen[-1]})")
 
 
 def make_optimizer(vlm, cfg):
@@ -346,55 +282,6 @@ def make_loader(dataset, batches, vlm, cfg, device):
         collate_fn=lambda samples: data.collate(samples, vlm.pad_id, pad_to),
         multiprocessing_context="fork" if cfg.workers else None)
     return iter(loader)
-
-
-# --------------------------------------------------------------------------------------------------
-# the log
-
-def open_log(path, step):
-    """Return log.jsonl, open for more lines, without the lines of `step` and later."""
-    kept = []
-    if os.path.isfile(path) and step:
-        for line in open(path).read().splitlines():
-            if line.endswith("}") and json.loads(line)["step"] < step:      # "}": a kill cuts lines
-                kept.append(line + "\n")
-    common.write_text("".join(kept), path)
-    return open(path, "a", buffering=1)
-
-
-def log_step(log, row, steps, seconds, is_printed):
-    """Write one step to log.jsonl and print it. To use another logger, change this function.
-
-    row: {name: number}. seconds: what a step of this run takes on average. Call it on rank 0.
-    """
-    log.write(json.dumps(row) + "\n")
-    if not is_printed:
-        return
-    blind = f" (blind {row['blind']:.4f})" if "blind" in row else ""
-    words = f"  words {row['words_loss']:.4f}" if "words_loss" in row else ""
-    skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
-    minutes = seconds * (steps - row["step"] - 1) / 60
-    print(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}{blind}{words}"
-          f"  trained {row['trained']:6d} tok  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
-          f"  {row['tok_s']:7.0f} tok/s{skipped}  eta {minutes:5.1f} min", flush=True)
-
-
-def plot_loss(path, out):
-    """Draw loss.png from log.jsonl: the loss, and the loss of the same batch without its images."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in open(path)]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for key, style, label in (("loss", "-", "loss"), ("blind", "o-", "without the image"),
-                              ("words_loss", "-", "words loss, per word")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points), style, lw=1, ms=3, label=label)
-    axes.set(xlabel="step", ylabel="nats per trained token", yscale="log")
-    axes.legend()
-    figure.savefig(out, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,6 +515,6 @@ def dummy_batch(batch):
 if __name__ == "__main__":
     if CFG.dry_run:
         from tools.memory import print_estimate         # a side room, needed here only
-        common.run_script(print_estimate, CFG, STAGES[CFG.stage], parts_table)
+        common.run_script(print_estimate, CFG, CFG.trained_parts(), parts_table)
     else:
         common.run_script(main, CFG)

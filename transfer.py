@@ -14,7 +14,6 @@ An MLP connector knows its LLM and has no words. --map words.json moves it all t
 baseline, see tools/map_mlp.py.
 """
 import argparse
-import math
 import os
 import subprocess
 import sys
@@ -59,11 +58,9 @@ if __name__ == "__main__":                   # before the slow imports, so that 
 import torch
 
 import checkpoint
-import data
-import vocab
-from support import ranks
-
-BATCH_SIZE = 16
+from support import fingerprint
+from support.device import own_device
+from support.report import caption_batches, measure, print_report, single_tokens
 
 
 def refuse_mlp(config, source):
@@ -89,90 +86,9 @@ def move(source, target, device, dtype, attention=None, vision_tower=None):
     vlm = checkpoint.build(config, words, device, dtype, attention=attention,
                            tower_folder=tower_folder)               # makes the target's E
     checkpoint.check_patches(vlm, metadata, source)
-    checkpoint.check_fingerprint(vlm, source, metadata, ("vision_tower",))
+    fingerprint.check(vlm, source, metadata, ("vision_tower",))
     checkpoint.load_connector(vlm.connector, source)
     return vlm
-
-
-# --------------------------------------------------------------------------------------------------
-# the report
-
-def caption_batches(vlm, path, images, metadata, limit):
-    """Return batches of up to `limit` captioned images, and the number of bytes in their captions.
-
-    The captions have the form that the connector was trained on. Every image comes once, because
-    the report also gives each caption the image of its neighbour. So every image takes equally many
-    tokens: with tiles only the first tile, the squashed picture. ValueError if there are fewer
-    images than a batch.
-    """
-    mode = "squash" if vlm.config.tiles else metadata.get("image_mode", "crop")
-    settings = {**vlm.image_settings, "mode": mode}
-    dataset = data.Conversations([path], images, vlm.tokenizer, vlm.num_patches, settings,
-                                 template=metadata.get("template", "chat"))
-    first_record = {}
-    for i, names in enumerate(dataset.image_names):
-        if len(names) == 1:
-            first_record.setdefault(names[0], i)
-    number = min(limit, len(first_record)) // BATCH_SIZE * BATCH_SIZE
-    if number < BATCH_SIZE:
-        raise ValueError(f"{path} has {len(first_record)} different images and --limit is {limit}: "
-                         f"neither may be less than {BATCH_SIZE}")
-    batches, num_bytes = [], 0
-    chosen = list(first_record.values())[:number]
-    for start in range(0, number, BATCH_SIZE):
-        samples = [dataset.sample(i) for i in chosen[start:start + BATCH_SIZE]]
-        batches.append(data.collate(samples, vlm.pad_id))
-    for i in chosen:
-        turns, _ = data.messages_of(dataset.records[i])
-        num_bytes += sum(len(t["content"].encode()) for t in turns if t["role"] == "assistant")
-    return batches, num_bytes
-
-
-@torch.no_grad()
-def measure(vlm, batches, num_bytes):
-    """Return the report's numbers of one VLM, {name: float}.
-
-    Bits per byte of the captions are given with the right image, a wrong one and none. Unlike a
-    loss per token they can be compared between LLMs with different tokenizers.
-    """
-    views = {"right": lambda batch: batch,
-             "wrong": lambda batch: batch | {"pixel_values": batch["pixel_values"].roll(1, 0)},
-             "none": data.without_images}
-    report = {}
-    for name, view in views.items():
-        nats = sum(vlm(view(batch))[0].item() for batch in batches)
-        report[f"bits_per_byte_{name}"] = nats / math.log(2) / num_bytes
-    patches = vlm.patch_features(batches[0]["pixel_values"]).float()        # (N, P, Dv)
-    if vlm.words:
-        weights = vlm.connector.weights(patches).abs().sum((0, 1)).cpu()    # (N, P, K) -> (K,)
-        single = single_tokens(vlm)
-        report["mass_on_single_tokens"] = (weights[single].sum() / weights.sum()).item()
-    ids, mask = batches[0]["input_ids"], batches[0]["attention_mask"]
-    text_ids = ids[(ids >= 0) & (mask == 1)].to(vlm.llm.device)
-    for name, x in (("image", vlm.connector(patches)),
-                    ("text", vlm.llm.get_input_embeddings()(text_ids))):
-        report[f"rms_{name}_embeds"] = x.float().square().mean().sqrt().item()
-    return report
-
-
-def single_tokens(vlm):
-    """Return for each word whether it is one token of this LLM's tokenizer: bool[K]."""
-    return torch.tensor([len(ids) == 1 for ids in vocab.word_ids(vlm.words, vlm.tokenizer)])
-
-
-def print_report(report):
-    """Print the report as a table, source and target side by side."""
-    if "single_tokens" in report:
-        from_pieces = report["words"] - report["single_tokens"]
-        print(f"words: {report['words']:,}, of which one token of the target "
-              f"{report['single_tokens']:,}, built from pieces {from_pieces:,}")
-    if report.get("image_newline"):
-        print(f"image_newline: {report['image_newline']}")
-    ends = [end for end in ("source", "target") if end in report]
-    if ends:
-        print(f"{'':26}" + "".join(f"{end:>12}" for end in ends))
-        for key in report[ends[0]]:
-            print(f"{key:26}" + "".join(f"{report[end][key]:12.4f}" for end in ends))
 
 
 def run_benchmarks(folder, args):
@@ -188,8 +104,6 @@ def run_benchmarks(folder, args):
         raise ValueError(f"the benchmarks could not be run on {folder}")
 
 
-# --------------------------------------------------------------------------------------------------
-
 def main(args):
     config, metadata = checkpoint.read_config(args.source)
     if not args.map:
@@ -202,7 +116,7 @@ def main(args):
         sys.exit(f"{out} exists; name another --out or say --overwrite")
     common.refuse_inside(out, source=args.source, target=args.target,
                          vision_tower=args.vision_tower)
-    device = ranks.own_device(args.device, most=None)
+    device = own_device(args.device, most=None)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")
 
@@ -230,7 +144,7 @@ def main(args):
         report["target"] = measure(vlm, *batches)
 
     kept = {key: metadata[key] for key in ("template", "image_mode") if key in metadata}
-    source = {key: metadata[key] for key in ("stage", "llm", "embeddings_hash")}
+    source = {key: metadata[key] for key in ("stage", "llm")}
     checkpoint.save(vlm, out, "transfer", trained_parts=(), **kept, source=source)
     common.write_json(report, f"{out}/transfer.json")
     print_report(report)

@@ -67,7 +67,8 @@ from PIL import Image
 import checkpoint
 import transfer
 import vocab
-from support import needs, pictures, ranks
+from support import needs, pictures
+from support.device import own_device
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def read_checkpoint(folder, image, image_mode, args):
     "needs": what the answer needs, see needs.ask.
     """
     config, metadata = checkpoint.read_config(folder)
-    place = ranks.own_device(args.device), getattr(torch, args.dtype), args.attention
+    place = own_device(args.device), getattr(torch, args.dtype), args.attention
     if args.llm:
         vlm = transfer.move(folder, args.llm, *place, args.vision_tower)
     else:
@@ -212,7 +213,7 @@ def read_checkpoint(folder, image, image_mode, args):
                                  modes.get("weights"))
     return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
             "name": f"{os.path.basename(os.path.normpath(vlm.config.llm))} · {kind}",
-            "group": (config.connector, config.normalize, vlm.llm_fingerprint["embeddings_hash"],
+            "group": (config.connector, config.normalize, os.path.realpath(config.llm),
                       metadata["words_hash"]),
             "modes": modes, "tiles": config.tiles,
             "size": vlm.image_settings["size"], "side": math.isqrt(vlm.num_patches),

@@ -3,7 +3,8 @@ import math
 import os
 from collections import defaultdict
 
-from common import read_json, read_records
+from common import read_json
+from support.records import read_dicts
 
 # The sentences that LLaVA appends to a question.
 SHORT = "Answer the question using a single word or phrase."
@@ -42,7 +43,7 @@ def read_lines(path, *fields):
 
     ValueError names the line that is not complete: half a file must not become a score.
     """
-    return [require(record, fields, place) for place, record in read_records(path)]
+    return [require(record, fields, place) for place, record in read_dicts(path)]
 
 
 def unique(records, key, path):

@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import common
 import vocab
+from support.tensors import read_safetensors, write_safetensors
 
 
 def main():
@@ -32,14 +33,13 @@ def main():
     metadata = checkpoint.read_config(args.checkpoint)[1]
     if any(checkpoint.own_folder(args.checkpoint, part) for part in ("llm", "vision_tower")):
         raise ValueError(f"{args.checkpoint} holds an LLM or tower of its own, which would be lost")
-    tensors = checkpoint.read_safetensors(f"{args.checkpoint}/connector.safetensors")
+    tensors = read_safetensors(f"{args.checkpoint}/connector.safetensors")
     os.makedirs(args.out, exist_ok=True)
     half = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
-    checkpoint.write_safetensors(half, f"{args.out}/connector.safetensors")
+    write_safetensors(half, f"{args.out}/connector.safetensors")
     vocab.save_words(vocab.load_words(f"{args.checkpoint}/words.json"), f"{args.out}/words.json")
     # Without hashes the connector is for any LLM, also for another copy of the one of the training.
-    metadata |= {"vision_tower": args.vision_tower, "llm": args.llm,
-                 "tokenizer_hash": "", "embeddings_hash": ""}
+    metadata |= {"vision_tower": args.vision_tower, "llm": args.llm}
     metadata.pop("fingerprint", None)
     common.write_json(metadata, f"{args.out}/config.json")
     print(f"wrote {args.out}")

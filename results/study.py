@@ -61,7 +61,8 @@ import data
 import vocab
 from words import (cosine, cosine_null, grid_patches, refuse_to_overwrite, save_figure,
                    vocabulary)
-from support import pictures, ranks
+from support import pictures
+from support.device import own_device
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def observe(folder, records, device=None, dtype="float32"):
     negative score is taken away from a patch.
     """
     config, metadata = checkpoint.read_config(folder)
-    vlm = checkpoint.load(folder, ranks.own_device(device), getattr(torch, dtype))
+    vlm = checkpoint.load(folder, own_device(device), getattr(torch, dtype))
     mode = metadata.get("image_mode", "pad")
     side = math.isqrt(vlm.num_patches)
     tokens, E = vocabulary(vlm)

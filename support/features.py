@@ -8,10 +8,10 @@ import time
 
 import torch
 
-import checkpoint
 import common
 import data
 from support import pictures
+from support.tensors import write_safetensors
 
 
 def is_newer(path, made):
@@ -54,7 +54,7 @@ def write_missing(vlm, dataset, folder, batch_size):
         for p, patches in zip(batch, patches_of_batch.to("cpu", torch.float16)):
             file = data.features_path(folder, p)
             os.makedirs(os.path.dirname(file), exist_ok=True)
-            checkpoint.write_safetensors({"patches": patches.contiguous()}, file)
+            write_safetensors({"patches": patches.contiguous()}, file)
         if i // batch_size % 10 == 0:
             print(f"features: {i} of {len(names)} pictures, {time.time() - start:.0f} s",
                   flush=True)

@@ -9,6 +9,7 @@ train.py. docs/promises.md says what a fingerprint covers.
 import hashlib
 import json
 import os
+import subprocess
 from glob import escape, glob
 
 from transformers.utils import cached_file
@@ -75,6 +76,32 @@ def changes(stored, now):
     """Return [(source, part), ...] of all that differs. What `stored` lacks is not compared."""
     return [(source, part) for source, parts in now.items() for part, value in parts.items()
             if stored.get(source, {}).get(part, value) != value]
+
+
+def check(vlm, folder, metadata, sources=("llm", "vision_tower")):
+    """Raise a ValueError that names what has changed of the LLM or the tower of a checkpoint."""
+    now = {source: vlm.fingerprint[source] for source in sources}
+    changed = changes(metadata.get("fingerprint", {}), now)
+    if not changed:
+        return
+    source = changed[0][0]
+    parts = ", ".join(part for other, part in changed if other == source)
+    name = f"{folder}/{source}" if source in vlm.own_parts else getattr(vlm.config, source)
+    label = {"llm": "LLM", "vision_tower": "vision tower"}[source]
+    move = "transfer.py moves it to another LLM; " if source == "llm" else ""
+    raise ValueError(f"{folder} was trained on another {label} than what {name} is now ({parts} "
+                     f"changed): {move}to accept the change, remove \"fingerprint\" from "
+                     f"{folder}/config.json")
+
+
+def git_commit():
+    """Return the commit of this code; None outside of a git checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return run.stdout.strip() or None
 
 
 # --------------------------------------------------------------------------------------------------

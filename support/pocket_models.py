@@ -22,7 +22,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 import data
-from common import choose_dtype, read_json, write_json
+from common import read_json, write_json
+from support.device import choose_dtype
 from support.pocket_world import (CELLS, COLORS, EASY_KINDS, SHAPES, SIZES, TRAIN_KINDS, WORDS,
                                   corpus, describe, document, sign_of)
 

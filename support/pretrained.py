@@ -23,10 +23,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import (find_adapter_config_file, is_accelerate_available,
                                 logging)
 
-from common import from_hub
-from conversation import load_tokenizer
 from generate import cache_argument
-from model import side_of, tower_hidden
+from support.hub import from_hub, load_tokenizer
+from support.tower import side_of, tower_hidden
 
 logging.disable_progress_bar()      # of loading weights: it hides the tables that the scripts print
 

@@ -3,7 +3,6 @@ Several processes that train or evaluate together. torchrun starts them.
 """
 import math
 import os
-import shutil
 import sys
 from datetime import timedelta
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-import common
+from support.device import be_deterministic, choose_dtype, own_device
 
 
 # NCCL gives up on a collective that waits longer than this. A rank that hangs is noticed then.
@@ -31,7 +30,7 @@ def setup_ranks(cfg):
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"training adds its sums up in float64, and {device.type} may not have "
                          "it: use --device=cpu or --device=cuda")
-    cfg.dtype = common.choose_dtype(cfg.dtype, device)
+    cfg.dtype = choose_dtype(cfg.dtype, device)
     if cfg.deterministic:
         be_deterministic()
     if "RANK" not in os.environ:
@@ -43,61 +42,6 @@ def setup_ranks(cfg):
     else:
         dist.init_process_group("gloo", timeout=WAITING_TIMEOUT)
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def own_device(name, most=1):
-    """Return the torch.device of this process, or "auto". CUDA uses it from now on.
-
-    Under torchrun each process has a GPU of its own. name, most: see common.choose_device.
-    ValueError for a numbered GPU there, because all processes would share it.
-    """
-    name = common.choose_device(name, most)
-    if name == "auto":
-        return name
-    device = torch.device(name)
-    if device.type == "cuda":
-        local_rank = os.environ.get("LOCAL_RANK")
-        if local_rank and device.index is not None:
-            raise ValueError(f"--device={name} would put all ranks of torchrun on one GPU: leave "
-                             "the number out, or choose GPUs with CUDA_VISIBLE_DEVICES")
-        device = torch.device("cuda", int(local_rank or device.index or 0))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"torchrun started rank {local_rank} on this machine, which has "
-                             f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        torch.cuda.set_device(device)
-    return device
-
-
-def set_precision(dtype):
-    """Let CUDA's matrix products round no more than `dtype` does. Other devices ignore this."""
-    # TF32 rounds float32 factors to 10 bits. A user who asks for float32 does not want that.
-    torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
-    torch.backends.cudnn.allow_tf32 = dtype == torch.bfloat16       # the tower's first layer
-    # cuBLAS splits long sums. It would add the parts in the factors' dtype.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-
-
-def be_deterministic():
-    """Let each operation on CUDA add in the same order in each run. Call it before CUDA computes.
-
-    Of torch's attention, flash and memory-efficient remain, in a deterministic mode; cuDNN's does
-    not. With warn_only=True their backward passes would add in any order. An operation that has no
-    such mode raises a RuntimeError.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False     # only costs time
-
-
-def check_compiler(device):
-    """End the process if torch.compile cannot work, because there is no compiler."""
-    kind, names = "C", (os.environ.get("CC"), "gcc", "clang")       # Triton's, for its launchers
-    if device.type == "cpu":
-        kind, names = "C++", (os.environ.get("CXX"), "g++", "clang++")
-    if not any(shutil.which(name) for name in names if name):
-        sys.exit(f"--compile needs a {kind} compiler on this device, and there is no {names[1]}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -469,7 +469,7 @@ def generation_speed():
     import torch
     import bench
     import generate
-    from support.ranks import set_precision
+    from support.device import set_precision
     vlm, _ = random_vlm("softmax")
     set_precision(torch.bfloat16)
     count, tokens = (2, 4) if SMALL else (16, 64)
@@ -488,7 +488,7 @@ def answers_by_batch():
     """Count the answers that differ between batches of one prompt and one batch of all."""
     import bench
     from generate import generate
-    from support.ranks import set_precision
+    from support.device import set_precision
     count, tokens = (3, 4) if SMALL else (24, 16)
     for dtype in ("float32", "bfloat16"):
         vlm, _ = random_vlm("softmax", dtype)

@@ -7,6 +7,7 @@ import fused
 import model
 from conftest import DEVICE
 from fused import combine
+from support import device
 from tools.fold import fold
 
 H, K, D = 24, 203, 17                                               # K is no multiple of the block
@@ -190,7 +191,7 @@ def test_no_compiler_is_said_once(monkeypatch, capsys):
     monkeypatch.setattr(fused, "COMPILE_FROM", 0)
     monkeypatch.setattr(torch, "compile", broken)
     fused.compiled.cache_clear()
-    fused.print_once.cache_clear()
+    device.print_once.cache_clear()
     *inputs, g = tensors(40)
     for _ in range(2):
         result = with_gradients(combine, *inputs, g, "softmax")

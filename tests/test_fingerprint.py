@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import chat_template_utils
 
 import checkpoint
-import common
 import conversation
 import eval as evaluation
 import test_benchmarks
@@ -20,6 +19,7 @@ import train
 import transfer
 from conftest import CHATML, settings, train_here
 from support import fingerprint
+from support.hub import load_tokenizer
 
 
 def weights(path, *names, factor=1.1):
@@ -238,7 +238,7 @@ def test_the_tokens_belong_to_a_tokenizer_and_not_only_its_files(tiny, tmp_path)
     edit("llm/tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_prefix_space=False)(tmp_path)
     parts = []
     for _ in range(2):
-        parts.append(fingerprint.of_llm(str(tmp_path / "llm"), conversation.load_tokenizer(str(tmp_path / "llm"))))
+        parts.append(fingerprint.of_llm(str(tmp_path / "llm"), load_tokenizer(str(tmp_path / "llm"))))
         edit("llm/tokenizer_config.json", add_prefix_space=True)(tmp_path)
     assert [part for part in parts[0] if parts[0][part] != parts[1][part]] == ["tokens of a text"]
 
@@ -305,7 +305,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_tomorrow(tiny, tmp_
     tokenizer = AutoTokenizer.from_pretrained(tiny.qwen)
     tokenizer.chat_template = {"default": template + CHATML, "tools": CHATML} if several else template + CHATML
     tokenizer.save_pretrained(tmp_path / "dated")
-    dated, tokenizer = tokenizer, conversation.load_tokenizer(str(tmp_path / "dated"))
+    dated, tokenizer = tokenizer, load_tokenizer(str(tmp_path / "dated"))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     render = lambda: dated.apply_chat_template(messages, tokenize=False)
     plain, ours, asked = render(), conversation.encode(messages, tokenizer, 1), conversation.encode_prompt(messages[:1], tokenizer, 1)
@@ -316,7 +316,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_tomorrow(tiny, tmp_
     assert fingerprint.template_hash(tokenizer) == mark
     assert words in tokenizer.decode(ours[0])
     tokenizer.save_pretrained(tmp_path / "saved")                   # and so does the tokenizer of a checkpoint
-    assert conversation.load_tokenizer(str(tmp_path / "saved")).chat_template == tokenizer.chat_template
+    assert load_tokenizer(str(tmp_path / "saved")).chat_template == tokenizer.chat_template
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").apply_chat_template(messages, tokenize=False).startswith(words)
 
 

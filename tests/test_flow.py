@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.files import load_questions
 from conftest import run
 
 
@@ -69,8 +70,7 @@ def test_every_question_has_one_answer_and_a_score(flow):
 @pytest.mark.parametrize("task", ["mme", "mmbench", "pope"])
 def test_the_other_benchmarks_can_be_asked(flow, task):
     """Asked they are in speedrun.sh: a model of three steps says all the tokens that it may, to each question."""
-    import eval
-    questions, lacks = eval.load_questions(task, str(flow[0] / "eval"))
+    questions, lacks = load_questions(task, str(flow[0] / "eval"))
     assert len(questions) > 20 and not lacks
 
 

@@ -3,17 +3,18 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import checkpoint
-import common
 from generate import generate
 import conversation
 import data
 import model
 import vocab
-from conversation import IGNORE, IMAGE_ID
+from conversation import IMAGE_ID
 from support import pretrained
+from support.device import choose_device
+from support.tensors import read_safetensors, write_safetensors
 
 P = 9                                                               # 24 pixels, patches of 8
 
@@ -195,7 +196,7 @@ def test_an_llm_spread_by_accelerate_answers_the_same(tiny, tmp_path):
                                              ("cpu,", None, "no device 'cpu,'"), ("tpux", None, "no device 'tpux'")])
 def test_a_device_that_is_not_there_is_one_sentence(text, most, words):
     with pytest.raises(ValueError, match=words):
-        common.choose_device(text, most)
+        choose_device(text, most)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -320,9 +321,9 @@ def test_a_trained_tower_is_saved_loaded_moved_and_saved_again(tiny, tmp_path):
 def test_a_connector_of_before_the_second_edition_loads(tiny, tmp_path):
     vlm, path = make(tiny), str(tmp_path / "ck" / "connector.safetensors")
     checkpoint.save(vlm, str(tmp_path / "ck"), "pretrain", ("connector",))
-    tensors = checkpoint.read_safetensors(path)
+    tensors = read_safetensors(path)
     assert "to_scores.weight" in tensors
-    checkpoint.write_safetensors({name.replace("to_scores.", "words."): t for name, t in tensors.items()}, path)
+    write_safetensors({name.replace("to_scores.", "words."): t for name, t in tensors.items()}, path)
     again = checkpoint.load(str(tmp_path / "ck"))
     assert torch.equal(again.connector.to_scores.weight, vlm.connector.to_scores.weight)
 

@@ -128,7 +128,7 @@ def compare_loaded(name, tower, words):
         here += p.to_local().numel()
     for (key, b), (_, c) in zip(vlm.llm.named_buffers(), whole.llm.named_buffers(), strict=True):
         assert torch.equal(b, c), key
-    assert torch.equal(vlm.connector.vocab_embeds, whole.connector.vocab_embeds) and vlm.llm_fingerprint == whole.llm_fingerprint
+    assert torch.equal(vlm.connector.vocab_embeds, whole.connector.vocab_embeds) and vlm.fingerprint == whole.fingerprint
     assert vlm.eos_ids == whole.eos_ids and here < 0.6 * sum(p.numel() for p in whole.llm.parameters())
 
 

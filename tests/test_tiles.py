@@ -27,7 +27,7 @@ from conftest import settings, train_here
 from generate import generate
 from test_export import export_here
 from tools import import_official
-from support import pictures
+from support import pictures, tiles
 
 PAPER = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 S, SIDE, P = 24, 3, 9                                               # of the tiny towers
@@ -39,7 +39,7 @@ SIZES = {"tall": (30, 70), "wide": (61, 33), "square": (40, 40), "tiny": (5, 9),
                                                 ((1920, 1080), 1948), ((800, 200), 1890), ((200, 800), 1944)])
 def test_the_releases_numbers_of_tokens(image_size, tokens):
     """Measured with the released code on CLIP-L/336."""
-    assert pictures.num_tokens(image_size, 576, PAPER, 336) == tokens
+    assert tiles.num_tokens(image_size, 576, PAPER, 336) == tokens
 
 
 class Their:
@@ -56,7 +56,7 @@ def test_the_librarys_numbers_of_tokens():
     theirs, random = Their([[h, w] for w, h in PAPER]), np.random.default_rng(0)
     for w, h in random.integers(5, 2500, (3000, 2)).tolist():
         want = LlavaNextProcessor._get_number_of_features(theirs, h, w, 336, 336)
-        assert pictures.num_tokens((w, h), 576, PAPER, 336) == want, (w, h)
+        assert tiles.num_tokens((w, h), 576, PAPER, 336) == want, (w, h)
 
 
 def picture(name, seed=0):
@@ -81,7 +81,7 @@ def test_tiles_have_the_librarys_pixels(name):
 def test_grids_that_do_not_fit_are_refused():
     for wrong in ((24, 48), ((24, 50),), ((0, 24),), (24,), 5, "x", (("a", 24),)):
         with pytest.raises(ValueError, match="multiples of 24"):
-            pictures.check_tiles(wrong, S)
+            tiles.check_tiles(wrong, S)
 
 
 # ---- the model against the library's
@@ -157,7 +157,7 @@ def test_a_batch_of_4_is_4_batches_of_1(pair):
     with torch.no_grad():
         batch = data.collate(samples, vlm.pad_id)
         # No row of pixels is padding: each picture has its own number of tiles.
-        layouts = [pictures.tile_layout(image_size, TILES, S, SIDE) for image_size in batch["image_sizes"]]
+        layouts = [tiles.tile_layout(image_size, TILES, S, SIDE) for image_size in batch["image_sizes"]]
         assert len(batch["pixel_values"]) == sum(1 + layout.rows * layout.columns for layout in layouts)
         loss, number = vlm(batch)
         losses = [vlm(data.collate([one], vlm.pad_id)) for one in samples]
@@ -307,7 +307,7 @@ def test_check_counts_the_tokens_of_tiles(tiny, tiled_world, capsys):
 
 
 def vocab_tokenizer(tiny):
-    from conversation import load_tokenizer
+    from support.hub import load_tokenizer
     return load_tokenizer(tiny.qwen)
 
 

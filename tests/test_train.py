@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import checkpoint
-import common
 import train
 from conftest import ROOT, run, settings, train_here
+from support import ranks
+from support.device import choose_dtype
 from tools.memory import RANKS, print_estimate
 
 
@@ -69,7 +70,6 @@ def test_sft_trains_connector_and_llm_and_keeps_the_frozen_e(tiny, world, tmp_pa
     old = load_file(f"{tiny.qwen}/model.safetensors")
     assert not torch.equal(old["model.embed_tokens.weight"], trained["llm.model.embed_tokens.weight"])
     if connector == "langbridge":                                   # E is a snapshot: it did not follow the LLM
-        import model
         E = load_file(f"{after}/llm/vocab_embeds.safetensors")["vocab_embeds"]
         assert torch.equal(E, checkpoint.load(str(before)).connector.vocab_embeds)
         assert torch.equal(E, checkpoint.load(str(after)).connector.vocab_embeds)
@@ -97,13 +97,13 @@ def test_bfloat16_and_checkpointing_run_and_learn(tiny, world, tmp_path):
 def test_dtype_auto_is_what_the_cpu_computes_in(monkeypatch, capability, has_bfloat16, expected):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
-    assert common.choose_dtype("auto", "cpu") == expected
-    assert common.choose_dtype("bfloat16", "cpu") == "bfloat16"
+    assert choose_dtype("auto", "cpu") == expected
+    assert choose_dtype("bfloat16", "cpu") == "bfloat16"
 
 
 def test_a_run_with_dtype_auto_keeps_the_dtype_of_its_start(tiny, world, tmp_path, monkeypatch):
     """Its states name the dtype that was chosen, so another machine does not go on in another dtype."""
-    monkeypatch.setattr(common, "choose_dtype", lambda name, device: "float32" if name == "auto" else name)
+    monkeypatch.setattr(ranks, "choose_dtype", lambda name, device: "float32" if name == "auto" else name)
     argv = settings(tiny, world, tmp_path / "x", "--dtype=auto", "--max_steps=2")
     argv.remove("--dtype=float32")
     assert train_here(argv) == 0

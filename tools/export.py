@@ -104,7 +104,7 @@ def to_llava(vlm):
     computes something else than this VLM.
     """
     import torch
-    from model import side_of
+    from support.tower import side_of
     from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor,
                               LlavaNextConfig, LlavaNextForConditionalGeneration,
                               LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
@@ -218,6 +218,7 @@ def main():
     import checkpoint
     from conversation import IMAGE, encode_prompt
     from support import pictures
+    from support.tensors import write_safetensors
 
     vlm = checkpoint.load(args.checkpoint, dtype=getattr(torch, args.dtype))
     question = args.ask or "What is in the image?"
@@ -241,7 +242,7 @@ def main():
         embeds = vlm.splice(torch.tensor([ids]), pixel_values,
                             image_sizes=[image_size] if tiles else None)[0]     # (T, D)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    checkpoint.write_safetensors({"prompt_embeds": embeds}, args.out)
+    write_safetensors({"prompt_embeds": embeds}, args.out)
     print(f"wrote {args.out}: prompt_embeds {tuple(embeds.shape)} for {vlm.config.llm}")
 
 

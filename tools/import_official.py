@@ -17,8 +17,8 @@ from glob import escape, glob
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
-import conversation
 import vocab
+from support.hub import load_tokenizer
 from support.settings import parse_value
 
 # torch and checkpoint are imported inside functions, because --offline must come before them.
@@ -103,9 +103,9 @@ def read_file(path):
     """Return what a file holds: {name: tensor}, or one tensor. A pickle may hold nothing else."""
     import pickle
     import torch
-    import checkpoint
+    from support.tensors import read_safetensors
     if path.endswith(".safetensors"):
-        return checkpoint.read_safetensors(path)
+        return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError):
@@ -209,7 +209,7 @@ def fill_llm(vlm, tensors, path):
 def check_strategy(vlm, strategy, path):
     """Raise ValueError if transformers keeps other rows of the tower than the patches."""
     import torch
-    from model import tower_hidden
+    from support.tower import tower_hidden
     side = vlm.image_settings["size"]
     extra = tower_hidden(vlm.vision_tower, torch.zeros(1, 3, side, side))[-1].shape[1]
     extra -= vlm.num_patches                                # CLS and registers
@@ -348,7 +348,7 @@ def is_id_and_rank(value):
 
 def write_words(args):
     """Write words.json at args.out, and the counts at args.counts."""
-    tokenizer = conversation.load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     imported, counts = import_official(args.file, tokenizer)
     if args.counts and not counts:
         raise ValueError(f"{args.file} holds ids and no counts, so --counts has no data")

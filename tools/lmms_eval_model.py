@@ -19,7 +19,8 @@ import common
 import conversation
 from checkpoint import load
 from generate import generate
-from support import pictures, ranks
+from support import pictures
+from support.device import own_device
 
 
 class LangBridge(lmms):
@@ -32,7 +33,7 @@ class LangBridge(lmms):
         super().__init__()
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
-        device = ranks.own_device(device, most=None)
+        device = own_device(device, most=None)
         dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
         self.batch_size = int(batch_size)
         self.vlm = load(checkpoint, device, getattr(torch, dtype))

@@ -15,7 +15,9 @@ import checkpoint
 import fused
 import model
 import vocab
-from support import pictures, pretrained, sharding
+from support import pretrained, sharding
+from support.tiles import check_tiles, tile_layout
+from support.tower import pooled_side, side_of
 
 SIZES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config/paper/sizes.json")
 RANKS = (1, 2, 4, 8, 64)
@@ -39,10 +41,10 @@ def print_estimate(cfg, trained_parts, parts_table):
         cfg.dtype = "bfloat16"                      # as on the GPUs that the estimate is for
     vlm, config = meta_model(cfg, trained_parts)
     print(parts_table(vlm, cfg))
-    side = model.pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool)
+    side = pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool)
     P, squares = side ** 2, 1
     if cfg.tiles:                                   # the most that a picture can take
-        layouts = [pictures.tile_layout(tile, cfg.tiles, vlm.image_size, side)
+        layouts = [tile_layout(tile, cfg.tiles, vlm.image_size, side)
                    for tile in cfg.tiles]
         P = max(layout.num_tokens for layout in layouts)
         squares = max(1 + layout.columns * layout.rows for layout in layouts)
@@ -86,8 +88,8 @@ def meta_model(cfg, trained_parts):
         D = llm.get_input_embeddings().embedding_dim
         vlm = torch.nn.Module()
         vlm.vision_tower = tower
-        vlm.image_size = cfg.image_size or model.side_of(tower.config, "image_size")
-        pictures.check_tiles(cfg.tiles, vlm.image_size)
+        vlm.image_size = cfg.image_size or side_of(tower.config, "image_size")
+        check_tiles(cfg.tiles, vlm.image_size)
         vlm.image_newline = torch.nn.Parameter(torch.empty(D)) if cfg.tiles else None
         vlm.connector = model.make_connector(config, Dv, D)
         vlm.llm = llm

@@ -1,0 +1,127 @@
+"""
+The device of a process and what it computes: its number, dtypes, rounding, torch.compile.
+"""
+import functools
+import os
+import shutil
+import sys
+
+import torch
+
+from common import print_rank0
+
+
+def choose_device(text, most=None):
+    """Return the device that --device names; without a name CUDA if there is one, else the CPU.
+
+    "auto" spreads an LLM over all GPUs, unless most=1. ValueError for a device that this machine
+    does not have.
+    """
+    if text == "auto" and most != 1:
+        return text
+    name = text or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"there is no device {name!r}: torch sees {count} GPUs")
+    return name
+
+
+def choose_dtype(name, device):
+    """Return the name of a dtype. "auto" is bfloat16 if the hardware computes in it, else float32.
+
+    A CPU without such instructions takes ten times as long in bfloat16 as in float32.
+    """
+    if name != "auto":
+        return name
+    device_type = torch.device(device).type
+    has_bfloat16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def own_device(name, most=1):
+    """Return the torch.device of this process, or "auto". CUDA uses it from now on.
+
+    Under torchrun each process has a GPU of its own. name, most: see choose_device.
+    ValueError for a numbered GPU there, because all processes would share it.
+    """
+    name = choose_device(name, most)
+    if name == "auto":
+        return name
+    device = torch.device(name)
+    if device.type == "cuda":
+        local_rank = os.environ.get("LOCAL_RANK")
+        if local_rank and device.index is not None:
+            raise ValueError(f"--device={name} would put all ranks of torchrun on one GPU: leave "
+                             "the number out, or choose GPUs with CUDA_VISIBLE_DEVICES")
+        device = torch.device("cuda", int(local_rank or device.index or 0))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started rank {local_rank} on this machine, which has "
+                             f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    return device
+
+
+def set_precision(dtype):
+    """Let CUDA's matrix products round no more than `dtype` does. Other devices ignore this."""
+    # TF32 rounds float32 factors to 10 bits. A user who asks for float32 does not want that.
+    torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
+    torch.backends.cudnn.allow_tf32 = dtype == torch.bfloat16       # the tower's first layer
+    # cuBLAS splits long sums. It would add the parts in the factors' dtype.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def be_deterministic():
+    """Let each operation on CUDA add in the same order in each run. Call it before CUDA computes.
+
+    Of torch's attention, flash and memory-efficient remain, in a deterministic mode; cuDNN's does
+    not. With warn_only=True their backward passes would add in any order. An operation that has no
+    such mode raises a RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # only costs time
+
+
+def check_compiler(device):
+    """End the process if torch.compile cannot work, because there is no compiler."""
+    kind, names = "C", (os.environ.get("CC"), "gcc", "clang")       # Triton's, for its launchers
+    if device.type == "cpu":
+        kind, names = "C++", (os.environ.get("CXX"), "g++", "clang++")
+    if not any(shutil.which(name) for name in names if name):
+        sys.exit(f"--compile needs a {kind} compiler on this device, and there is no {names[1]}")
+
+
+print_once = functools.cache(print_rank0)
+
+
+@functools.cache
+def compiled(function):
+    """Return `function` compiled, so that it passes over memory once instead of six times.
+
+    Where torch.compile fails, the result runs `function` itself and says so once.
+    """
+    fast = torch.compile(function, dynamic=True)
+    works = True
+
+    def run(*args):
+        nonlocal works
+        if works:
+            try:
+                return fast(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:      # no C++ compiler and no Triton raise many types
+                works = False
+                print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
+                           "combination runs uncompiled and slower")
+        return function(*args)
+
+    return run

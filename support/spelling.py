@@ -1,0 +1,104 @@
+"""
+How tokenizers spell bytes: byte-level BPE, SentencePiece and plain text, all to one form of a word.
+"""
+import re
+
+# The GPT-2 byte alphabet. Printable latin-1 bytes stand for themselves. The other 68 bytes take the
+# code points from 256 on. Both dicts are tables for str.translate.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHER_BYTES = [b for b in range(256) if b not in PRINTABLE]
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
+BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(OTHER_BYTES)}
+CHAR_TO_BYTE = {ord(c): b for b, c in BYTE_TO_CHAR.items()}
+IN_ALPHABET = re.compile("[" + re.escape("".join(BYTE_TO_CHAR.values())) + "]*").fullmatch
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+RESERVED = re.compile(
+    r"[<\[]\|?(unused|reserved|extra_id|special|placeholder)\w*\d+\|?[>\]]", re.IGNORECASE)
+# For SentencePiece only. In a byte-level vocabulary "<s>" may be HTML.
+SENTENCEPIECE_CONTROL = {"<unk>", "<s>", "</s>", "<pad>"}
+# Bytes that are not valid UTF-8, after bytes.decode(errors="surrogateescape").
+STRAY_BYTE = re.compile("([\udc80-\udcff])")
+
+
+def to_word(data):
+    """Return the word of some bytes, one character for each byte."""
+    return data.decode("latin-1").translate(BYTE_TO_CHAR)
+
+
+def to_bytes(word):
+    """Return the bytes of a word. ValueError if a character is not in the byte alphabet."""
+    if not IN_ALPHABET(word):
+        raise ValueError(f"{word!r} is not a word in the byte alphabet (a space is written 'Ġ', a "
+                         "newline 'Ċ')")
+    return word.translate(CHAR_TO_BYTE).encode("latin-1")
+
+
+def show(word):
+    """Return a word for people: "Ġthe" is "␣the"; stray bytes and controls are escaped."""
+    shown = ""
+    for c in to_bytes(word).decode("utf-8", errors="surrogateescape").replace(" ", "␣"):
+        if STRAY_BYTE.match(c):
+            shown += f"<0x{ord(c) - 0xDC00:02X}>"
+        else:
+            shown += c if c.isprintable() else c.encode("unicode_escape").decode()
+    return shown
+
+
+def rust_tokenizer(tokenizer):
+    """Return the tokenizers.Tokenizer of a transformers tokenizer."""
+    return getattr(tokenizer, "backend_tokenizer", tokenizer)
+
+
+def spelling_of(tokenizer):
+    """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁".
+
+    ValueError for a tokenizer whose tokens are not bytes (BERT's "##", CLIP's "</w>").
+    """
+    backend = rust_tokenizer(tokenizer)
+    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
+        mark = getattr(backend.model, affix, None)
+        if mark:
+            name = getattr(tokenizer, "name_or_path", "a tokenizer")
+            raise ValueError(f"{name} marks pieces of words with {mark!r}, so it has no words in "
+                             "bytes")
+    # The JSON of each part. backend.to_str() would add half a million merges, seconds for Gemma.
+    parts = (backend.decoder, backend.pre_tokenizer, backend.normalizer)
+    spec = "".join(part.__getstate__().decode() for part in parts if part is not None)
+    if '"ByteLevel"' in spec:
+        return "bytes"
+    # A decoder replaces "▁" by " ", a normalizer " " by "▁".
+    space = re.search(r'"Metaspace","replacement":"(.)"|"String":"([^ ])"},"content":" "|'
+                      r'"String":" "},"content":"(.)"', spec)
+    return space[space.lastindex] if space else "text"
+
+
+def token_to_word(token, spelling):
+    """Return the word of an ordinary token; None for a string that no text can produce."""
+    if spelling == "bytes":
+        return token if IN_ALPHABET(token) else None
+    byte = BYTE_TOKEN.fullmatch(token)
+    if byte:
+        return to_word(bytes.fromhex(byte[1]))
+    return text_to_word(token, spelling)
+
+
+def text_to_word(text, spelling):
+    """Return the word of a text in the tokenizer's own spelling. Surrogates are stray bytes."""
+    if spelling == "bytes":
+        return text
+    if spelling != "text":
+        text = text.replace(spelling, " ")
+    return to_word(text.encode("utf-8", errors="surrogateescape"))
+
+
+def special_tokens(tokenizer, spelling):
+    """Return (tokens that no text may produce, all added tokens): two sets of strings."""
+    backend = rust_tokenizer(tokenizer)
+    added = backend.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
+    special |= {getattr(backend.model, "unk_token", None)}
+    special |= set(getattr(tokenizer, "all_special_tokens", ()))
+    if spelling not in ("bytes", "text"):
+        special |= SENTENCEPIECE_CONTROL
+    return special, {token.content for token in added}

@@ -1,0 +1,39 @@
+"""
+safetensors files: written to a temporary name, and read with a sentence for what does not fit.
+"""
+import re
+
+from safetensors.torch import load_file, save_file
+
+from common import replacing
+from support.pretrained import errors_name
+
+
+def read_tensors(path, expected):
+    """Return the tensors of a safetensors file, {name: tensor}.
+
+    expected: {name: tensor of the wanted shape}. ValueError if the file is damaged, if a name or a
+    shape differs, or if a number is not finite.
+    """
+    # Older checkpoints call the layer of the scores "words".
+    found = {re.sub(r"^words\.", "to_scores.", name): tensor
+             for name, tensor in read_safetensors(path).items()}
+    for name in sorted(expected.keys() | found.keys()):
+        shape, want = (tuple(d[name].shape) if name in d else None for d in (found, expected))
+        if shape != want:
+            raise ValueError(f"{path}: {name} is {shape}, this connector wants {want}")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has numbers that are not finite")
+    return found
+
+
+def write_safetensors(tensors, path):
+    """Write {name: tensor} to a temporary name and rename it."""
+    with errors_name(path), replacing(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+
+
+def read_safetensors(path):
+    """Return {name: tensor}. ValueError names a torn file."""
+    with errors_name(path):
+        return load_file(path)

@@ -11,6 +11,7 @@ S side of a square image in pixels.
 """
 import argparse
 import hashlib
+import math
 import os
 
 import common
@@ -217,6 +218,15 @@ def without_images(batch):
                     "pixel_values": batch["pixel_values"] * 0}
 
 
+def dummy_batch(batch):
+    """Return a batch of two tokens, none of them trained, to use instead of an empty batch."""
+    import torch
+
+    two = torch.zeros(1, 2, dtype=torch.int64)
+    return batch | {"input_ids": two, "labels": two + IGNORE,
+                    "attention_mask": two + 1, "position_ids": two}
+
+
 def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
     """Return the order of an epoch: one list of sample indices for each optimizer step.
 
@@ -248,6 +258,38 @@ def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
     if 0 < sum(map(len, rest)) < batch_size:
         rest = [sum(rest, [])]
     return full + rest
+
+
+def plan(dataset, cfg):
+    """Return every step of the run as a list of sample indices.
+
+    It depends only on data and settings, so the number of the step is the position in the data.
+    """
+    epochs = [global_batches(dataset, cfg.global_batch, epoch, cfg.seed, cfg.group,
+                             cfg.group_batches) for epoch in range(cfg.epochs)]
+    return sum(epochs, [])[:cfg.max_steps or None]
+
+
+def micro_batches(indices, rank, world, batch_size):
+    """Return this rank's part of a step in batches of batch_size; all ranks get as many batches."""
+    own = indices[rank::world]
+    count = math.ceil(len(indices[::world]) / batch_size)
+    return [own[i * batch_size:(i + 1) * batch_size] for i in range(count)]
+
+
+def make_loader(dataset, batches, vlm, cfg, device):
+    """Return an iterator over this rank's batches, read by cfg.workers processes."""
+    import torch
+    from support.ranks import check_shared_memory, leave_process_group, length_multiple
+
+    check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"])
+    pad_to = length_multiple(cfg.pad_to, device, vlm.max_positions)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=cfg.workers,
+        pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
+        collate_fn=lambda samples: collate(samples, vlm.pad_id, pad_to),
+        multiprocessing_context="fork" if cfg.workers else None)
+    return iter(loader)
 
 
 # --------------------------------------------------------------------------------------------------

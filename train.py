@@ -14,7 +14,6 @@ The result is a checkpoint folder, see checkpoint.py.
 """
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -154,10 +153,9 @@ import vocab
 from support import features, fingerprint, pretrained, sharding
 from support.device import check_compiler
 from support.log import log_step, open_log, plot_loss
-from support.ranks import (check_shared_memory, clip_gradients, leave, leave_process_group,
-                           length_multiple, on_rank0, reduce_gradients, setup_ranks, sum_up,
+from support.ranks import (clip_gradients, leave, on_rank0, reduce_gradients, setup_ranks, sum_up,
                            wait_for_all)
-from support.resume import resume, save_state
+from support.resume import prepare_out, resume, save_state
 from support.tower import freeze_unreached
 
 
@@ -253,38 +251,6 @@ def lr_factor(step, steps, warmup):
 
 
 # --------------------------------------------------------------------------------------------------
-# data
-
-def plan(dataset, cfg):
-    """Return every step of the run as a list of sample indices.
-
-    It depends only on data and settings, so the number of the step is the position in the data.
-    """
-    epochs = [data.global_batches(dataset, cfg.global_batch, epoch, cfg.seed, cfg.group,
-                                  cfg.group_batches) for epoch in range(cfg.epochs)]
-    return sum(epochs, [])[:cfg.max_steps or None]
-
-
-def micro_batches(indices, rank, world, batch_size):
-    """Return this rank's part of a step in batches of batch_size; all ranks get as many batches."""
-    own = indices[rank::world]
-    count = math.ceil(len(indices[::world]) / batch_size)
-    return [own[i * batch_size:(i + 1) * batch_size] for i in range(count)]
-
-
-def make_loader(dataset, batches, vlm, cfg, device):
-    """Return an iterator over this rank's batches, read by cfg.workers processes."""
-    check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"])
-    pad_to = length_multiple(cfg.pad_to, device, vlm.max_positions)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=cfg.workers,
-        pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
-        collate_fn=lambda samples: data.collate(samples, vlm.pad_id, pad_to),
-        multiprocessing_context="fork" if cfg.workers else None)
-    return iter(loader)
-
-
-# --------------------------------------------------------------------------------------------------
 # the run
 
 def main(cfg):
@@ -324,9 +290,10 @@ def main(cfg):
                  rank, world)
     start, skipped = resume(vlm, optimizer, inputs, cfg, rank, world)
     print_rank0(parts_table(vlm, cfg))
-    steps = plan(dataset, cfg)
-    batches = [micro_batches(indices, rank, world, cfg.batch_size) for indices in steps]
-    loader = make_loader(dataset, [b for step in batches[start:] for b in step], vlm, cfg, device)
+    steps = data.plan(dataset, cfg)
+    batches = [data.micro_batches(indices, rank, world, cfg.batch_size) for indices in steps]
+    remaining = sum(batches[start:], [])
+    loader = data.make_loader(dataset, remaining, vlm, cfg, device)
     resumed = f", going on at step {start}" if start else ""
     print_rank0(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, {world} "
                 f"rank(s) on {device.type}, {cfg.dtype}{', sharded' * vlm.sharded}{resumed}")
@@ -435,15 +402,6 @@ def set_signal_handler(handler):
         signal.signal(number, handler)
 
 
-def prepare_out(cfg):
-    """Make the run's folder. With --overwrite, remove the old run from it."""
-    os.makedirs(cfg.out, exist_ok=True)
-    if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
-        for old in common.FOLDERS:
-            shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
-        os.remove(f"{cfg.out}/config.json")         # the last one: it says that there is a run
-
-
 def accumulate(vlm, loader, count, autocast, device, probe, cfg):
     """Compute forward and backward of this rank's `count` micro-batches.
 
@@ -467,7 +425,7 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
         if not len(batch["ids"]):
             if not vlm.sharded:
                 continue
-            batch = dummy_batch(batch)              # other ranks wait for this rank's pieces
+            batch = data.dummy_batch(batch)              # other ranks wait for this rank's pieces
         with autocast:
             loss, trained, words_loss, num_words = losses(vlm, batch, cfg)
         total = loss + cfg.words_loss * words_loss
@@ -503,13 +461,6 @@ def losses(vlm, batch, cfg):
     # Both losses need the patches, so they are computed here, once.
     batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
     return *vlm(batch), *vlm.words_loss(batch)
-
-
-def dummy_batch(batch):
-    """Return a batch of two tokens, none of them trained, to use instead of an empty batch."""
-    two = torch.zeros(1, 2, dtype=torch.int64)
-    return batch | {"input_ids": two, "labels": two + conversation.IGNORE,
-                    "attention_mask": two + 1, "position_ids": two}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,15 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 FILE_TENSORS = 8            # of a state, in one of its files
 
 
+def prepare_out(cfg):
+    """Make the run's folder. With --overwrite, remove the old run from it."""
+    os.makedirs(cfg.out, exist_ok=True)
+    if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
+        for old in common.FOLDERS:
+            shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
+        os.remove(f"{cfg.out}/config.json")         # the last one: it says that there is a run
+
+
 def state_tensors(vlm, optimizer, step):
     """Return {name: tensor} of all that a step changes: weights and AdamW's moments."""
     tensors = {}

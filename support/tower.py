@@ -1,5 +1,5 @@
 """
-The vision tower: sizes from its config, its hidden states, and which of its parameters a loss needs.
+The vision tower: its sizes, its hidden states, and which of its parameters a loss needs.
 
 Letters as in model.py.
 """

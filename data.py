@@ -16,10 +16,11 @@ import os
 
 import common
 from common import BadSample
-from conversation import IGNORE, IMAGE, IMAGE_ID, TEMPLATES, encode, show_sample
+from conversation import IGNORE, IMAGE, IMAGE_ID, encode, show_sample
 from support.hub import load_tokenizer
 from support.pictures import image_path, open_image, tile_pixels
 from support.records import image_names, messages_of, read_records, turns_of
+from support.templates import TEMPLATES
 from support.tiles import check_tiles, num_tokens
 # torch is imported where it is used, so that --help does not wait for it.
 

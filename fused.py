@@ -17,7 +17,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from support.device import compiled
+from support.device import add_product, compiled
 
 SUPPORTED = ("softmax", "none")             # what this file knows
 BLOCK = 1024            # words whose scores exist at one time; on a CPU they stay in its cache
@@ -157,36 +157,5 @@ def backward_step(s, dp, top, log_total, shift):
 def block_size(device):
     """Return how many words' scores exist at one time."""
     return CUDA_BLOCK if device.type == "cuda" else BLOCK
-
-
-@functools.cache
-def has_wide_addmm(device, dtype):
-    """Return whether addmm can add products of `dtype` to a float32 sum. It is tried once.
-
-    Only CUDA has this, and not every version of torch takes a sum of another dtype.
-    """
-    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.addmm.overloads():
-        return False
-    ones = torch.ones(16, 16, dtype=dtype, device=device)
-    total = ones.float()
-    try:
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except RuntimeError:
-        return False
-    return total.eq(17).all().item()
-
-
-def add_product(total, a, b):
-    """Add a @ b to `total` in place. Where dtypes differ, a quarter of the product at a time.
-
-    cuBLAS adds products of bfloat16 factors to a float32 sum by itself, without rounding them.
-    """
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif has_wide_addmm(total.device, a.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
-            total_rows.add_(a_rows @ b)
 
 

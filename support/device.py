@@ -125,3 +125,34 @@ def compiled(function):
         return function(*args)
 
     return run
+
+
+@functools.cache
+def has_wide_addmm(device, dtype):
+    """Return whether addmm can add products of `dtype` to a float32 sum. It is tried once.
+
+    Only CUDA has this, and not every version of torch takes a sum of another dtype.
+    """
+    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = ones.float()
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return total.eq(17).all().item()
+
+
+def add_product(total, a, b):
+    """Add a @ b to `total` in place. Where dtypes differ, a quarter of the product at a time.
+
+    cuBLAS adds products of bfloat16 factors to a float32 sum by itself, without rounding them.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif has_wide_addmm(total.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
+            total_rows.add_(a_rows @ b)

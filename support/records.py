@@ -7,7 +7,7 @@ import json
 import re
 
 from common import BadSample
-from conversation import IMAGE, check_text
+from support.templates import IMAGE, check_text
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}

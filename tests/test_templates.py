@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conversation import DATE
+from support.hub import DATE
 from conversation import IGNORE, encode, encode_prompt
 
 TEXT = ["Is the bicycle leaning on a fence? Yes, it leans on a wooden fence.", "What colour is it? Red!\n\nIt is red.",

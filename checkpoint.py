@@ -10,7 +10,6 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
 
 support/pretrained.py reads the LLM and the vision tower that a config names.
 """
-import copy
 import os
 import shutil
 from dataclasses import asdict, fields
@@ -18,7 +17,6 @@ from glob import escape, glob
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
@@ -29,8 +27,8 @@ from support import fingerprint, sharding
 from support.device import set_precision
 from support.fingerprint import git_commit
 from support.hub import load_tokenizer
-from support.pretrained import (errors_name, image_settings, load_llm, load_weights, probe_llm,
-                                probe_tower, vision_config)
+from support.pretrained import (image_settings, load_llm, load_weights, probe_llm, probe_tower,
+                                vision_config)
 from support.tensors import read_tensors, write_safetensors
 
 FORMAT = 1
@@ -108,7 +106,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     for part in ("llm", "vision_tower"):
         if part in own_parts:
             model = getattr(vlm, part)
-            save_model(model, f"{folder}/{part}", dtype or model.dtype, is_writer)
+            sharding.save_model(model, f"{folder}/{part}", dtype or model.dtype, is_writer)
     if not is_writer:
         return
     os.makedirs(folder, exist_ok=True)
@@ -166,26 +164,6 @@ def check_saved(vlm, folder):
             load_weights(model_class, f"{folder}/{part}", **options)
     if own_folder(folder, "llm"):
         load_tokenizer(f"{folder}/llm")
-
-
-def save_model(model, folder, dtype, is_writer):
-    """Write a model in Hugging Face layout, in `dtype`. Sharded tensors are gathered one by one."""
-    if hasattr(model, "merge_and_unload"):          # peft's LoRA: a plain model is written
-        model = copy.deepcopy(model).merge_and_unload()
-    state = {}
-    for name, tensor in sharding.stored_tensors(model).items():
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()           # every rank takes part
-        if is_writer:
-            # contiguous() copies a piece of a larger tensor, which safetensors refuses.
-            to_dtype = dtype if tensor.is_floating_point() else tensor.dtype
-            state[name] = tensor.to("cpu", to_dtype).contiguous()
-    if is_writer:
-        with errors_name(folder):
-            model.save_pretrained(folder, state_dict=state)
-        model.config.dtype = dtype                  # save_pretrained stores the dtype in memory
-        model.config.save_pretrained(folder)
 
 
 def portable(name, folder):

@@ -1,7 +1,4 @@
-"""What all scripts share: files, models by name, devices, and printing on the first rank.
-
-torch is imported inside functions, so that --help answers at once.
-"""
+"""What all scripts share: JSON files, printing on the first rank, and a sentence for a mistake."""
 import json
 import os
 import sys

@@ -16,7 +16,7 @@ from support.templates import IMAGE, IMAGE_ID, encoder_of, texts
 IGNORE = -100                           # the label that cross_entropy ignores
 
 
-def image_token_ids(num_patches):
+def image_token_ids(num_patches, tokenizer):
     """Return the ids of one image. To put other ids around an image, change this function."""
     return [IMAGE_ID] * num_patches
 
@@ -39,14 +39,14 @@ def encode(messages, tokenizer, num_patches, template="chat"):
     for text, answers in texts(messages, tokenizer, template):
         encoding = encoder.encode(text, add_special_tokens=False)
         for i, (start, end) in zip(encoding.ids, encoding.offsets):
-            # A SentencePiece tokenizer may begin a text with a space that has no characters.
+            # The first token of SentencePiece may be a space that covers no character.
             is_trained = any(start < to and max(end, start + 1) > at for at, to in answers)
             new = [ids_of_marks.get(i, i)]
             if new == [IMAGE_ID]:
                 count = next(counts, None)
                 if count is None:
                     raise ValueError(f"the text has more '{IMAGE}' than there are pictures")
-                new, is_trained = image_token_ids(count), False
+                new, is_trained = image_token_ids(count, tokenizer), False
             ids += new
             labels += new if is_trained else [IGNORE] * len(new)
     return ids, labels

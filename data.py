@@ -2,7 +2,7 @@
 Records and batches: a record of a LLaVA-format JSON file becomes ids, labels and pixels.
 
     record --messages_of--> messages     --conversation.encode--> ids, labels --collate--> batch
-                            image names  --pictures.tile_pixels-> pixels
+                            image names  --support/pictures.py--> pixels
 
 Letters: T tokens, P patches of an image, B samples of a batch, N images of a batch,
 S side of a square image in pixels.
@@ -30,7 +30,7 @@ from support.tiles import check_tiles, num_tokens
 class Conversations:
     """A map-style dataset over LLaVA-format JSON files; several files are read as one.
 
-    image: {"size", "mean", "std"[, "mode"]} for pictures.tile_pixels.
+    image: {"size", "mean", "std"[, "mode"]} for tile_pixels of support/pictures.py.
     max_length: a sample keeps its first max_length tokens; None keeps all.
     image_names: for each record its image names; none for a record that is malformed.
     word_of_id: {id: index of the shared word that the id is}, for "words".
@@ -67,7 +67,7 @@ class Conversations:
             self.image_names.append(names)
             # The sign says whether there is an image; global_batches needs it.
             self.lengths.append(max(1, length) * (1 if names else -1))
-        if tokenizer:           # a template that cannot work is not a bad record: fail now
+        if tokenizer:           # a template that cannot work at all is no fault of a record
             trial = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "a"}]
             encode(trial, tokenizer, num_patches, template)
 
@@ -207,8 +207,8 @@ def collate(samples, pad_id, pad_to=1):
 def without_images(batch):
     """Return the batch with its images hidden from attention and the positions closed up.
 
-    As many tokens are trained as before. If an image opens a row (template "plain" without BOS),
-    its last patch predicts the first word, so that patch stays visible. All its pixels are 0.
+    The trained tokens are the same. If a row starts with an image (template "plain" without BOS),
+    its last patch stays visible, because it predicts the first word. All pixels are 0.
     """
     hidden = batch["input_ids"] == IMAGE_ID                             # (B, T)
     front = hidden.cumprod(1).bool()

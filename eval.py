@@ -88,11 +88,11 @@ def make_batches(groups, lengths, size):
 
 # ---- answers
 
-def load_images(batch, vlm, pool):
+def load_images(batch, vlm, executor):
     """Return {image: future of its pixels and its size} for a batch of questions.
 
     The result of a future is (float32[n, 3, S, S], (width, height)). n is 1 without tiles.
-    The threads of `pool` read the images while the GPU answers the batch before.
+    The threads of `executor` read the images while the GPU answers the batch before.
     """
     from support.pictures import open_image, tile_pixels
 
@@ -103,7 +103,7 @@ def load_images(batch, vlm, pool):
         return pixels, image.size
 
     images = dict.fromkeys(q["image"] for q in batch if q["image"])
-    return {image: pool.submit(load, image) for image in images}
+    return {image: executor.submit(load, image) for image in images}
 
 
 def answer_batch(vlm, batch, prompts, loaded, max_new_tokens):
@@ -147,10 +147,10 @@ def answer_questions(vlm, task, questions, done, stem, args, rank, world):
     batches = list(make_batches(group_by_image(todo), lengths, args.batch_size))
     progress = tqdm(total=len(todo), desc=task, disable=rank > 0)
     with (open(f"{stem}.rank{rank}.jsonl", "a", encoding="utf-8") as file, progress,
-          ThreadPoolExecutor(LOADERS) as pool):
-        coming = load_images(batches[0], vlm, pool) if batches else {}
+          ThreadPoolExecutor(LOADERS) as executor):
+        coming = load_images(batches[0], vlm, executor) if batches else {}
         for batch, following in zip(batches, batches[1:] + [[]]):
-            loaded, coming = coming, load_images(following, vlm, pool)
+            loaded, coming = coming, load_images(following, vlm, executor)
             batch_prompts = [prompts[question_key(q)] for q in batch]
             texts = answer_batch(vlm, batch, batch_prompts, loaded, max_new_tokens)
             for question, text in zip(batch, texts):

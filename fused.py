@@ -4,9 +4,9 @@ The fused vocabulary combination: the same function as `combine` in model.py, wi
 The plain formula keeps several tensors with a score for each patch and word. Each takes 1.4 GB for
 32 pictures at the paper's sizes in float32. The fused version has the scores of one block of words
 at a time, which takes about 1/14 of the plain formula's extra memory. It costs one matrix product
-more in the backward pass. For the softmax LangBridge.forward therefore runs it only where the plain
-formula's scores would take more than a part of the memory, see `plain_limit`. Raw scores ("none")
-are linear, so W and E can be multiplied first. That takes less time, too, and runs always.
+more in the backward pass. Therefore `choose` takes it for the softmax only where the scores would
+fill more than a part of the memory, see `plain_limit`. Raw scores ("none") are linear, so W and E
+can be multiplied first. This takes less time, too, and is always done.
 
 This is the one file with a hand-made backward pass. You need not read it to understand the method.
 Letters as in model.py. P here counts the patches of all images of a batch together.
@@ -21,7 +21,7 @@ from support.device import add_product, compiled
 
 SUPPORTED = ("softmax", "none")             # what this file knows
 BLOCK = 1024            # words whose scores exist at one time; on a CPU they stay in its cache
-CUDA_BLOCK = 4096       # a GPU's sums over blocks pass over memory less often
+CUDA_BLOCK = 4096       # on a GPU larger blocks mean fewer passes over memory
 # torch.compile takes seconds. With fewer scores (patches x words) than this it does not pay.
 COMPILE_FROM = 1 << 23
 
@@ -35,6 +35,18 @@ def plain_limit(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 32
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 32
+
+
+def choose(plain, z, K, normalize, plain_bytes):
+    """Return the function that computes the combination best here: `plain` or `combine` below.
+
+    plain: model.combine; it is compiled if that pays. plain_bytes: see model.LangBridge.
+    """
+    num_scores = z[..., 0].numel() * K
+    is_small = 4 * num_scores <= (plain_bytes or plain_limit(z.device))
+    if normalize == "none" or (normalize in SUPPORTED and not is_small):
+        return combine
+    return compiled(plain) if num_scores >= COMPILE_FROM else plain
 
 
 def combine(z, W, b, E, normalize):

@@ -98,8 +98,8 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
 
     A prefix is a prompt up to its last patch, with its images. The arguments are those of
     `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the number of
-    ids of each image. The cache covers the first C columns. C is chosen so that the text after the
-    last patch of each prompt lies behind column C. The result is None if no two prompts share a
+    ids of each image. The cache covers the first C columns. The text after the last patch of each
+    prompt starts at column C or later. The result is None if no two prompts share a
     prefix, or if the LLM has layers of a type that cannot be copied.
     """
     B, T = mask.shape

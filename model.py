@@ -35,7 +35,7 @@ from support.tower import pooled_side, tower_hidden
 
 NORMALIZE = ("softmax", "none")             # what `word_weights` knows
 
-# So many trained tokens have their logits in memory at one time. 2048 x 151,936 float32 are 1.2 GB.
+# Logits are made for this many tokens at a time. 2048 x 151,936 float32 are 1.2 GB.
 LOSS_ROWS = 2048
 
 
@@ -45,8 +45,8 @@ LOSS_ROWS = 2048
 class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize: how scores become weights, see `word_weights`. plain_bytes: above this many bytes of
-    scores fused.py computes; 0 means 1/32 of the device's memory.
+    normalize: how scores become weights, see `word_weights`. plain_bytes: scores of more
+    bytes than this are computed by fused.py; 0 means 1/32 of the device's memory.
     At the paper's sizes the connector has 129,790,720 parameters.
     """
 
@@ -66,13 +66,9 @@ class LangBridge(nn.Module):
         """Return the image embeds: patches float[N, P, Dv] -> float[N, P, D]."""
         z = self.mlp(patches)                                       # (N, P, Dv) -> (N, P, H)
         W, b, E = self.to_scores.weight, self.to_scores.bias, self.vocab_embeds
-        num_scores = z[..., 0].numel() * len(W)
-        is_small = 4 * num_scores <= (self.plain_bytes or fused.plain_limit(z.device))
-        if self.normalize == "none" or (self.normalize in fused.SUPPORTED and not is_small):
-            # The same function as `combine` below. It needs less memory, and for "none" less time.
-            return fused.combine(z, W, b, E, self.normalize)        # (N, P, H) -> (N, P, D)
-        plain = fused.compiled(combine) if num_scores >= fused.COMPILE_FROM else combine
-        return plain(z, W, b, E.to(z.dtype), self.normalize)
+        # `combine` below, or the same function with less memory.
+        function = fused.choose(combine, z, len(W), self.normalize, self.plain_bytes)
+        return function(z, W, b, E, self.normalize)                 # (N, P, H) -> (N, P, D)
 
     def scores(self, patches):
         """Return each word's score in each patch: float[N, P, Dv] -> float32[N, P, K]."""
@@ -100,7 +96,7 @@ def combine(z, W, b, E, normalize):
     """
     scores = z @ W.T + b                                            # (..., H) x (H, K) -> (..., K)
     w = word_weights(scores, normalize)                             # (..., K)
-    return w @ E                                                    # (..., K) x (K, D) -> (..., D)
+    return w @ E.to(w.dtype)                                        # (..., K) x (K, D) -> (..., D)
 
 
 def words_loss(scores, targets, background):
@@ -110,8 +106,8 @@ def words_loss(scores, targets, background):
     answer. background float[K]: how frequent each word is in all answers, with a sum below 1.
     This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
 
-    p is a mixture. One component is the mean of the patches' distributions over words, so each
-    patch is free to say what it shows. The other component is the background. It explains words
+    p is a mixture. One component is the mean of the patches' softmaxes, so each patch can name
+    another word. The other component is the background. It explains words
     such as "a" and "the", which are in every answer and which no patch should say. Its weight in
     the mixture is background.sum(), and 0 means no background. So patches gain most from words
     that are in this answer and rare elsewhere. Scores become p by a softmax, whatever `normalize`.
@@ -222,7 +218,7 @@ class VLM(nn.Module):
         self.connector = connector
         self.llm = llm
         # Other files set these.
-        self.sharded = False                # sharding.py: each rank holds a piece of the LLM
+        self.sharded = False                # support/sharding.py: the LLM is cut into pieces
         self.own_parts = set()              # checkpoint.py: parts that the folder holds itself
         self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
         self.background = None              # train.py: float32[K] for words_loss
@@ -241,7 +237,7 @@ class VLM(nn.Module):
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = min(self.eos_ids, default=0)
-        # No other change of the logits is supported; pretrained.probe_llm refuses such an LLM.
+        # No other change of the logits is supported; support/pretrained.py refuses such an LLM.
         self.softcap = getattr(llm.config, "final_logit_softcapping", None)
         self.max_positions = getattr(llm.config, "max_position_embeddings", None)
 
@@ -255,7 +251,7 @@ class VLM(nn.Module):
         if pixel_values.dim() == 3:
             return pixel_values.to(self.vision_tower.device)
         trains = any(p.requires_grad for p in self.vision_tower.parameters())
-        # On CUDA autocast would run a frozen tower's norms in float32, but only in training.
+        # No autocast for a frozen tower: its patches must be the same in training and evaluation.
         device = pixel_values.device.type
         autocast = torch.autocast(device, enabled=trains and torch.is_autocast_enabled(device))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains), autocast:
@@ -313,8 +309,8 @@ class VLM(nn.Module):
             if is_image.any():
                 raise ValueError("the ids have image positions, and there is no image")
             if self.sharded:
-                # Another rank may have images. Its backward pass waits for this rank's pieces of
-                # the LLM. So the loss must depend on the connector here, too: on 0 x a blank image.
+                # Every rank must run the same backward pass, because it gathers the LLM's pieces.
+                # Another rank may have images, so add 0 x a blank image here.
                 side = self.image_settings["size"]
                 blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
                 embeds = embeds + 0 * blank.sum().to(embeds.dtype)

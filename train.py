@@ -1,6 +1,6 @@
 """
-Train one stage of a VLM. "pretrain" trains the connector, "sft" the connector and the LLM. STAGES
-below has all stages.
+Train one stage of a VLM. "words" trains the connector without the LLM, "pretrain" the connector on
+a frozen LLM, "sft" both. STAGES below has all stages.
 
     python train.py config/pocket/pretrain.py [--key=value ...]
     torchrun --nproc_per_node=8 train.py config/paper/pretrain.py --out=out/pretrain
@@ -92,7 +92,7 @@ class Settings:
     beta1: float = setting(0.9, "AdamW's")
     beta2: float = setting(0.999, "AdamW's")
     clip: float = setting(1.0, "largest gradient norm; 0 means no clipping", low=0)
-    dtype: str = setting("bfloat16", "of activations and frozen weights; the others are float32; "
+    dtype: str = setting("bfloat16", "of activations and frozen weights; trained ones are float32; "
                                      "auto: bfloat16 if the hardware has it, else float32",
                          choices=("bfloat16", "float32", "auto"))
     attention: str = setting("", common.ATTENTION)
@@ -150,9 +150,9 @@ import conversation
 import data
 import model
 import vocab
-from support import features, fingerprint, pretrained, sharding
+from support import features, fingerprint, pretrained, ranks, sharding
 from support.device import check_compiler
-from support.log import log_step, open_log, plot_loss
+from support.log import averages, log_step, open_log, parts_table, plot_loss
 from support.ranks import (clip_gradients, leave, on_rank0, reduce_gradients, setup_ranks, sum_up,
                            wait_for_all)
 from support.resume import prepare_out, resume, save_state
@@ -223,22 +223,6 @@ def make_optimizer(vlm, cfg):
                              fused=True)
 
 
-def parts_table(vlm, cfg):
-    """Return a table as text: for each part its parameters, how many train, dtype and rate."""
-    lines = [f"{'part':14}{'parameters':>16}{'trained':>16}  {'dtype':10}{'lr':>8}"]
-    for part in ("vision_tower", "connector", "llm"):
-        parameters = list(getattr(vlm, part).parameters())
-        total = sum(p.numel() for p in parameters)
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        lr = getattr(cfg, f"{part}_lr") if trained else 0
-        dtype = str(parameters[0].dtype).removeprefix("torch.")
-        lines.append(f"{part:14}{total:16,}{trained:16,}  {dtype:10}{lr:8.1e}")
-    if vlm.image_newline is not None:
-        D = len(vlm.image_newline)
-        lines.append(f"{'image_newline':14}{D:16,}{D:16,}  {'float32':10}{cfg.llm_lr:8.1e}")
-    return "\n".join(lines)
-
-
 def lr_factor(step, steps, warmup):
     """Return the factor on the learning rate at a step: linear warm-up, then a cosine to 0.
 
@@ -253,20 +237,8 @@ def lr_factor(step, steps, warmup):
 # --------------------------------------------------------------------------------------------------
 # the run
 
-def main(cfg):
-    rank, world, device = setup_ranks(cfg)
-    if cfg.global_batch % world:
-        sys.exit(f"global_batch {cfg.global_batch} does not divide by {world} ranks")
-    on_rank0(lambda: prepare_out(cfg), rank, world)
-    set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
-    vlm = make_model(cfg, device)
-    pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
-    # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)) here. The optimizer takes
-    # what requires a gradient.
-    if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
-        sys.exit("shard does not go with LoRA: the adapter of a sharded LLM cannot be merged")
-    optimizer = make_optimizer(vlm, cfg)
-    trained = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
+def make_dataset(vlm, cfg):
+    """Return (dataset, hashes of all that the run depends on), see support/fingerprint.py."""
     word_of_id = {}
     if needs_words(cfg):
         pieces = vocab.word_ids(vlm.words, vlm.tokenizer)
@@ -278,26 +250,45 @@ def main(cfg):
         paths, cfg.images, vlm.tokenizer, vlm.num_patches,
         {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
         word_of_id, cfg.features, vlm.config.tiles)
-    inputs = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, paths),
+    hashes = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, paths),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
     if cfg.init:                                    # its config is among the settings otherwise
-        inputs["init"] = {"config.json": fingerprint.value_hash(asdict(vlm.config))}
-    if word_of_id:
+        hashes["init"] = {"config.json": fingerprint.value_hash(asdict(vlm.config))}
+    return dataset, hashes
+
+
+def main(cfg):
+    device = setup_ranks(cfg)
+    if cfg.global_batch % ranks.world:
+        sys.exit(f"global_batch {cfg.global_batch} does not divide by {ranks.world} ranks")
+    on_rank0(lambda: prepare_out(cfg))
+    set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
+    vlm = make_model(cfg, device)
+    pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
+    # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)) here. The optimizer takes
+    # what requires a gradient.
+    if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
+        sys.exit("shard does not go with LoRA: the adapter of a sharded LLM cannot be merged")
+    optimizer = make_optimizer(vlm, cfg)
+    trained = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
+    dataset, hashes = make_dataset(vlm, cfg)
+    if needs_words(cfg):
         frequencies = dataset.word_frequencies(len(vlm.words))
         vlm.background = (cfg.words_background * frequencies).to(device)
     if cfg.features:
-        on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size),
-                 rank, world)
-    start, skipped = resume(vlm, optimizer, inputs, cfg, rank, world)
+        on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
+    start, skipped = resume(vlm, optimizer, hashes, cfg)
     print_rank0(parts_table(vlm, cfg))
     steps = data.plan(dataset, cfg)
-    batches = [data.micro_batches(indices, rank, world, cfg.batch_size) for indices in steps]
+    batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)
+               for indices in steps]
     remaining = sum(batches[start:], [])
     loader = data.make_loader(dataset, remaining, vlm, cfg, device)
     resumed = f", going on at step {start}" if start else ""
-    print_rank0(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, {world} "
-                f"rank(s) on {device.type}, {cfg.dtype}{', sharded' * vlm.sharded}{resumed}")
-    if rank == 0:
+    print_rank0(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
+                f"{ranks.world} rank(s) on {device.type}, {cfg.dtype}{', sharded' * vlm.sharded}"
+                f"{resumed}")
+    if ranks.rank == 0:
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
         if not isinstance(first, common.BadSample):
@@ -318,11 +309,11 @@ def main(cfg):
     for step in range(start, len(steps)):
         if step in cfg.snapshots:
             checkpoint.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **save_kwargs)
-            wait_for_all(world)
+            wait_for_all()
 
-        # 1. Set the learning rates. Dropout, where an LLM has it, depends on the step alone.
+        # 1. Set the learning rates. Seed by step and rank, so that a resumed run drops out alike.
         step_time = time.time()
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + rank)
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + ranks.rank)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor(step, len(steps), cfg.warmup)
 
@@ -330,27 +321,21 @@ def main(cfg):
         probe = cfg.probe_every and step % cfg.probe_every == 0
         sums, bad = accumulate(vlm, loader, len(batches[step]), autocast, device, probe, cfg)
         sums["stop"] = len(signals_received)
-        sums, reached = sum_up(sums, trained, world)
-        limit = cfg.bad_limit if cfg.on_bad == "skip" else 0
-        if cfg.on_bad == "skip":
-            for sentence in bad:
-                print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
-        if skipped + sums["bad"] > limit:           # the same on every rank
+        sums, grad_counts = sum_up(sums, trained)
+        new_bad = int(sums["bad"])
+        reason = report_bad(bad, new_bad, skipped, step, cfg)
+        if reason:                                  # on every rank
             # Save without the hash of the data, so that a user can repair records and resume here.
             # The number of records must stay the same: the order of the data depends on it.
-            records = {"number of records": len(dataset)}
-            progress = {"step": step, "skipped": skipped,
-                        "fingerprint": {**inputs, "data": records, "images": {}}}
-            save_state(vlm, optimizer, progress, cfg, rank, world)
-            reason = (bad + ["another rank has a bad sample"])[0]
-            if cfg.on_bad == "skip":
-                reason = (f"{skipped + int(sums['bad'])} samples were skipped, more than bad_limit "
-                          f"{limit}; data.py --check names them all")
+            repairable = hashes | {"data": {"number of records": len(dataset)}, "images": {}}
+            progress = {"step": step, "skipped": skipped, "fingerprint": repairable}
+            save_state(vlm, optimizer, progress, cfg)
             sys.exit(f"train.py: {reason}")
+        skipped += new_bad
 
         # 3. Divide once by the number of trained tokens, clip, and update.
-        reduce_gradients(trained, reached, sums["trained"], sums["images"], world)
-        norm = clip_gradients(trained, cfg.clip, world)
+        reduce_gradients(trained, grad_counts, sums["trained"], sums["images"])
+        norm = clip_gradients(trained, cfg.clip)
         if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):       # the same on every rank
             ids = [dataset.records[i].get("id") for i in steps[step]]
             sys.exit(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; nothing "
@@ -359,16 +344,10 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
 
         # 4. Log.
-        skipped += int(sums["bad"])
-        if rank == 0:
-            row = {"step": step, "loss": sums["loss"] / max(sums["trained"], 1),
-                   "trained": int(sums["trained"]), "lr": optimizer.param_groups[0]["lr"],
+        if ranks.rank == 0:
+            row = {"step": step, **averages(sums), "lr": optimizer.param_groups[0]["lr"],
                    "grad_norm": norm, "tok_s": sums["tokens"] / (time.time() - step_time),
                    "skipped": skipped}
-            if sums["num_words"]:
-                row["words_loss"] = sums["words_loss"] / sums["num_words"]
-            if sums["blind_trained"]:
-                row["blind"] = sums["blind_loss"] / sums["blind_trained"]
             is_printed = step % cfg.log_every == 0 or step == len(steps) - 1 or "blind" in row
             seconds = (time.time() - start_time) / (step + 1 - start)
             log_step(log, row, len(steps), seconds, is_printed)
@@ -379,21 +358,37 @@ def main(cfg):
         is_due = step == start or done % cfg.save_every == 0 or done == len(steps)
         should_stop = sums["stop"] > 0
         if is_due or should_stop:
-            progress = {"step": done, "skipped": skipped, "fingerprint": inputs}
-            save_state(vlm, optimizer, progress, cfg, rank, world)
+            progress = {"step": done, "skipped": skipped, "fingerprint": hashes}
+            save_state(vlm, optimizer, progress, cfg)
         if should_stop:
             break
 
     is_complete = done == len(steps)
     if is_complete:
         checkpoint.save(vlm, cfg.out, cfg.stage, **save_kwargs, seed=cfg.seed, steps=len(steps))
-    if rank == 0:
+    if ranks.rank == 0:
         log.close()
         plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
         stopped = f"stopped after {done} steps; the same command goes on from there"
         print(f"wrote {cfg.out}" if is_complete else stopped, flush=True)
-    leave(world)
+    leave()
     sys.exit(0 if is_complete else STOPPED)
+
+
+def report_bad(bad, new_bad, skipped, step, cfg):
+    """Print the samples of a step that cannot be used. Return why the run stops, "" if it goes on.
+
+    bad: this rank's sentences. new_bad: the number of such samples on all ranks. skipped: the
+    number of those in earlier steps.
+    """
+    if cfg.on_bad == "stop":
+        return (bad + ["another rank has a bad sample"])[0] if new_bad else ""
+    for sentence in bad:
+        print(f"step {step}: skipped {sentence}", file=sys.stderr, flush=True)
+    if skipped + new_bad <= cfg.bad_limit:
+        return ""
+    return (f"{skipped + new_bad} samples were skipped, more than bad_limit {cfg.bad_limit}; "
+            "data.py --check names them all")
 
 
 def set_signal_handler(handler):
@@ -425,7 +420,7 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
         if not len(batch["ids"]):
             if not vlm.sharded:
                 continue
-            batch = data.dummy_batch(batch)              # other ranks wait for this rank's pieces
+            batch = data.dummy_batch(batch)         # other ranks wait for this rank's pieces
         with autocast:
             loss, trained, words_loss, num_words = losses(vlm, batch, cfg)
         total = loss + cfg.words_loss * words_loss
@@ -465,7 +460,7 @@ def losses(vlm, batch, cfg):
 
 if __name__ == "__main__":
     if CFG.dry_run:
-        from tools.memory import print_estimate         # a side room, needed here only
-        common.run_script(print_estimate, CFG, CFG.trained_parts(), parts_table)
+        from tools.memory import print_estimate         # imported late: needed here only
+        common.run_script(print_estimate, CFG)
     else:
         common.run_script(main, CFG)

@@ -131,7 +131,7 @@ def main(args):
         report["source"] = measure(vlm, *batches)
         del vlm                                     # two LLMs need not fit into memory together
     if args.map:
-        from tools.map_mlp import move_mlp          # a side room, needed for the baseline only
+        from tools.map_mlp import move_mlp          # imported late: needed for the baseline only
         vlm = move_mlp(args.source, args.target, args.map, device, dtype, args.attention,
                        args.vision_tower)
     else:

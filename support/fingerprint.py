@@ -15,8 +15,7 @@ from glob import escape, glob
 from transformers.utils import cached_file
 
 import common
-import data
-from support import pictures
+from support import pictures, records
 
 # A tensor or a picture of up to 64 blocks is read completely. Of a larger one, 64 blocks are read.
 BLOCK, BLOCKS = 1 << 14, 64
@@ -63,7 +62,7 @@ def of_dataset(dataset, paths):
     images = []
     for record in spread(dataset.records):
         try:
-            names = data.messages_of(record)[1]
+            names = records.messages_of(record)[1]
             images += [pictures.image_path(dataset.image_folder, name) for name in names]
         except common.BadSample:
             images.append("")                       # it changes the hash when it is repaired

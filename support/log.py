@@ -1,10 +1,26 @@
 """
-The log of a training run: log.jsonl, the printed line of a step, and loss.png.
+The log of a training run: what trains, log.jsonl, the printed line of a step, and loss.png.
 """
 import json
 import os
 
 import common
+
+
+def parts_table(vlm, cfg):
+    """Return a table as text: for each part its parameters, how many train, dtype and rate."""
+    lines = [f"{'part':14}{'parameters':>16}{'trained':>16}  {'dtype':10}{'lr':>8}"]
+    for part in ("vision_tower", "connector", "llm"):
+        parameters = list(getattr(vlm, part).parameters())
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        lr = getattr(cfg, f"{part}_lr") if trained else 0
+        dtype = str(parameters[0].dtype).removeprefix("torch.")
+        lines.append(f"{part:14}{total:16,}{trained:16,}  {dtype:10}{lr:8.1e}")
+    if vlm.image_newline is not None:
+        D = len(vlm.image_newline)
+        lines.append(f"{'image_newline':14}{D:16,}{D:16,}  {'float32':10}{cfg.llm_lr:8.1e}")
+    return "\n".join(lines)
 
 
 def open_log(path, step):
@@ -16,6 +32,16 @@ def open_log(path, step):
                 kept.append(line + "\n")
     common.write_text("".join(kept), path)
     return open(path, "a", buffering=1)
+
+
+def averages(sums):
+    """Return what log.jsonl has of a step's sums over all ranks: {name: number}."""
+    row = {"loss": sums["loss"] / max(sums["trained"], 1), "trained": int(sums["trained"])}
+    if sums["num_words"]:
+        row["words_loss"] = sums["words_loss"] / sums["num_words"]
+    if sums["blind_trained"]:
+        row["blind"] = sums["blind_loss"] / sums["blind_trained"]
+    return row
 
 
 def log_step(log, row, steps, seconds, is_printed):

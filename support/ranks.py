@@ -17,15 +17,19 @@ from support.device import be_deterministic, choose_dtype, own_device
 NCCL_TIMEOUT = timedelta(minutes=15)
 # While rank 0 writes a checkpoint, the others wait in a group of gloo, which has more patience.
 WAITING_TIMEOUT = timedelta(hours=6)
-waiting = None          # that group; None is the default group
+
+# setup_ranks sets these.
+rank, world = 0, 1      # number of this process, and how many there are
+waiting = None          # the group to wait in; None is the default group
 
 
 def setup_ranks(cfg):
-    """Return (rank, number of ranks, device) of this process, alone or one of torchrun's.
+    """Set rank and world of this process, alone or one of torchrun's, and return its device.
 
     The dtype "auto" of the settings becomes the dtype that the device computes in.
     """
-    global waiting
+    global rank, world, waiting
+    rank, world = 0, 1
     device = own_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"training adds its sums up in float64, and {device.type} may not have "
@@ -34,14 +38,15 @@ def setup_ranks(cfg):
     if cfg.deterministic:
         be_deterministic()
     if "RANK" not in os.environ:
-        return 0, 1, device
+        return device
     check_restarts()
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=NCCL_TIMEOUT, device_id=device)
         waiting = dist.new_group(backend="gloo", timeout=WAITING_TIMEOUT)
     else:
         dist.init_process_group("gloo", timeout=WAITING_TIMEOUT)
-    return dist.get_rank(), dist.get_world_size(), device
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return device
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,27 +91,27 @@ def leave_process_group(_):
 # --------------------------------------------------------------------------------------------------
 # sums over all ranks
 
-def reduce_sum(tensor, world):
+def reduce_sum(tensor):
     """Add `tensor` up over all ranks, in place, and return it."""
     if world > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
-def leave(world):
+def leave():
     """Wait for all ranks, and end the communication with them."""
-    wait_for_all(world)
+    wait_for_all()
     if world > 1:
         dist.destroy_process_group()
 
 
-def wait_for_all(world):
+def wait_for_all():
     """Wait until all ranks are here, such as for rank 0, which writes a large checkpoint."""
     if world > 1:
         dist.barrier(group=waiting)
 
 
-def on_rank0(work, rank, world):
+def on_rank0(work):
     """Return the result of work(), which runs on rank 0 alone. Its error is raised on all ranks.
 
     Otherwise the other ranks would wait for ever for the rank that failed.
@@ -129,8 +134,8 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sum_up(sums, trained, world):
-    """Return ({name: sum over all ranks}, for each trained parameter on how many ranks it counts).
+def sum_up(sums, trained):
+    """Return ({name: sum over all ranks}, for each trained parameter the ranks with a gradient).
 
     sums: {name: number, or a scalar on the device}. A parameter counts where it has a gradient.
     The CPU waits for the device here, once in a step.
@@ -144,19 +149,19 @@ def sum_up(sums, trained, world):
     for i, value in enumerate(sums.values()):
         if torch.is_tensor(value):
             totals[i] = value
-    totals = reduce_sum(totals, world).tolist()
+    totals = reduce_sum(totals).tolist()
     return dict(zip(sums, totals)), totals[len(sums):]
 
 
-def reduce_gradients(trained, reached, tokens, images, world):
+def reduce_gradients(trained, grad_counts, tokens, images):
     """Turn the gradients of all ranks' sums into that of the mean over `tokens`, on every rank.
 
-    reached: see sum_up. A parameter that a rank's samples did not reach counts as 0 there.
+    grad_counts: see sum_up. A parameter without a gradient on a rank counts as 0 there.
     SystemExit names a parameter that no rank's loss reached.
     """
-    for (name, p), ranks in zip(trained, reached):
+    for (name, p), count in zip(trained, grad_counts):
         needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM
-        if not ranks and tokens and (images or not needs_images):
+        if not count and tokens and (images or not needs_images):
             sys.exit(f"{name} trains, but the loss does not depend on it: it got no gradient; "
                      "nothing was updated")
         if p.grad is None:
@@ -164,16 +169,16 @@ def reduce_gradients(trained, reached, tokens, images, world):
         if isinstance(p, DTensor):
             local(p.grad).mul_(world / max(tokens, 1))              # FSDP has averaged over ranks
         else:
-            reduce_sum(p.grad, world).div_(max(tokens, 1))
+            reduce_sum(p.grad).div_(max(tokens, 1))
 
 
-def clip_gradients(trained, largest, world):
+def clip_gradients(trained, largest):
     """Scale all gradients to a norm of at most `largest` (0: no limit). Return the norm before."""
     sharded = [local(p.grad) for _, p in trained if isinstance(p, DTensor)]
     replicated = [p.grad for _, p in trained if not isinstance(p, DTensor)]
     square = torch.nn.utils.get_total_norm(replicated).square()
     if sharded:
-        square = square + reduce_sum(torch.nn.utils.get_total_norm(sharded).square(), world)
+        square = square + reduce_sum(torch.nn.utils.get_total_norm(sharded).square())
     norm = square.sqrt().item()
     if largest and norm > largest:
         torch._foreach_mul_(replicated + sharded, largest / norm)

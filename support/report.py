@@ -7,6 +7,7 @@ import torch
 
 import data
 import vocab
+from support import records
 
 BATCH_SIZE = 16
 
@@ -37,7 +38,7 @@ def caption_batches(vlm, path, images, metadata, limit):
         samples = [dataset.sample(i) for i in chosen[start:start + BATCH_SIZE]]
         batches.append(data.collate(samples, vlm.pad_id))
     for i in chosen:
-        turns, _ = data.messages_of(dataset.records[i])
+        turns, _ = records.messages_of(dataset.records[i])
         num_bytes += sum(len(t["content"].encode()) for t in turns if t["role"] == "assistant")
     return batches, num_bytes
 

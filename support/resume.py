@@ -52,7 +52,7 @@ def state_tensors(vlm, optimizer, step):
     return tensors
 
 
-def save_state(vlm, optimizer, progress, cfg, rank, world):
+def save_state(vlm, optimizer, progress, cfg):
     """Write all that a resume needs. Each rank writes its pieces.
 
     progress: {"step", "skipped", "fingerprint"}. The folder has a temporary name until it is
@@ -67,14 +67,14 @@ def save_state(vlm, optimizer, progress, cfg, rank, world):
 
     def end():
         sizes = {name: os.path.getsize(f"{temporary}/{name}") for name in os.listdir(temporary)}
-        common.write_json({**progress, "world": world, "settings": asdict(cfg), "sizes": sizes},
-                          f"{temporary}/state.json")
+        state = {**progress, "world": ranks.world, "settings": asdict(cfg), "sizes": sizes}
+        common.write_json(state, f"{temporary}/state.json")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
         for old in sorted(os.listdir(f"{cfg.out}/state"))[:-2]:
             shutil.rmtree(f"{cfg.out}/state/{old}")
 
-    on_rank0(begin, rank, world)
+    on_rank0(begin)
     tensors = state_tensors(vlm, optimizer, progress["step"])
     # A file is in memory as a whole while it is written, so a file gets only a few tensors.
     file_of = {name: 1 + i // FILE_TENSORS for i, name in enumerate(tensors)}
@@ -84,7 +84,7 @@ def save_state(vlm, optimizer, progress, cfg, rank, world):
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise OSError(f"{temporary} cannot be written: {reason}") from None
-    on_rank0(end, rank, world)
+    on_rank0(end)
 
 
 def newest_state(cfg):
@@ -103,13 +103,13 @@ def newest_state(cfg):
         print(f"{path} is not whole; trying the one before", flush=True)
 
 
-def resume(vlm, optimizer, inputs, cfg, rank, world):
+def resume(vlm, optimizer, inputs, cfg):
     """Load the newest state if there is one. Return (next step, number of samples skipped).
 
     inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
     inputs of its start. SystemExit names those that differ.
     """
-    found = on_rank0(lambda: newest_state(cfg), rank, world)
+    found = on_rank0(lambda: newest_state(cfg))
     if not found:
         return 0, 0
     folder, state = found

@@ -1,8 +1,8 @@
 """
 An LLM that is larger than one device: FSDP2. Every rank holds a piece of each tensor.
-
-You can skip this file if every device of yours holds the whole model.
 """
+import copy
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -11,9 +11,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 
 from support import ranks
-from support.pretrained import weights_folder
+from support.pretrained import errors_name, weights_folder
 
 
 def shard_vlm(vlm, device, dtype):
@@ -76,3 +77,23 @@ def stored_tensors(model):
     for name, tensor in model.state_dict(keep_vars=True).items():
         by_id.setdefault(id(tensor), (name, tensor))
     return dict(by_id.values())
+
+
+def save_model(model, folder, dtype, is_writer):
+    """Write a model in Hugging Face layout, in `dtype`. Sharded tensors are gathered one by one."""
+    if hasattr(model, "merge_and_unload"):          # peft's LoRA: a plain model is written
+        model = copy.deepcopy(model).merge_and_unload()
+    state = {}
+    for name, tensor in stored_tensors(model).items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()           # every rank takes part
+        if is_writer:
+            # contiguous() copies a piece of a larger tensor, which safetensors refuses.
+            to_dtype = dtype if tensor.is_floating_point() else tensor.dtype
+            state[name] = tensor.to("cpu", to_dtype).contiguous()
+    if is_writer:
+        with errors_name(folder):
+            model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = dtype                  # save_pretrained stores the dtype in memory
+        model.config.save_pretrained(folder)

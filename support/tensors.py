@@ -21,7 +21,7 @@ def read_tensors(path, expected):
     for name in sorted(expected.keys() | found.keys()):
         shape, want = (tuple(d[name].shape) if name in d else None for d in (found, expected))
         if shape != want:
-            raise ValueError(f"{path}: {name} is {shape}, this connector wants {want}")
+            raise ValueError(f"{path}: {name} is {shape}, expected {want}")
         if not found[name].isfinite().all():
             raise ValueError(f"{path}: {name} has numbers that are not finite")
     return found

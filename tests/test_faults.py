@@ -252,7 +252,7 @@ def nan(name):
 
 
 WORDS = ["is not the word list of this connector"]
-FIT = ["connector.safetensors: ", "this connector wants"]
+FIT = ["connector.safetensors: ", "expected"]
 MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it loads
     "a whole one": ("ck", lambda d: None, []), "a whole one with its LLM": ("sft", lambda d: None, []),
     "no checkpoint": ("ck", lambda d: os.remove(d / "ck/config.json"), ["ck is no checkpoint: it has no config.json"]),
@@ -280,7 +280,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "E with NaN": ("sft", weights("sft/llm/vocab_embeds.safetensors", nan("vocab_embeds")),
                    ["vocab_embeds.safetensors: vocab_embeds has numbers that are not finite"]),
     "E of another size": ("sft", weights("sft/llm/vocab_embeds.safetensors", lambda t: {
-        "vocab_embeds": t["vocab_embeds"][:7].clone()}), ["vocab_embeds.safetensors: vocab_embeds is (7, 44), this connector wants"]),
+        "vocab_embeds": t["vocab_embeds"][:7].clone()}), ["vocab_embeds.safetensors: vocab_embeds is (7, 44), expected"]),
     "an embedding with NaN": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v * float("nan") for k, v in t.items()}), ["the embedding of", "is not finite"]),
     "another LLM": ("ck", weights("qwen/model.safetensors", lambda t: {

@@ -110,7 +110,7 @@ def test_a_tower_with_sizes_as_lists_is_saved_as_it_was(tiny, tmp_path):
 
 def test_a_pool_that_does_not_divide_is_refused_by_the_dry_run(tiny):
     cfg = train.Settings(llm=tiny.qwen, vision_tower=tiny.clip, connector="mlp", hidden=24, pool=2)
-    for attempt in (lambda: memory.print_estimate(cfg, ("connector",), train.parts_table),
+    for attempt in (lambda: memory.print_estimate(cfg),
                     lambda: checkpoint.build(model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0, pool=2), None)):
         with pytest.raises(ValueError, match="3 x 3 patches of 8 pixels, which pool 2 does not divide"):
             attempt()

@@ -25,7 +25,7 @@ import train
 from conftest import ROOT, settings, train_here
 from kill_loop import end, kill_loop, start
 from test_train import losses, same, weights
-from support import pretrained
+from support import pretrained, sharding
 from support.ranks import check_shared_memory, leave, length_multiple, local, own_device, sum_up
 
 # Sums over two ranks are rounded in another order than over one, so gradients differ in their last bits: measured,
@@ -83,8 +83,8 @@ def die_after(step, argv):
     """train.py until it has saved the state of `step`, then gone as by SIGKILL"""
     save = train.save_state
 
-    def save_and_die(vlm, optimizer, facts, cfg, rank, world):
-        save(vlm, optimizer, facts, cfg, rank, world)
+    def save_and_die(vlm, optimizer, facts, cfg):
+        save(vlm, optimizer, facts, cfg)
         if facts["step"] == step:
             os._exit(9)
     train.save_state = save_and_die
@@ -118,7 +118,7 @@ def test_kills_change_no_bit(tiny, world, five, tmp_path, stage, count, more):
 def compare_loaded(name, tower, words):
     """On each rank: weights, buffers and E as the library loads them, and half of the LLM is here"""
     cfg = train.Settings(llm=name, vision_tower=tower, words=words, shard=True, dtype="float32", device="cpu")
-    _, _, device = train.setup_ranks(cfg)
+    device = train.setup_ranks(cfg)
     vlm = train.make_model(cfg, device)
     cfg.shard = False
     whole = train.make_model(cfg, device)
@@ -139,7 +139,7 @@ def test_each_rank_reads_its_pieces(tiny, world, name):
 
 def test_an_llm_is_written_as_the_library_writes_it(tiny, tmp_path):
     llm, _ = pretrained.load_llm(tiny.llama, torch.float32, "cpu")
-    checkpoint.save_model(llm, str(tmp_path / "ours"), torch.bfloat16, is_writer=True)
+    sharding.save_model(llm, str(tmp_path / "ours"), torch.bfloat16, is_writer=True)
     llm.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("ours", "theirs"))
     same(ours.state_dict(), theirs.state_dict(), atol=0, rtol=0)
@@ -260,7 +260,7 @@ def peak_of_loading(name, tower, words, report):
     # glibc keeps freed memory of this size for later use, and it would count as held. 65,536 bytes and more go back now.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65_536)
     cfg = train.Settings(llm=name, vision_tower=tower, words=words, stage="sft", dtype="float32", shard=True)
-    rank, world, device = train.setup_ranks(cfg)
+    device = train.setup_ranks(cfg)
     seen, done = [model_memory()], threading.Event()
 
     def look():
@@ -272,7 +272,7 @@ def peak_of_loading(name, tower, words, report):
         local(p.detach()).sum()                               # a mapped page counts when it is touched
     seen.append(model_memory())
     done.set()
-    with open(f"{report}{rank}", "w") as f:
+    with open(f"{report}{train.ranks.rank}", "w") as f:
         f.write(str(max(seen) - seen[0]))
 
 
@@ -355,14 +355,15 @@ def test_lengths_in_multiples_change_no_loss(tiny, world, five, tmp_path):
 def sum_on_rank(report):
     """Sums of two ranks, where each rank has numbers and tensors, and a gradient for other parameters."""
     os.environ.setdefault("RANK", "0")
-    rank, world, _ = train.setup_ranks(train.Settings(device="cpu", dtype="float32"))
+    train.setup_ranks(train.Settings(device="cpu", dtype="float32"))
+    rank = train.ranks.rank
     parameters = [(name, torch.nn.Parameter(torch.zeros(2))) for name in "abc"]
     for _, p in parameters[:1 + rank]:
         p.grad = torch.ones(2)
     sums = {"loss": torch.tensor(0.1, dtype=torch.float64) * (rank + 1), "trained": 3 + rank, "images": 0}
     with open(f"{report}{rank}", "w") as file:
-        json.dump(sum_up(sums, parameters, world), file)
-    leave(world)
+        json.dump(sum_up(sums, parameters), file)
+    leave()
     return 0
 
 
@@ -386,16 +387,16 @@ def wait_long(report):
         "gloo", timeout=timeout)
     torch.distributed.new_group = lambda backend, timeout: groups.append((backend, timeout)) or new_group(
         backend=backend, timeout=timeout)
-    rank, world, _ = module.setup_ranks(train.Settings(device="cuda", dtype="float32"))
+    module.setup_ranks(train.Settings(device="cuda", dtype="float32"))
     assert groups == [("nccl", timedelta(seconds=1)), ("gloo", timedelta(hours=6))]
-    assert module.on_rank0(lambda: time.sleep(2) or "done", rank, world) == "done"
-    if rank == 0:
+    assert module.on_rank0(lambda: time.sleep(2) or "done") == "done"
+    if module.rank == 0:
         time.sleep(2)
-    module.wait_for_all(world)
-    if report == "hang" and rank == 0:
+    module.wait_for_all()
+    if report == "hang" and module.rank == 0:
         time.sleep(2)
     try:
-        module.reduce_sum(torch.ones(1), world)
+        module.reduce_sum(torch.ones(1))
     except RuntimeError as error:
         return 3 if "imed out" in str(error) else 4
     return 0

@@ -217,13 +217,13 @@ def test_every_config_of_the_paper_works_for_a_dry_run(path, capsys, monkeypatch
     monkeypatch.chdir(ROOT)
     cfg = train.read_settings([path, "--dry_run", "--llm=Qwen/Qwen2-7B-Instruct"])
     train.check(cfg)
-    print_estimate(cfg, train.STAGES[cfg.stage], train.parts_table)
+    print_estimate(cfg)
     assert "7,615,616,512" in capsys.readouterr().out
 
 
 def test_dry_run_tells_the_memory_of_a_sharded_llm(capsys):
     cfg = train.read_settings([f"{ROOT}/config/paper/sft.py", "--llm=Qwen/Qwen2-7B-Instruct", "--dry_run"])
-    print_estimate(cfg, train.STAGES[cfg.stage], train.parts_table)
+    print_estimate(cfg)
     table = capsys.readouterr().out.split("GiB on each GPU")[1].splitlines()[1:]
     rows = {line[:44].strip(): [float(x) for x in line[44:].split()] for line in table if line[44:45] == " "}
     state = rows["gradients and AdamW's moments (float32)"]

@@ -16,6 +16,7 @@ import fused
 import model
 import vocab
 from support import pretrained, sharding
+from support.log import parts_table
 from support.tiles import check_tiles, tile_layout
 from support.tower import pooled_side, side_of
 
@@ -27,10 +28,10 @@ LEFT_OUT = 5 << 30                  # an assumption, not measured
 ASSUMED_MEMORY = 80 << 30           # bytes of a GPU, for the choice that fused.plain_limit makes
 
 
-def print_estimate(cfg, trained_parts, parts_table):
+def print_estimate(cfg):
     """Print which parts a run would train and what it would hold in memory on each GPU.
 
-    cfg: train.Settings. trained_parts: names of parts. parts_table: train.parts_table.
+    cfg: train.Settings.
     """
     if os.path.isfile(f"{cfg.init}/config.json"):
         for key, value in asdict(checkpoint.read_config(cfg.init)[0]).items():
@@ -39,7 +40,7 @@ def print_estimate(cfg, trained_parts, parts_table):
         print(f"{cfg.init} is not there yet: the sizes are those of the settings")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16"                      # as on the GPUs that the estimate is for
-    vlm, config = meta_model(cfg, trained_parts)
+    vlm, config = meta_model(cfg, cfg.trained_parts())
     print(parts_table(vlm, cfg))
     side = pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool)
     P, squares = side ** 2, 1
@@ -151,8 +152,8 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
     scores = E = 0
     if config.connector == "langbridge":
         scores = patches * min(config.num_words, fused.CUDA_BLOCK) * 8
-        if config.normalize != "none" and 4 * patches * config.num_words <= (
-                cfg.plain_bytes or ASSUMED_MEMORY // 32):
+        is_small = 4 * patches * config.num_words <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
+        if config.normalize not in fused.SUPPORTED or config.normalize != "none" and is_small:
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
         E = config.num_words * D * width
     logits = min(model.LOSS_ROWS, tokens - samples * P) * embedding.num_embeddings * 12

@@ -10,7 +10,6 @@ S side of a square image in pixels.
     python data.py --check DATA.json --images DIR [--tokenizer NAME --num_patches P]
 """
 import argparse
-import hashlib
 import math
 import os
 
@@ -18,7 +17,7 @@ import common
 from common import BadSample
 from conversation import IGNORE, IMAGE, IMAGE_ID, encode, show_sample
 from support.hub import load_tokenizer
-from support.pictures import image_path, open_image, tile_pixels
+from support.pictures import features_path, image_path, open_image, tile_pixels
 from support.records import image_names, messages_of, read_records, turns_of
 from support.templates import TEMPLATES
 from support.tiles import check_tiles, num_tokens
@@ -157,12 +156,6 @@ class Conversations:
         if all(label == IGNORE for label in labels[1:T]):       # the first token is never predicted
             raise ValueError(f"no trained token among the first {T} of {len(ids)}")
         return ids[:T], labels[:T]
-
-
-def features_path(folder, path):
-    """Return the file that holds the cached patches of the picture `path`."""
-    digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()
-    return f"{folder}/{digest[:2]}/{digest}.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------

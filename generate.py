@@ -6,13 +6,12 @@ evaluation needs: one image with ten questions is encoded and prefilled once, no
 
 Letters as in model.py. A prompt is a list of ids in which IMAGE_ID stands once for each patch.
 """
-import inspect
-
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
 from conversation import IMAGE_ID
+from support.pretrained import cache_argument
 
 # Layers of these types keep keys and values of all tokens, so a prefix can be copied between rows.
 # Other layers (Mamba, for example) remember by a state that cannot be shifted.
@@ -82,15 +81,6 @@ def next_tokens(logits, temperature):
         return logits.argmax(dim=-1)
     probabilities = (logits / temperature).softmax(dim=-1)
     return torch.multinomial(probabilities, 1)[:, 0]
-
-
-def cache_argument(decoder):
-    """Return the name of the decoder's argument for its cache.
-
-    transformers renames past_key_values to cache and drops the old name in version 5.40.
-    """
-    parameters = inspect.signature(type(decoder).forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_tokens):

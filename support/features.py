@@ -9,7 +9,6 @@ import time
 import torch
 
 import common
-import data
 from support import pictures
 from support.tensors import write_safetensors
 
@@ -44,7 +43,7 @@ def write_missing(vlm, dataset, folder, batch_size):
         for name in names[i:i + batch_size]:
             try:
                 p = pictures.image_path(dataset.image_folder, name)
-                if is_newer(p, data.features_path(folder, p)):
+                if is_newer(p, pictures.features_path(folder, p)):
                     batch[p] = pictures.transform(pictures.open_image(p), **dataset.image)
             except common.BadSample:    # data.py reports it when its record is used
                 continue
@@ -52,7 +51,7 @@ def write_missing(vlm, dataset, folder, batch_size):
             continue
         patches_of_batch = vlm.patch_features(torch.stack([*batch.values()]))
         for p, patches in zip(batch, patches_of_batch.to("cpu", torch.float16)):
-            file = data.features_path(folder, p)
+            file = pictures.features_path(folder, p)
             os.makedirs(os.path.dirname(file), exist_ok=True)
             write_safetensors({"patches": patches.contiguous()}, file)
         if i // batch_size % 10 == 0:

@@ -7,6 +7,7 @@ A picture file becomes the pixels that a vision tower takes.
 S is the side of the square picture in pixels. n is 1, or the number of tiles that LLaVA-NeXT cuts a
 picture into ("anyres").
 """
+import hashlib
 import io
 import os
 import re
@@ -55,6 +56,12 @@ def image_path(folder, name):
         path = os.path.join(folder, name)[:200]
         raise BadSample("missing image", f"image {path!r} does not exist or is not a file")
     return path
+
+
+def features_path(folder, path):
+    """Return the file that holds the cached patches of the picture `path`."""
+    digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()
+    return f"{folder}/{digest[:2]}/{digest}.safetensors"
 
 
 def open_image(source):

@@ -7,6 +7,7 @@ model that does not fit is refused in one sentence, before hours are spent.
 
 Letters as in model.py.
 """
+import inspect
 import math
 import os
 import re
@@ -23,7 +24,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import (find_adapter_config_file, is_accelerate_available,
                                 logging)
 
-from generate import cache_argument
 from support.hub import from_hub, load_tokenizer
 from support.tower import side_of, tower_hidden
 
@@ -176,6 +176,15 @@ def check_length(max_length, config, name):
     if positions and max_length > positions:
         raise ValueError(f"max_length {max_length} is more than the {positions} positions of LLM "
                          f"{name}: set max_length to at most {positions}")
+
+
+def cache_argument(decoder):
+    """Return the name of the decoder's argument for its cache.
+
+    transformers renames past_key_values to cache and drops the old name in version 5.40.
+    """
+    parameters = inspect.signature(type(decoder).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def load_llm(name, dtype, device, attention=None, on_meta=False):

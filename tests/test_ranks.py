@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import checkpoint
 import model
 import train
 from conftest import ROOT, settings, train_here

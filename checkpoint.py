@@ -4,8 +4,8 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
     config.json              what the VLM is made of, and what ties it to its LLM and words
     words.json               the K shared words as strings
     connector.safetensors    the connector; a LangBridge's tensors have no dimension of the LLM
-    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, E,
-                             and with tiles image_newline, which has the dimension of the LLM
+    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, E;
+                             with tiles image_newline, which has the dimension of the LLM
     vision_tower/            if a stage trained the vision tower: a Hugging Face folder
 
 support/pretrained.py reads the LLM and the vision tower that a config names.
@@ -91,18 +91,17 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     """Write a checkpoint into `folder`. config.json comes last and makes the checkpoint complete.
 
     trained_parts: names of the parts that this run has trained, such as ("connector", "llm"). The
-    LLM and the tower are written if they are among these or if the checkpoint that the run started
-    from held them. dtype: of the written LLM and tower, default their own. extra: more entries of
-    config.json. With a sharded LLM every rank must call; rank 0 writes.
+    LLM and the tower are written if this run or an earlier one has trained them. dtype: in which
+    they are written, default their own. extra: more entries of config.json. With a sharded LLM
+    every rank must call; rank 0 writes.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     own_parts = vlm.own_parts | {*trained_parts} - {"connector"}
     if is_writer and os.path.isfile(f"{folder}/config.json"):
-        # Delete the old checkpoint's copies of other parts, because `load` would use them. Without
-        # its config.json a mixture of both cannot be loaded.
-        for part in {"llm", "vision_tower"} - own_parts:
-            shutil.rmtree(f"{folder}/{part}", ignore_errors=True)
+        # Without its config.json a mixture of the old and the new checkpoint cannot be loaded.
         os.remove(f"{folder}/config.json")
+        for part in ("llm", "vision_tower"):
+            shutil.rmtree(f"{folder}/{part}", ignore_errors=True)
     for part in ("llm", "vision_tower"):
         if part in own_parts:
             model = getattr(vlm, part)
@@ -112,8 +111,6 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     os.makedirs(folder, exist_ok=True)
     connector = {name: t.float() for name, t in vlm.connector.state_dict().items()}
     write_safetensors(connector, f"{folder}/connector.safetensors")
-    if os.path.exists(f"{folder}/llm/{NEWLINE}"):   # of a checkpoint that is overwritten
-        os.remove(f"{folder}/llm/{NEWLINE}")
     if vlm.words:
         save_words(vlm.words, f"{folder}/words.json")
     if "llm" in own_parts:

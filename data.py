@@ -134,7 +134,7 @@ class Conversations:
         import torch
 
         counts = torch.zeros(num_words)
-        for record in self.records[::-(-len(self.records) // limit)]:
+        for record in self.records[::math.ceil(len(self.records) / limit)]:
             try:
                 messages, _ = messages_of(record, image_first=self.template == "chat")
                 labels = self.encode(messages, self.num_patches)[1]
@@ -201,12 +201,12 @@ def without_images(batch):
     """Return the batch with its images hidden from attention and the positions closed up.
 
     The trained tokens are the same. If a row starts with an image (template "plain" without BOS),
-    its last patch stays visible, because it predicts the first word. All pixels are 0.
+    its last patch stays visible, because it predicts the first word. All its numbers are 0.
     """
-    hidden = batch["input_ids"] == IMAGE_ID                             # (B, T)
-    front = hidden.cumprod(1).bool()
+    is_image = batch["input_ids"] == IMAGE_ID                           # (B, T)
+    front = is_image.cumprod(1).bool()
     last_of_front = front & ~front.roll(-1, 1)
-    seen = batch["attention_mask"] * (~hidden | last_of_front)
+    seen = batch["attention_mask"] * (~is_image | last_of_front)
     return batch | {"attention_mask": seen,
                     "position_ids": (seen.cumsum(1) - 1).clamp(min=0),
                     "pixel_values": batch["pixel_values"] * 0}
@@ -226,8 +226,8 @@ def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
 
     It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch is
     all image or all text, longest first, so that ranks that take batch[rank::world] do equal work.
-    The samples that are left over form one or two short batches at the end. group_batches: the
-    samples of this many batches are sorted by length together, so that a batch needs less padding.
+    Samples that fill no batch come last, in one or two short ones. group_batches: the samples of
+    so many batches are sorted by length together, which leaves less padding.
     """
     import torch
 

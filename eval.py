@@ -1,7 +1,8 @@
 """
 Ask a model the questions of seven benchmarks, score its answers, and print one table.
 
-    [torchrun --nproc_per_node=N] python eval.py CHECKPOINT --tasks pope,gqa --data DIR [--out DIR]
+    python eval.py CHECKPOINT --tasks pope,gqa --data DIR [--out DIR]
+    torchrun --nproc_per_node=N eval.py CHECKPOINT ...                          # the same, shared
     python eval.py --score TASK --questions F [--truth F] --predictions F       # needs no model
     python eval.py --table A/results.json B/results.json                        # one row for each
     python eval.py --compare A B                                                # paired tests
@@ -63,9 +64,9 @@ def group_by_image(questions):
 def make_batches(groups, lengths, size):
     """Yield lists of questions. A group stays in one batch if it fits.
 
-    groups: lists of questions. lengths: {question_key: number of tokens}. No batch has more
-    tokens, padding included, than `size` of the longest prompts. The longest prompts come first, so
-    that a lack of memory shows at once.
+    groups: lists of questions. lengths: {question_key: number of tokens}. A padded batch has at
+    most `size` x (longest prompt) tokens. The longest prompts come first, so that a lack of memory
+    shows at once.
     """
     def length(question):
         return lengths[question_key(question)]
@@ -171,7 +172,34 @@ def score_answers(task, questions, truth, predictions, args, partial=False):
     return benchmark.score(questions, truth, predictions, partial)
 
 
+def score_task(task, subset, total, stem, args):
+    """Score the answers of one task, write a score for each question, print and return the summary.
+
+    subset: the questions that were asked, of `total`.
+    """
+    predictions = join_answers(subset, stem)
+    paths = official_paths(BENCHMARKS[task], args.data)
+    summary, items = score_answers(task, *paths, predictions, args, bool(args.limit))
+    if args.limit:
+        summary["partial"] = f"first {len(subset)} of {total} questions, no benchmark score"
+    common.write_json(items, f"{stem}.scores.json")
+    print(summary_text(task, summary), flush=True)
+    return summary
+
+
 # ---- a checkpoint through the benchmarks
+
+def keep_or_refuse_answers(task, questions, stem, made_by, args):
+    """Keep earlier answers that the same model and settings have made. ValueError for others."""
+    from support import fingerprint
+    benchmark = BENCHMARKS[task]
+    asked = fingerprint.file_hash(os.path.join(args.data, benchmark.ASK), complete=True)
+    images = {q["image"] for q in questions if isinstance(q["image"], str)}
+    settings = {**made_by, "questions": asked, "images": fingerprint.images_hash(sorted(images)),
+                "max_new_tokens": benchmark.MAX_NEW_TOKENS}
+    os.makedirs(os.path.dirname(stem), exist_ok=True)
+    prepare_files(stem, settings, args.overwrite)
+
 
 def evaluate(args):
     """Check the data, answer, score, print. Each rank answers a share; rank 0 does the rest."""
@@ -208,15 +236,8 @@ def evaluate(args):
     made_by |= {f"{source} {part}": value for source, parts in vlm.fingerprint.items()
                 for part, value in parts.items()}
     if rank == 0:
-        os.makedirs(out, exist_ok=True)
         for task in args.tasks:
-            benchmark = BENCHMARKS[task]
-            asked = fingerprint.file_hash(os.path.join(args.data, benchmark.ASK), complete=True)
-            images = {q["image"] for q in questions[task] if isinstance(q["image"], str)}
-            settings = {**made_by, "questions": asked,
-                        "images": fingerprint.images_hash(sorted(images)),
-                        "max_new_tokens": benchmark.MAX_NEW_TOKENS}
-            prepare_files(stems[task], settings, args.overwrite)
+            keep_or_refuse_answers(task, questions[task], stems[task], made_by, args)
     trained_with = common.read_json(config_path).get("template")
     if trained_with not in (None, "chat"):
         common.print_rank0(f"note: this checkpoint was trained with template {trained_with}, but "
@@ -231,15 +252,7 @@ def evaluate(args):
         answer_questions(vlm, task, subset, done[task], stems[task], args, rank, world)
         barrier()                           # all answers are there
         if rank == 0:
-            predictions = join_answers(subset, stems[task])
-            paths = official_paths(BENCHMARKS[task], args.data)
-            summary, items = score_answers(task, *paths, predictions, args, bool(args.limit))
-            if args.limit:
-                summary["partial"] = (f"first {len(subset)} of {len(questions[task])} questions, "
-                                      "no benchmark score")
-            summaries[task] = summary
-            common.write_json(items, f"{stems[task]}.scores.json")
-            print(summary_text(task, summary), flush=True)
+            summaries[task] = score_task(task, subset, len(questions[task]), stems[task], args)
     if rank == 0:
         path = os.path.join(out, f"results{suffix}.json")
         table = write_results(checkpoint_name(args.checkpoint), path, made_by, summaries)

@@ -71,20 +71,10 @@ def combine(z, W, b, E, normalize):
 def combine_raw(z, W, b, E):
     """Return (z W^T + b) E in the cheaper of its two orders: z float[P, H] -> float[P, D].
 
-    The product is associative. E^T W [D, H] can be made first, and then no score is ever made.
+    The product is associative. W^T E [H, D] can be made first, and then no score is ever made.
     """
-    K, H = W.shape
-    P, D = len(z), E.shape[1]
     W, b, E = W.to(z.dtype), b.to(z.dtype), E.to(z.dtype)
-    # Count multiplications. In training a product with z's rows is made three times (forward, and
-    # two gradients); a product of W and E alone is made twice, because E gets no gradient.
-    training = torch.is_grad_enabled() and W.requires_grad
-    with_z, without_z = (3, 2) if training else (1, 1)
-    folded = without_z * K * H * D + with_z * P * H * D
-    unfolded = with_z * P * K * H + without_z * P * K * D
-    if folded < unfolded:
-        return F.linear(z, E.T @ W, b @ E)                          # (P, H) x (H, D) -> (P, D)
-    return F.linear(z, W, b) @ E                                    # (P, H) x (H, K) x (K, D)
+    return torch.linalg.multi_dot([z, W.T, E]) + b @ E              # it chooses the order
 
 
 class SoftmaxCombine(torch.autograd.Function):
@@ -94,16 +84,15 @@ class SoftmaxCombine(torch.autograd.Function):
 
         out = sum_k exp(s_k) e_k / sum_k exp(s_k)
 
-    exp overflows in float32 for s above 88, so both sums are multiplied by exp(-top), top being the
-    largest score. It is known only at the end: the loop uses the largest score so far, and where a
-    block raises it to new_top, the sums so far are multiplied by exp(top - new_top).
+    exp overflows in float32 for s above 88, so top, the largest score so far, is subtracted from s.
+    Where a block raises it to new_top, the sums so far are multiplied by exp(top - new_top).
 
     Backward makes the scores of each block again. With g = dL/dout
 
         p_k = exp(s_k - top - log_total)        dL/ds_k = p_k (g . e_k - g . out)
 
-    so the sum over all words is one number for each patch. top and log_total are kept apart: at a
-    top of 1e4 their float32 sum is wrong by 5e-4, and every p_k would have this error.
+    so the sum over all words is one number for each patch. Do not add top and log_total up: at a
+    top of 1e4 the float32 sum is wrong by 5e-4, and every p_k would have this error.
     """
 
     @staticmethod

@@ -56,17 +56,17 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
     output = decoder(inputs_embeds=embeds[:, start:], attention_mask=mask, use_cache=True,
                      position_ids=position[:, start:], **{cache_name: cache})
     max_positions = vlm.max_positions or T + max_new_tokens
-    room = [min(max_new_tokens, max_positions - len(prompt) + 1) for prompt in prompts]
+    tokens_left = [min(max_new_tokens, max_positions - len(prompt) + 1) for prompt in prompts]
     answers = [[] for _ in prompts]
     while True:
         tokens = next_tokens(vlm.logits(output.last_hidden_state[:, -1]), temperature)  # (B,)
         for row, token in enumerate(tokens.tolist()):
             if token in vlm.eos_ids:
-                room[row] = 0
-            if room[row] > 0:
+                tokens_left[row] = 0
+            if tokens_left[row] > 0:
                 answers[row].append(token)
-                room[row] -= 1
-        if not any(room):
+                tokens_left[row] -= 1
+        if not any(tokens_left):
             return answers
         position = (position[:, -1:] + 1).clamp(max=max_positions - 1)                  # (B, 1)
         mask = F.pad(mask, (0, 1), value=1)                                             # (B, T+1)
@@ -104,10 +104,8 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
         prefixes.append((tuple(prompt[:end]), *images))
     # The longest prompt of each prefix is computed for all prompts that share the prefix.
     longest = {}
-    for row, prefix in enumerate(prefixes):
-        best = longest.setdefault(prefix, row)
-        if len(prompts[row]) > len(prompts[best]):
-            longest[prefix] = row
+    for row in sorted(range(B), key=lambda row: -len(prompts[row])):
+        longest.setdefault(prefixes[row], row)
     columns = T - max(len(p) - len(prefix[0]) for p, prefix in zip(prompts, prefixes))
     layer_types = getattr(vlm.llm.config.get_text_config(), "layer_types", None) or ()
     if columns == 0 or len(longest) == B or not SHAREABLE_LAYERS.issuperset(layer_types):
@@ -121,18 +119,16 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
             position_ids=position[rows, :columns], use_cache=True,
             **{cache_argument(decoder): cache})
     # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
-    # columns move to the right. Patches that move past column C are computed again. There must be
-    # no gap between the tokens of a row, because a sliding window counts columns.
+    # prefix starts further right. Its last patches fall behind column C and are computed again.
+    # There must be no gap between the tokens of a row, because a sliding window counts columns.
     sources = [longest[prefix] for prefix in prefixes]
-    row_index = [rows.index(source) for source in sources]                              # B numbers
+    row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
     shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]
     column_index = (torch.arange(columns) + shift).clamp(min=0)                         # (B, C)
 
-    def copy(tensor):
-        """Return float[rows, heads, C, d] -> float[B, heads, C, d]."""
-        index = column_index.to(tensor.device)
-        return torch.stack([tensor[row][:, c] for row, c in zip(row_index, index)])
-
     for layer in cache.layers:
-        layer.keys, layer.values = copy(layer.keys), copy(layer.values)
+        row, column = row_index.to(layer.keys.device), column_index.to(layer.keys.device)
+        # float[rows, heads, C, d] -> (B, C, heads, d) -> float[B, heads, C, d]
+        layer.keys, layer.values = (tensor[row, :, column].transpose(1, 2)
+                                    for tensor in (layer.keys, layer.values))
     return cache

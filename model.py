@@ -45,8 +45,8 @@ LOSS_ROWS = 2048
 class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize: how scores become weights, see `word_weights`. plain_bytes: scores of more
-    bytes than this are computed by fused.py; 0 means 1/32 of the device's memory.
+    normalize: how scores become weights, see `word_weights`. plain_bytes: softmax scores of
+    more bytes than this are computed by fused.py; 0 means 1/32 of the device's memory.
     At the paper's sizes the connector has 129,790,720 parameters.
     """
 
@@ -82,7 +82,8 @@ class LangBridge(nn.Module):
 def word_weights(scores, normalize):
     """Return the weights of the words: scores float[..., K] -> float[..., K].
 
-    To try another normalisation, add its name to NORMALIZE and its formula here.
+    To try another normalisation, add its name to NORMALIZE and its formula here. Do not edit these
+    two formulas: fused.py holds them again.
     """
     if normalize == "none":
         return scores                       # the released code: scores of any sign
@@ -96,7 +97,7 @@ def combine(z, W, b, E, normalize):
     """
     scores = z @ W.T + b                                            # (..., H) x (H, K) -> (..., K)
     w = word_weights(scores, normalize)                             # (..., K)
-    return w @ E.to(w.dtype)                                        # (..., K) x (K, D) -> (..., D)
+    return w @ E.to(z.dtype)                                        # (..., K) x (K, D) -> (..., D)
 
 
 def words_loss(scores, targets, background):
@@ -120,10 +121,10 @@ def words_loss(scores, targets, background):
 
 
 @torch.no_grad()
-def initial_scores(E, H):
+def initial_W(E, H):
     """Return a W in which words of like meaning have like rows: float[K, D] -> float32[K, H].
 
-    Each row is a centred embedding, projected to H random directions and scaled to the norm of a
+    The embeddings are centred and projected to H random directions. Each row gets the length of a
     row of torch's default initialisation.
     Only the start of W depends on an LLM. Training changes W, and no dimension of it is D.
     """
@@ -275,7 +276,7 @@ class VLM(nn.Module):
         return num_tokens(image_size, self.num_patches, self.config.tiles,
                           self.image_settings["size"])
 
-    def images(self, image_embeds, image_sizes):
+    def arrange_images(self, image_embeds, image_sizes):
         """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
         image_sizes: the (width, height) of each image in pixels. It is None without tiles, where
@@ -315,7 +316,7 @@ class VLM(nn.Module):
                 blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
                 embeds = embeds + 0 * blank.sum().to(embeds.dtype)
             return embeds
-        images = self.images(self.encode(pixel_values), image_sizes)
+        images = self.arrange_images(self.encode(pixel_values), image_sizes)
         if image_index is not None:
             images = [images[i] for i in image_index]
         image_embeds = torch.cat(images).to(embeds.dtype)           # (image positions, D)

@@ -162,6 +162,24 @@ from support.tower import freeze_unreached
 # --------------------------------------------------------------------------------------------------
 # model and optimizer
 
+def new_model(cfg, device, llm_dtype, options):
+    """Return a VLM with a new connector. options: of checkpoint.build."""
+    words = None
+    if cfg.connector == "langbridge":
+        words = vocab.load_words(cfg.words)
+        if len(words) < cfg.num_words:
+            sys.exit(f"num_words is {cfg.num_words}, but {cfg.words} has {len(words)}")
+        words = words[:cfg.num_words or None]
+    config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
+    config.num_words = len(words or ())
+    vlm = checkpoint.build(config, words, device, llm_dtype, **options)
+    if cfg.words_init == "embeds":
+        W = model.initial_W(vlm.connector.vocab_embeds, cfg.hidden)
+        vlm.connector.to_scores.weight.data.copy_(W)
+        vlm.connector.to_scores.bias.data.zero_()
+    return vlm
+
+
 def make_model(cfg, device):
     """Return the VLM of this run: trained parts in float32, frozen parts in cfg.dtype."""
     dtype = getattr(torch, cfg.dtype)
@@ -180,19 +198,7 @@ def make_model(cfg, device):
         options["tiles"] = cfg.tiles if "tiles" in cfg.given else None
         vlm = checkpoint.load(cfg.init, device, llm_dtype, **options)
     else:
-        words = None
-        if cfg.connector == "langbridge":
-            words = vocab.load_words(cfg.words)
-            if len(words) < cfg.num_words:
-                sys.exit(f"num_words is {cfg.num_words}, but {cfg.words} has {len(words)}")
-            words = words[:cfg.num_words or None]
-        config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
-        config.num_words = len(words or ())
-        vlm = checkpoint.build(config, words, device, llm_dtype, **options)
-        if cfg.words_init == "embeds":
-            W = model.initial_scores(vlm.connector.vocab_embeds, cfg.hidden)
-            vlm.connector.to_scores.weight.data.copy_(W)
-            vlm.connector.to_scores.bias.data.zero_()
+        vlm = new_model(cfg, device, llm_dtype, options)
     if vlm.image_newline is not None:
         vlm.image_newline.requires_grad_(True)
     vlm.connector.plain_bytes = cfg.plain_bytes
@@ -402,13 +408,13 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
 
     -> (sums over them, {name: number}; one sentence for each sample that cannot be used). The loss
     is summed and not averaged; main divides once, by the trained tokens of the whole global batch.
-    probe: compute the first micro-batch's loss once more without its images. If it is close to the
-    real loss, the model ignores the images.
+    probe: compute the loss once more without the images. If it is close to the real loss, the model
+    ignores the images.
     """
     names = ("loss", "trained", "words_loss", "num_words", "tokens", "bad", "images", "blind_loss",
              "blind_trained")
     sums, bad = dict.fromkeys(names, 0), []
-    for i in range(count):
+    for _ in range(count):
         batch = next(loader)
         sums["tokens"] += int(batch["attention_mask"].sum())
         # The integers stay on the CPU: model.py says why.
@@ -432,14 +438,16 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
         if num_words:
             sums["words_loss"] += words_loss.detach().double()
             sums["num_words"] += num_words
-        if probe and i == 0 and cfg.stage != "words" and (images or vlm.sharded):
-            with torch.no_grad(), autocast:
+        if probe and cfg.stage != "words" and (images or vlm.sharded):
+            # The probe must not change what dropout draws next.
+            devices = [device] if device.type == "cuda" else []
+            with torch.no_grad(), autocast, torch.random.fork_rng(devices):
                 blind_loss, blind_trained = vlm(data.without_images(batch))
             if vlm.sharded:
                 vlm.reshard()                       # the optimizer updates pieces only
             if images:
-                sums["blind_loss"] = blind_loss.double()
-                sums["blind_trained"] = blind_trained
+                sums["blind_loss"] += blind_loss.double()
+                sums["blind_trained"] += blind_trained
     return sums, bad
 
 

@@ -30,8 +30,8 @@ def tokenizer_words(tokenizer):
     """Return {word: id} of every ordinary token.
 
     Special, added, reserved and unused tokens are not words. A byte token such as "<0x61>" is a
-    word only if no other token spells its byte. If the vocabulary also has "a", the tokenizer never
-    produces "<0x61>", so the embedding of "<0x61>" was never trained. ValueError if tokens are not
+    word only if no ordinary token spells its byte. Otherwise the tokenizer never produces it, and
+    its embedding was never trained. ValueError if tokens are not
     bytes.
     """
     spelling = spelling_of(tokenizer)
@@ -60,8 +60,8 @@ def shared_words(tokenizers):
 def word_ids(words, tokenizer):
     """Return the ids of each word: one id if it is one token, else those of its pieces.
 
-    The pieces are those of the tokenizer's model for exactly these bytes, without a dummy prefix,
-    a normalizer, or special tokens. Their bytes are asserted to be the word's. ValueError if a word
+    The pieces come from the tokenizer's model alone: no added space, normalizer or special token.
+    An assert checks that they spell the word. ValueError if a word
     cannot be spelt.
     """
     backend = rust_tokenizer(tokenizer)

@@ -93,7 +93,7 @@ def places_of_patches(vlm, ids, num_tiles, P, image_sizes, tile):
     embed = vlm.llm.get_input_embeddings()
     numbers = torch.zeros(num_tiles, vlm.num_patches, embed.embedding_dim, device=vlm.llm.device)
     numbers[tile, -P:] = first + torch.arange(P, device=numbers.device)[:, None]
-    numbers = torch.cat(vlm.images(numbers, image_sizes))[:, 0].cpu()
+    numbers = torch.cat(vlm.arrange_images(numbers, image_sizes))[:, 0].cpu()
     is_patch = numbers >= first                                     # (image positions,)
     places = (ids[0] == conversation.IMAGE_ID).nonzero()[:, 0]      # (image positions,)
     return (numbers[is_patch] - first).long(), places[is_patch]

@@ -457,7 +457,7 @@ def test_config_files(tmp_path, capsys, text, words):
 
 
 def test_a_loss_of_nan_stops_before_the_update_and_names_the_batch(tiny, world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.model, "initial_scores", lambda E, H: torch.full((len(E), H), 1e38))
+    monkeypatch.setattr(train.model, "initial_W", lambda E, H: torch.full((len(E), H), 1e38))
     found = outcome(lambda: train_with(tiny, world, tmp_path, "--normalize=none", "--words_init=embeds"), capsys)
     expect(found, 1, ["step 0: the loss is ", "nan; nothing was updated. Samples: ['c"])
     assert len(re.findall(r"'c\d+'", found[1].split("Samples:")[1])) == 8 and not (tmp_path / "state").exists()

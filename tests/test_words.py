@@ -262,8 +262,8 @@ def test_only_the_tile_that_is_read_is_tested(tiny, world, tile):
     embeds, seen = vlm.encode(pixels), slice(0, 9) if tile == 0 else slice(3, 6)
     assert vlm.num_tokens(image.size) == 9 + 1 * 7                  # the square, then one row of both tiles and its end
     def loss(changed):
-        return before - slow_log_probability(vlm, prompt, answer, vlm.images(changed, [image.size])[0])
-    before = slow_log_probability(vlm, prompt, answer, vlm.images(embeds, [image.size])[0])
+        return before - slow_log_probability(vlm, prompt, answer, vlm.arrange_images(changed, [image.size])[0])
+    before = slow_log_probability(vlm, prompt, answer, vlm.arrange_images(embeds, [image.size])[0])
     for p in range(9):
         changed = embeds.clone()
         changed[tile, p] = embeds[tile, seen].mean(0)

@@ -60,10 +60,10 @@ def test_a_word_that_no_patch_says_and_no_background_has_a_finite_loss_and_a_gra
 
 
 @pytest.mark.parametrize("H", [6, 40])
-def test_initial_scores_keep_the_angles_of_the_words(H):
+def test_initial_W_keep_the_angles_of_the_words(H):
     torch.manual_seed(0)
     E = torch.randn(30, 16) + 5
-    W = model.initial_scores(E, H)
+    W = model.initial_W(E, H)
     default = torch.nn.Linear(H, 4000).weight.norm(dim=1).mean()
     assert W.shape == (30, H)
     assert torch.allclose(W.norm(dim=1), default, rtol=0.02)

@@ -34,9 +34,9 @@ evaluate() {                                        # evaluate NAME ...
             --data $WORLD/eval --batch_size 64 | sed -u "s/^/[$name] /"
     done
 }
-mlp() {                                             # mlp NAME LLM: the baseline, both stages on its own LLM, its best rate
+mlp() {                                             # mlp NAME LLM: the baseline, both stages on its own LLM, its best rates
     train "$1-pretrain" config/pocket/pretrain.py --init= --llm="$WORLD/$2" --connector=mlp --words_loss=0 --connector_lr=2e-3
-    train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain"
+    train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain" --connector_lr=7e-4
     evaluate "$1"
 }
 source_LB() {                                       # the LangBridge that moves: words, then both stages on pocket-qwen
@@ -50,7 +50,7 @@ picture() {
 }
 moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT
     transfer "$1-untrained" "$2" "$3"
-    train "$1" config/pocket/sft.py --init="$OUT/$1-untrained" --connector_lr=2e-4      # it can see: do not undo that
+    train "$1" config/pocket/sft.py --init="$OUT/$1-untrained"
     evaluate "$1" "$1-untrained"
 }
 

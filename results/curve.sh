@@ -15,10 +15,10 @@ run() {                                             # run SEED NAME [--key=value
 }
 for SEED in ${SEEDS:-1 2 3}; do
     S=out/pocket/seed$SEED
-    { run "$SEED" transferred --init="$S/llama-from-qwen-LB-untrained" --connector_lr=2e-4; } & one=$!
-    { run "$SEED" mlp --init="$S/llama-MLP-pretrain"; } & two=$!
+    { run "$SEED" transferred --init="$S/llama-from-qwen-LB-untrained"; } & one=$!
+    { run "$SEED" mlp --init="$S/llama-MLP-pretrain" --connector_lr=7e-4; } & two=$!
     wait $one
-    run "$SEED" fresh --init= --llm=$W/pocket-llama --vision_tower=$W/vision-tower --words=$W/words.json --hidden=256
+    run "$SEED" fresh --init= --connector_lr=7e-4 --llm=$W/pocket-llama --vision_tower=$W/vision-tower --words=$W/words.json --hidden=256
     wait $two
 done
 "$PYTHON" results/curve.py

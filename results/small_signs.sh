@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PAR
 run() {                                             # run SEED NAME [--key=value ...]
     local seed=$1 out=out/pocket/seed$1/small-signs-$2; shift 2
     [ -f "$out/config.json" ] || "$PYTHON" train.py config/pocket/sft.py --init="out/pocket/seed$seed/qwen-LB-pretrain" \
-        --images=$SMALL/images --out="$out" --seed="$seed" "$@"
+        --images=$SMALL/images --connector_lr=7e-4 --out="$out" --seed="$seed" "$@"
     [ -f "$out/eval/results.json" ] || "$PYTHON" eval.py "$out" --tasks textvqa,gqa,pope --data $SMALL/eval --batch_size 32
 }
 for SEED in ${SEEDS:-1 2 3}; do

@@ -168,7 +168,7 @@ def train(tree, world, dtype):
                "--global_batch=4", "--batch_size=2", f"--dtype={dtype}", "--device=cpu"]
     start = {"pretrain": ["--init=", f"--llm={world}/pocket-qwen",
                           f"--vision_tower={world}/vision-tower", f"--words={world}/words.json"],
-             "sft": [f"--init={out}/pretrain"]}
+             "sft": [f"--init={out}/pretrain", "--connector_lr=7e-4"]}
     numbers = {}
     for stage in STAGES:
         command = [sys.executable, "train.py", f"config/pocket/{stage}.py", *start[stage], *options,

@@ -24,3 +24,41 @@ mkdir -p results/photos "$OUT"
 "$PYTHON" results/photos.py words-all-val="$OUT/words" pretrain-all-val="$OUT/pretrain" $VAL --number 1000 --words_only
 "$PYTHON" results/photos.py words="$OUT/words" --number 64 $VAL
 "$PYTHON" results/photos.py smollm2="$OUT/pretrain" gemma-untrained="$OUT/gemma" --number 96 $VAL
+
+# MORE=1: the baselines, a second seed, fewer steps and photographs, and questions. Some hours of two cores.
+# QUESTIONS: a folder with images/ and two files that `results/questions.py split` has written.
+[ -n "${MORE:-}" ] || exit 0
+train() {                                           # train NAME CONFIG [--key=value ...]
+    local name=$1; shift
+    [ -f "$OUT/$name/config.json" ] || "$PYTHON" train.py "$@" --out="$OUT/$name"
+}
+transfer() { [ -f "$OUT/$2/config.json" ] || "$PYTHON" transfer.py "$OUT/$1" "$GEMMA" --out "$OUT/$2" "${@:3}"; }
+BASE="$HERE --vision_tower=$TOWER --llm=$SMOL"
+FRESH="$BASE --init= --image_size=224 --pool=2 --words_loss=0"
+train mlp config/photos/pretrain.py $FRESH --connector=mlp --connector_lr=1e-3
+transfer mlp mlp-mapped-gemma --map "$WORDS"
+train plain config/photos/pretrain.py $FRESH --words="$WORDS" --hidden=512
+transfer plain plain-gemma
+train words-43 config/photos/words.py $BASE --words="$WORDS" --seed=43
+train pretrain-43 config/photos/pretrain.py $HERE --init="$OUT/words-43" --seed=43
+transfer pretrain-43 gemma-43
+train words-all-476-steps config/photos/words.py $BASE --words="$WORDS" --max_steps=476
+"$PYTHON" -c "
+import json
+records = json.load(open('$DATA/captions_train.json'))
+kept = set(sorted({record['image'] for record in records})[::4])
+json.dump([record for record in records if record['image'] in kept], open('$OUT/quarter.json', 'w'))"
+train words-quarter-476-steps config/photos/words.py $BASE --words="$WORDS" --data="$OUT/quarter.json"
+REST="${VAL/report.json/report-more.json}"
+"$PYTHON" results/photos.py words-43="$OUT/words-43" pretrain-43="$OUT/pretrain-43" $REST --number 1000 --words_only
+"$PYTHON" results/photos.py words-all-476-steps="$OUT/words-all-476-steps" \
+    words-quarter-476-steps="$OUT/words-quarter-476-steps" $REST --number 1000 --words_only
+"$PYTHON" results/photos.py smollm2-43="$OUT/pretrain-43" gemma-43-untrained="$OUT/gemma-43" $REST --number 96
+"$PYTHON" results/photos.py mlp="$OUT/mlp" mlp-mapped-gemma="$OUT/mlp-mapped-gemma" no-words-loss="$OUT/plain" \
+    no-words-loss-gemma="$OUT/plain-gemma" $REST --number 48
+for name in pretrain mlp; do
+    train "questions-$name" config/photos/questions.py --init="$OUT/$name" --data="$QUESTIONS/train.json" \
+        --images="$QUESTIONS/images" --features="$OUT/questions-features"
+    "$PYTHON" results/questions.py measure $name="$OUT/questions-$name" --data "$QUESTIONS/val.json" \
+        --images "$QUESTIONS/images" --out results/photos/questions.json
+done

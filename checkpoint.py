@@ -274,5 +274,3 @@ def load_connector(connector, folder):
     """Read connector.safetensors of a checkpoint into a connector."""
     path = f"{folder}/connector.safetensors"
     connector.load_state_dict(read_tensors(path, connector.state_dict()))
-
-

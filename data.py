@@ -64,7 +64,7 @@ class Conversations:
             except BadSample:           # it is reported when it is used
                 names, length = [], 1
             self.image_names.append(names)
-            # The sign says whether there is an image; global_batches needs it.
+            # Positive with an image, negative without; global_batches needs it.
             self.lengths.append(max(1, length) * (1 if names else -1))
         if tokenizer:           # a template that cannot work at all is no fault of a record
             trial = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "a"}]
@@ -224,8 +224,9 @@ def dummy_batch(batch):
 def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
     """Return the order of an epoch: one list of sample indices for each optimizer step.
 
-    It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch is
-    all image or all text, longest first, so that ranks that take batch[rank::world] do equal work.
+    It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch has
+    only records with an image or only text, sorted by length, so that batch[rank::world] gives each
+    rank about the same work.
     Samples that fill no batch come last, in one or two short ones. group_batches: the samples of
     so many batches are sorted by length together, which leaves less padding.
     """

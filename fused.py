@@ -3,10 +3,11 @@ The fused vocabulary combination: the same function as `combine` in model.py, wi
 
 The plain formula keeps several tensors with a score for each patch and word. Each takes 1.4 GB for
 32 pictures at the paper's sizes in float32. The fused version has the scores of one block of words
-at a time, which takes about 1/14 of the plain formula's extra memory. It costs one matrix product
-more in the backward pass. Therefore `choose` takes it for the softmax only where the scores would
-fill more than a part of the memory, see `plain_limit`. Raw scores ("none") are linear, so W and E
-can be multiplied first. This takes less time, too, and is always done.
+at a time. In float32 it takes 1/14 of the plain formula's extra memory with H = 1,024 and 1/8 with
+5,120. It costs one matrix product more in the backward pass. Therefore `choose` takes it for the
+softmax only where the scores would fill more than a part of the memory, see `plain_limit`. Raw
+scores ("none") are linear, so W and E can be multiplied first. This takes less time, too, and is
+always done.
 
 This is the one file with a hand-made backward pass. You need not read it to understand the method.
 Letters as in model.py. P here counts the patches of all images of a batch together.
@@ -91,8 +92,8 @@ class SoftmaxCombine(torch.autograd.Function):
 
         p_k = exp(s_k - top - log_total)        dL/ds_k = p_k (g . e_k - g . out)
 
-    so the sum over all words is one number for each patch. Do not add top and log_total up: at a
-    top of 1e4 the float32 sum is wrong by 5e-4, and every p_k would have this error.
+    so the sum over all words is one number for each patch. Subtract top and log_total one after the
+    other: at a top of 1e4 their float32 sum is wrong by 5e-4, and so would be every p_k.
     """
 
     @staticmethod
@@ -158,5 +159,3 @@ def backward_step(s, dp, top, log_total, shift):
 def block_size(device):
     """Return how many words' scores exist at one time."""
     return CUDA_BLOCK if device.type == "cuda" else BLOCK
-
-

@@ -107,8 +107,8 @@ def words_loss(scores, targets, background):
     answer. background float[K]: how frequent each word is in all answers, with a sum below 1.
     This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
 
-    p is a mixture. One component is the mean of the patches' softmaxes, so each patch can name
-    another word. The other component is the background. It explains words
+    p is a mixture. One component is the mean of the patches' softmaxes, so different patches can
+    name different words. The other component is the background. It explains words
     such as "a" and "the", which are in every answer and which no patch should say. Its weight in
     the mixture is background.sum(), and 0 means no background. So patches gain most from words
     that are in this answer and rare elsewhere. Scores become p by a softmax, whatever `normalize`.
@@ -290,7 +290,8 @@ class VLM(nn.Module):
     def splice(self, input_ids, pixel_values, image_index=None, image_sizes=None):
         """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
 
-        input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; image_sizes: see `images`.
+        input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; image_sizes: see
+        `arrange_images`.
         Images fill the positions in reading order, row by row. image_index: for each image in the
         text its number, default 0, 1, 2, ...; an image that comes twice is then encoded once.
         Keep the ids on the CPU. To find the image positions on a GPU, the CPU must wait for it.
@@ -333,7 +334,7 @@ class VLM(nn.Module):
 
         batch: as data.collate makes it. The caller divides, because only the caller knows the
         number of trained tokens in the whole global batch. `words_loss` is another loss.
-        All integers stay on the CPU until the GPU needs them, so that nothing waits for the GPU.
+        Ids, labels and masks stay on the CPU: to search them on a GPU, the CPU must wait for it.
         """
         embeds = self.splice(batch["input_ids"], batch["pixel_values"],
                              image_sizes=batch.get("image_sizes"))  # (B, T, D)

@@ -7,9 +7,9 @@ a frozen LLM, "sft" both. STAGES below has all stages.
     torchrun --nproc_per_node=8 train.py config/paper/sft.py --init=out/moved --out=out/sft
     python train.py config/paper/sft.py --llm=Qwen/Qwen2.5-14B-Instruct --dry_run
 
-The settings are below. A config file holds those that differ, and `--key=value` overrides both. The
-same command started again continues a run that was stopped, to the same bits on the same machine;
-on CUDA this takes --deterministic.
+The settings are below. A config file holds those that differ, and `--key=value` overrides both. If
+a run was stopped, start the same command again. It continues to the same bits on the same machine,
+on CUDA with --deterministic only.
 The result is a checkpoint folder, see checkpoint.py.
 """
 import math
@@ -63,7 +63,8 @@ class Settings:
     images: str = setting("", "the folder that the records' image paths start from")
     image_mode: str = setting("crop", "crop to the centre, or pad to a square",
                               choices=("crop", "pad"))
-    template: str = setting("plain", "plain: image and caption; chat: the LLM's own template",
+    template: str = setting("plain", "plain: image and caption; prompted: the texts with newlines; "
+                                     "chat: the LLM's own template",
                             choices=("plain", "prompted", "chat"))
     max_length: int = setting(2048, "tokens of a sample, image patches included", low=1)
     group: bool = setting(False, "batches of one modality, sorted by length; LLaVA's")
@@ -271,8 +272,8 @@ def main(cfg):
     set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
     vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
-    # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)) here. The optimizer takes
-    # what requires a gradient.
+    # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)).train() here. The optimizer
+    # takes what requires a gradient. Without train() lora_dropout does nothing.
     if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
         sys.exit("shard does not go with LoRA: the adapter of a sharded LLM cannot be merged")
     optimizer = make_optimizer(vlm, cfg)

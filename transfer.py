@@ -10,7 +10,7 @@ same words. The new checkpoint works as it is. `train.py config/pocket/sft.py --
 trains it on.
 --eval measures source and target on captioned images, --tasks on benchmarks. Nothing is trained.
 
-An MLP connector knows its LLM and has no words. --map words.json moves it all the same, as a
+An MLP connector knows its LLM and has no words. --map words.json can still move it, as a
 baseline, see tools/map_mlp.py.
 """
 import argparse

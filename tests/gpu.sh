@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves on one GPU what the other tests cannot, in under 8 minutes, and measures what users ask for:
+# Proves on one GPU what the other tests cannot, and measures what users ask for (8 minutes by estimate; it has not run on one):
 #     bash tests/gpu.sh [--out FILE.json]            # results/gpu/<name of the GPU>.json without --out
 #     DEVICE=cpu SMALL=1 bash tests/gpu.sh           # the same code at tiny sizes, without a GPU
 # It needs python3 with torch, transformers and accelerate (PYTHON=... names another one), and no network. What is

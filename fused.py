@@ -74,8 +74,18 @@ def combine_raw(z, W, b, E):
 
     The product is associative. W^T E [H, D] can be made first, and then no score is ever made.
     """
+    K, H = W.shape
+    P, D = len(z), E.shape[1]
     W, b, E = W.to(z.dtype), b.to(z.dtype), E.to(z.dtype)
-    return torch.linalg.multi_dot([z, W.T, E]) + b @ E              # it chooses the order
+    # Count multiplications. In training z W^T is made three times (forward, and two gradients), and
+    # a product with E twice, because E gets no gradient. multi_dot would count the forward only.
+    training = torch.is_grad_enabled() and W.requires_grad
+    cost, cost_E = (3, 2) if training else (1, 1)
+    folded = cost_E * K * H * D + cost * P * H * D
+    unfolded = cost * P * K * H + cost_E * P * K * D
+    if folded < unfolded:
+        return F.linear(z, E.T @ W, b @ E)                          # (P, H) x (H, D) -> (P, D)
+    return F.linear(z, W, b) @ E                                    # (P, H) x (H, K) x (K, D)
 
 
 class SoftmaxCombine(torch.autograd.Function):

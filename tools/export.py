@@ -89,12 +89,12 @@ def chat_template(tokenizer):
 
     It takes contents that are strings or lists.
     """
-    import conversation
+    from support.templates import TEMPLATES
     if tokenizer.chat_template:
         return FLATTEN + tokenizer.chat_template
     starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     bos = tokenizer.bos_token if starts_with_bos else ""
-    return FLATTEN + f"{{% set bos = {bos!r} %}}" + conversation.TEMPLATES["chat"]
+    return FLATTEN + f"{{% set bos = {bos!r} %}}" + TEMPLATES["chat"]
 
 
 def to_llava(vlm):

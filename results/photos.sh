@@ -49,10 +49,12 @@ records = json.load(open('$DATA/captions_train.json'))
 kept = set(sorted({record['image'] for record in records})[::4])
 json.dump([record for record in records if record['image'] in kept], open('$OUT/quarter.json', 'w'))"
 train words-quarter-476-steps config/photos/words.py $BASE --words="$WORDS" --data="$OUT/quarter.json"
+train words-112-pixels-476-steps config/photos/words.py $BASE --words="$WORDS" --image_size=112 --pool=1 --max_steps=476 \
+    --features="$OUT/features112"
 REST="${VAL/report.json/report-more.json}"
 "$PYTHON" results/photos.py words-43="$OUT/words-43" pretrain-43="$OUT/pretrain-43" $REST --number 1000 --words_only
 "$PYTHON" results/photos.py words-all-476-steps="$OUT/words-all-476-steps" \
-    words-quarter-476-steps="$OUT/words-quarter-476-steps" $REST --number 1000 --words_only
+    words-quarter-476-steps="$OUT/words-quarter-476-steps" words-112-pixels-476-steps="$OUT/words-112-pixels-476-steps" $REST --number 1000 --words_only
 "$PYTHON" results/photos.py smollm2-43="$OUT/pretrain-43" gemma-43-untrained="$OUT/gemma-43" $REST --number 96
 "$PYTHON" results/photos.py mlp="$OUT/mlp" mlp-mapped-gemma="$OUT/mlp-mapped-gemma" no-words-loss="$OUT/plain" \
     no-words-loss-gemma="$OUT/plain-gemma" $REST --number 48

@@ -270,3 +270,22 @@ def test_a_part_of_the_llm_may_train_alone(stage, tiny, world, tmp_path, monkeyp
     assert {name for name in old if not torch.equal(old[name], new[name])} == {
         "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.bias"}
     assert {name.split(".")[0] for name in weights(tmp_path / "x")} == {"connector", "llm"}
+
+
+def test_the_loss_without_images_is_that_of_the_whole_step(tiny, world, tmp_path):
+    """Micro-batches of 8 and of 2 give the same loss without images, as they give the same loss."""
+    rows = []
+    for size in (8, 2):
+        argv = settings(tiny, world, tmp_path / str(size), "--max_steps=1", "--probe_every=1")
+        assert train_here([*argv, f"--batch_size={size}"]) == 0
+        rows.append(json.loads((tmp_path / str(size) / "log.jsonl").read_text().splitlines()[0]))
+    assert rows[0]["blind"] == pytest.approx(rows[1]["blind"], rel=1e-5)
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+
+
+def test_samples_that_were_skipped_before_do_not_stop_a_run():
+    cfg = train.Settings(on_bad="stop")
+    assert train.report_bad([], 0, 3, 7, cfg) == ""
+    assert train.report_bad(["a sentence"], 1, 0, 7, cfg) == "a sentence"
+    cfg = train.Settings(on_bad="skip", bad_limit=3)
+    assert train.report_bad(["a"], 1, 2, 7, cfg) == "" and "4 samples" in train.report_bad(["a"], 1, 3, 7, cfg)

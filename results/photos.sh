@@ -14,13 +14,19 @@ TOWER=${TOWER:-facebook/dinov2-small} SMOL=${SMOL:-HuggingFaceTB/SmolLM2-135M-In
 WORDS=${WORDS:-$DATA/words.json}
 HERE="--data=$DATA/captions_train.json --images=$DATA/images --features=$OUT/features"
 VAL="--captions $DATA/captions_val.json --boxes $DATA/boxes_val.json --images $DATA/images --out results/photos/report.json"
+[ -z "${MORE:-}" ] || : "${QUESTIONS:?MORE=1 needs QUESTIONS, see below}"         # said now, not after hours
 mkdir -p results/photos "$OUT"
 [ -f "$WORDS" ] || "$PYTHON" vocab.py --tokenizers "$SMOL" "$GEMMA" ${MORE_TOKENIZERS:-} \
     --corpus ${CORPUS:-$DATA/captions_train.json} --count answers --size 3072 --out "$WORDS"
-[ -f "$OUT/words/config.json" ] || "$PYTHON" train.py config/photos/words.py $HERE --out="$OUT/words" \
-    --vision_tower="$TOWER" --llm="$SMOL" --words="$WORDS"
-[ -f "$OUT/pretrain/config.json" ] || "$PYTHON" train.py config/photos/pretrain.py $HERE --out="$OUT/pretrain" --init="$OUT/words"
-[ -f "$OUT/gemma/config.json" ] || "$PYTHON" transfer.py "$OUT/pretrain" "$GEMMA" --out "$OUT/gemma"
+train() {                                           # train NAME CONFIG [--key=value ...]
+    local name=$1; shift
+    [ -f "$OUT/$name/config.json" ] || "$PYTHON" train.py "$@" --out="$OUT/$name"
+}
+transfer() { [ -f "$OUT/$2/config.json" ] || "$PYTHON" transfer.py "$OUT/$1" "$GEMMA" --out "$OUT/$2" "${@:3}"; }
+BASE="$HERE --vision_tower=$TOWER --llm=$SMOL"
+train words config/photos/words.py $BASE --words="$WORDS"
+train pretrain config/photos/pretrain.py $HERE --init="$OUT/words"
+transfer pretrain gemma
 "$PYTHON" results/photos.py words-all-val="$OUT/words" pretrain-all-val="$OUT/pretrain" $VAL --number 1000 --words_only
 "$PYTHON" results/photos.py words="$OUT/words" --number 64 $VAL
 "$PYTHON" results/photos.py smollm2="$OUT/pretrain" gemma-untrained="$OUT/gemma" --number 96 $VAL
@@ -28,12 +34,6 @@ mkdir -p results/photos "$OUT"
 # MORE=1: the baselines, a second seed, fewer steps and photographs, and questions. Some hours of two cores.
 # QUESTIONS: a folder with images/ and two files that `results/questions.py split` has written.
 [ -n "${MORE:-}" ] || exit 0
-train() {                                           # train NAME CONFIG [--key=value ...]
-    local name=$1; shift
-    [ -f "$OUT/$name/config.json" ] || "$PYTHON" train.py "$@" --out="$OUT/$name"
-}
-transfer() { [ -f "$OUT/$2/config.json" ] || "$PYTHON" transfer.py "$OUT/$1" "$GEMMA" --out "$OUT/$2" "${@:3}"; }
-BASE="$HERE --vision_tower=$TOWER --llm=$SMOL"
 FRESH="$BASE --init= --image_size=224 --pool=2 --words_loss=0"
 train mlp config/photos/pretrain.py $FRESH --connector=mlp --connector_lr=1e-3
 transfer mlp mlp-mapped-gemma --map "$WORDS"

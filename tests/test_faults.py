@@ -284,7 +284,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "an embedding with NaN": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v * float("nan") for k, v in t.items()}), ["the embedding of", "is not finite"]),
     "another LLM": ("ck", weights("qwen/model.safetensors", lambda t: {
-        k: v * 2 for k, v in t.items()}), ["trained on another LLM", "transfer.py moves it"]),
+        k: v * 2 for k, v in t.items()}), ["trained on another LLM", "transfer.py moves it", "to accept the change"]),
     "another LLM with the same embeddings": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v * 2 if "1.mlp" in k else v for k, v in t.items()}), ["trained on another LLM", "moves it", "to accept the change"]),
     "no weights": ("ck", lambda d: os.remove(d / "qwen/model.safetensors"),
@@ -302,7 +302,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "a pickle in a checkpoint of ours": ("sft", lambda d: (d / "sft/llm/model.safetensors").rename(d / "sft/llm/a.bin"),
                                          ["llm has no model*.safetensors"]),
     "tokenizer beyond the embedding": ("ck", fewer_rows, ["the tokenizer has ids up to", "the embedding has 300 rows"]),
-    "tokenizer far below the embedding": ("ck", lambda d: another_tokenizer(d, 280), ["trained on another LLM"]),
+    "tokenizer far below the embedding": ("ck", lambda d: another_tokenizer(d, 280), ["trained on another LLM", "to accept the change"]),
     "tokenizer cut off": ("ck", lambda d: cut(d / "qwen/tokenizer.json"), ["qwen cannot be loaded"]),
 }
 

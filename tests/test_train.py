@@ -1,6 +1,7 @@
 """train.py: what trains, that batches, ranks and kills change nothing, and what a user's mistake says."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,3 +290,17 @@ def test_samples_that_were_skipped_before_do_not_stop_a_run():
     assert train.report_bad(["a sentence"], 1, 0, 7, cfg) == "a sentence"
     cfg = train.Settings(on_bad="skip", bad_limit=3)
     assert train.report_bad(["a"], 1, 2, 7, cfg) == "" and "4 samples" in train.report_bad(["a"], 1, 3, 7, cfg)
+
+
+def test_the_loss_without_images_does_not_change_what_dropout_draws(tiny, world, tmp_path):
+    """An LLM with dropout, two micro-batches: with and without the probe the losses are the same to the bit."""
+    shutil.copytree(tiny.qwen, tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    found = []
+    for probe in (0, 1):
+        argv = settings(tiny, world, tmp_path / str(probe), "--stage=sft", f"--data={world}/chats.json", "--template=chat",
+                        "--max_steps=2", "--batch_size=2", f"--llm={tmp_path}/llm", f"--probe_every={probe}")
+        assert train_here(argv) == 0
+        found.append(losses(tmp_path / str(probe)))
+    assert found[0] == found[1]

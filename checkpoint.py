@@ -256,7 +256,8 @@ def read_config(folder):
     found = metadata.get("format") if isinstance(metadata, dict) else metadata
     if not isinstance(metadata, dict) or found != FORMAT:
         raise ValueError(f"{path}: format {str(found)[:60]!r}; this code reads format {FORMAT}")
-    metadata = {"pool": 1, "tiles": [], **metadata}     # checkpoints from before these settings
+    # Checkpoints from before these settings lack them.
+    metadata = {"pool": 1, "tiles": [], "temperature": 1.0, **metadata}
     if isinstance(metadata["tiles"], list):         # JSON has no tuples
         metadata["tiles"] = tuple(tuple(t) if isinstance(t, list) else t for t in metadata["tiles"])
     types = {field.name: field.type for field in fields(Config)}

@@ -45,16 +45,18 @@ LOSS_ROWS = 2048
 class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize: how scores become weights, see `word_weights`. plain_bytes: softmax scores of
-    more bytes than this are computed by fused.py; 0 means 1/32 of the device's memory.
+    normalize: how scores become weights, see `word_weights`. temperature: scores are divided by it
+    before that; below 1, fewer words share a patch. plain_bytes: softmax scores of more bytes than
+    this are computed by fused.py; 0 means 1/32 of the device's memory.
     At the paper's sizes the connector has 129,790,720 parameters.
     """
 
-    def __init__(self, Dv, H=5120, K=19200, normalize="softmax", plain_bytes=0):
+    def __init__(self, Dv, H=5120, K=19200, normalize="softmax", temperature=1.0, plain_bytes=0):
         super().__init__()
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize is one of {', '.join(NORMALIZE)}, not {normalize!r}")
         self.normalize = normalize
+        self.temperature = temperature
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
         self.to_scores = nn.Linear(H, K)                            # W [K, H] and b [K]
         # E [K, D] belongs to the LLM. A non-persistent buffer is in no state dict, so E is not
@@ -64,8 +66,8 @@ class LangBridge(nn.Module):
 
     def forward(self, patches):
         """Return the image embeds: patches float[N, P, Dv] -> float[N, P, D]."""
-        z = self.mlp(patches)                                       # (N, P, Dv) -> (N, P, H)
-        W, b, E = self.to_scores.weight, self.to_scores.bias, self.vocab_embeds
+        z = self.mlp(patches) / self.temperature                    # (N, P, Dv) -> (N, P, H)
+        W, b, E = self.to_scores.weight, self.to_scores.bias / self.temperature, self.vocab_embeds
         # `combine` below, or the same function with less memory.
         function = fused.choose(combine, z, len(W), self.normalize, self.plain_bytes)
         return function(z, W, b, E, self.normalize)                 # (N, P, H) -> (N, P, D)
@@ -76,7 +78,7 @@ class LangBridge(nn.Module):
 
     def weights(self, patches):
         """Return each word's weight in each patch: float[N, P, Dv] -> float32[N, P, K]."""
-        return word_weights(self.scores(patches), self.normalize)
+        return word_weights(self.scores(patches) / self.temperature, self.normalize)
 
 
 def word_weights(scores, normalize):
@@ -185,6 +187,7 @@ class Config:
     hidden: int = 5120                  # H; 0 means D for "mlp", as in LLaVA-1.5
     num_words: int = 19200              # K
     normalize: str = "softmax"          # one of NORMALIZE
+    temperature: float = 1.0            # of the words' weights; 1 in the paper
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size
     pool: int = 1                       # the mean of pool x pool patches becomes one patch
@@ -196,7 +199,7 @@ class Config:
 def make_connector(config, Dv, D):
     """Return a new connector of the kind that `config` names. ValueError for an unknown kind."""
     if config.connector == "langbridge":
-        return LangBridge(Dv, config.hidden, config.num_words, config.normalize)
+        return LangBridge(Dv, config.hidden, config.num_words, config.normalize, config.temperature)
     if config.connector == "mlp":
         return MLPConnector(Dv, D, config.hidden)
     raise ValueError(f'connector is "langbridge" or "mlp", not {config.connector!r}')

@@ -52,6 +52,8 @@ class Settings:
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
     normalize: str = setting("softmax", "how scores become weights, see model.NORMALIZE")
+    temperature: float = setting(1.0, "scores are divided by it before they become weights",
+                                 low=1e-3)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))
     vision_layer: int = setting(-2, "the hidden state of the tower that the connector reads")

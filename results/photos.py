@@ -84,9 +84,18 @@ def strongest_words(vlm, patches):
     return names, scores
 
 
+def match_norm(vlm):
+    """Give each image embed the mean length of the LLM's words, as a normalised MLP would have."""
+    length = words.vocabulary(vlm)[1].norm(dim=-1).mean()
+    vlm.connector.register_forward_hook(
+        lambda module, inputs, output: output * length / output.norm(dim=-1, keepdim=True))
+
+
 @torch.no_grad()
 def measure(vlm, metadata, args):
     """Return (the report of a checkpoint, {name: [mean, low, high]}; {image: written caption})."""
+    if args.match_norm:
+        match_norm(vlm)
     settings = {**vlm.image_settings, "mode": metadata["image_mode"]}
     dataset = data.Conversations([args.captions], args.images, vlm.tokenizer, vlm.num_patches,
                                  settings, metadata["template"], features=args.features)
@@ -163,6 +172,7 @@ def main():
     add("--out", required=True, metavar="FILE.json", help="reports by name; old names are kept")
     add("--number", type=int, default=300, help="pictures (default 300)")
     add("--words_only", action="store_true", help="measure the words alone, which needs no LLM")
+    add("--match_norm", action="store_true", help="scale image embeds to the length of words")
     add("--features", default="", help="a folder that train.py --features has filled")
     add("--show", type=int, default=0, help="print so many written captions")
     args = parser.parse_args()

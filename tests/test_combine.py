@@ -249,9 +249,27 @@ def test_without_autocast_e_of_another_dtype_is_cast(monkeypatch):
     assert ran == ["plain"] and max(off(result, exact(*inputs, g, "softmax"))) < 3e-6
 
 
-def test_fold_is_the_same_function():
+@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("plain_bytes", [1, 1 << 30])
+def test_the_temperature_divides_the_scores_of_the_weights_alone(normalize, plain_bytes):
+    """Scores / temperature become the weights, by both formulas; the scores themselves, which the words loss reads, stay."""
     torch.manual_seed(0)
-    bridge = model.LangBridge(Dv=12, H=H, K=K, normalize="none")
+    bridge = model.LangBridge(Dv=12, H=H, K=K, normalize=normalize, temperature=0.25, plain_bytes=plain_bytes)
+    bridge.vocab_embeds = torch.randn(K, D)
+    patches = torch.randn(2, 9, 12)
+    with torch.no_grad():
+        scores = bridge.to_scores(bridge.mlp(patches))
+        want = 4 * scores
+        want = want.exp() / want.exp().sum(-1, keepdim=True) if normalize == "softmax" else want
+        assert torch.equal(bridge.scores(patches), scores)
+        assert (bridge.weights(patches) - want).abs().max() < 1e-5
+        assert (bridge(patches) - want @ bridge.vocab_embeds).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_fold_is_the_same_function(temperature):
+    torch.manual_seed(0)
+    bridge = model.LangBridge(Dv=12, H=H, K=K, normalize="none", temperature=temperature)
     bridge.vocab_embeds = torch.randn(K, D)
     patches = torch.randn(2, 9, 12)
     folded = fold(bridge)

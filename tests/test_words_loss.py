@@ -118,6 +118,30 @@ def test_stage_words_learns_which_colour_a_picture_has(tiny, world, words_stage)
     assert right == 3
 
 
+def test_the_temperature_belongs_to_the_checkpoint_and_not_to_the_words_loss(tiny, world, tmp_path):
+    outs = [tmp_path / "1", tmp_path / "half"]
+    for out, temperature in zip(outs, (1.0, 0.5)):
+        argv = settings(tiny, world, out, "--stage=words", "--max_steps=3")
+        assert train_here([*argv, f"--temperature={temperature}"]) == 0
+    plain, sharp = (checkpoint.load(str(out)) for out in outs)
+    for one, other in zip(plain.connector.parameters(), sharp.connector.parameters(), strict=True):
+        assert torch.equal(one, other)
+    patches = torch.randn(1, plain.num_patches, plain.vision_tower.config.hidden_size)
+    entropy = [torch.special.entr(vlm.connector.weights(patches)).sum().item()
+               for vlm in (plain, sharp)]
+    assert sharp.connector.temperature == 0.5 and entropy[1] < entropy[0]
+
+    following = settings(tiny, world, tmp_path / "next", f"--init={outs[1]}", "--max_steps=1")
+    assert train_here(following) == 0
+    assert checkpoint.load(str(tmp_path / "next")).connector.temperature == 0.5
+    assert "temperature" in train_here([*following, "--overwrite", "--temperature=1.0"])
+
+    config = json.load(open(outs[1] / "config.json"))
+    del config["temperature"]                                       # a checkpoint of before
+    json.dump(config, open(outs[1] / "config.json", "w"))
+    assert checkpoint.load(str(outs[1])).connector.temperature == 1.0
+
+
 def test_cached_features_give_what_the_tower_gives(tiny, world, words_stage):
     out, _ = words_stage
     vlm = checkpoint.load(str(out))
@@ -201,6 +225,7 @@ def test_stage_words_passes_over_text_without_a_picture(tiny, world, tmp_path):
     (["--stage=sft_tower", "--features=x"], "trains it"),
     (["--words_init=none"], "it must be one of random, embeds"),
     (["--pool=0"], "pool is 0, it must be at least 1"),
+    (["--temperature=0"], "temperature is 0.0, it must be at least 0.001"),
 ])
 def test_settings_that_cannot_work(tiny, world, tmp_path, more, words):
     with pytest.raises(SystemExit) as stop:

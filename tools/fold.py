@@ -22,10 +22,11 @@ def fold(connector):
         raise ValueError("only a connector with normalize=none folds: a softmax is not linear")
     first, _, second = connector.mlp
     E = connector.vocab_embeds.double()                             # (K, D)
-    W = connector.to_scores.weight.double()                         # (K, H)
+    W = connector.to_scores.weight.double() / connector.temperature             # (K, H)
+    b = connector.to_scores.bias.double() / connector.temperature               # (K,)
     EW = E.T @ W                                                    # (D, K) x (K, H) -> (D, H)
     folded = MLPConnector(first.in_features, E.shape[1], first.out_features).to(first.weight)
     folded.mlp[0].load_state_dict(first.state_dict())
     folded.mlp[2].weight.copy_(EW @ second.weight.double())         # (D, H) x (H, H) -> (D, H)
-    folded.mlp[2].bias.copy_(EW @ second.bias.double() + connector.to_scores.bias.double() @ E)
+    folded.mlp[2].bias.copy_(EW @ second.bias.double() + b @ E)
     return folded

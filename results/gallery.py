@@ -21,21 +21,20 @@ import common
 import conversation
 import words
 from generate import generate
+from results.photos import PROMPT
 from support import pictures
 
-PROMPT = "Describe the picture."
 SIDE = 512                      # pixels of a picture in the gallery
 
 
 @torch.no_grad()
-def caption(vlm, metadata, pixels):
+def caption(vlm, pixels):
     """Return what the model says about each picture: float32[N, 3, S, S] -> list of N strings."""
-    message = {"role": "user", "content": f"{conversation.IMAGE}\n{PROMPT}"}
-    prompt = conversation.encode_prompt([message], vlm.tokenizer, vlm.num_patches,
-                                        metadata["template"])
+    message = {"role": "user", "content": PROMPT}
+    prompt = conversation.encode_prompt([message], vlm.tokenizer, vlm.num_patches)
     answers = generate(vlm, [prompt] * len(pixels), pixels, max_new_tokens=24)
     texts = [vlm.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    return [text.split("\n")[0].strip() for text in texts]
+    return [text.strip().split("\n")[0] for text in texts]
 
 
 def draw(vlm, pixels, picture):
@@ -66,11 +65,11 @@ def main():
     captions = {}
     for n, pair in enumerate(args.checkpoints):
         name, _, folder = pair.partition("=")
-        vlm, metadata = checkpoint.load(folder), checkpoint.read_config(folder)[1]
-        mode = metadata["image_mode"]                   # of the training
+        vlm = checkpoint.load(folder)
+        mode = checkpoint.read_config(folder)[1]["image_mode"]          # of the training
         settings = {**vlm.image_settings, "mode": mode}
         pixels = torch.stack([pictures.transform(image, **settings) for image in images])
-        captions[name] = caption(vlm, metadata, pixels)
+        captions[name] = caption(vlm, pixels)
         if n == 0:
             for photo, image, x in zip(photos, images, pixels):
                 shown = words.square(image, mode, vlm.image_settings["mean"], SIDE)
@@ -79,7 +78,9 @@ def main():
     lines = ["# Gallery", "", "Made by `python results/gallery.py`. The photographs are the first "
              f"{len(photos)} of a list of COCO photographs under CC BY 2.0, whatever they show. "
              "The model has seen none of them. It sees the square in the middle. On each patch "
-             "stands the word of most weight. The captions are greedy.", ""]
+             "stands the word of most weight. Each LLM was asked by the same sentence "
+             f"(\"{PROMPT.replace(conversation.IMAGE, '(image)').replace(chr(10), ' ')}\"), and "
+             "its answer is greedy.", ""]
     for i, photo in enumerate(photos):
         file = os.path.basename(photo["image"])
         lines += [f"![{file}](gallery/{file})", ""]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Photographs: the words without an LLM, captions on SmolLM2, Gemma with nothing trained, all measured
+# Photographs: the words without an LLM, then SmolLM2 and Gemma with nothing trained, all measured
 # -> results/photos/report.json. What is there is not made again, and a kill goes on.
 #     bash results/photos.sh      # data/photos: captions_train.json, captions_val.json, boxes_val.json, images/
 #     MODELS=/folder DATA=/folder bash results/photos.sh      # models in folders instead of from the hub
-# On two cores: patches of the tower 45 minutes, words 18 minutes, 160 steps of captions 20 minutes.
+# On two cores: patches of the tower 45 minutes, words 18 minutes, measuring 20 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -23,42 +23,46 @@ train() {                                           # train NAME CONFIG [--key=v
     [ -f "$OUT/$name/config.json" ] || "$PYTHON" train.py "$@" --out="$OUT/$name"
 }
 transfer() { [ -f "$OUT/$2/config.json" ] || "$PYTHON" transfer.py "$OUT/$1" "$GEMMA" --out "$OUT/$2" "${@:3}"; }
+measure() { "$PYTHON" results/photos.py "$@"; }
 BASE="$HERE --vision_tower=$TOWER --llm=$SMOL"
-train words config/photos/words.py $BASE --words="$WORDS"
-train pretrain config/photos/pretrain.py $HERE --init="$OUT/words"
-transfer pretrain gemma
-"$PYTHON" results/photos.py words-all-val="$OUT/words" pretrain-all-val="$OUT/pretrain" $VAL --number 1000 --words_only
-"$PYTHON" results/photos.py words="$OUT/words" --number 64 $VAL
-"$PYTHON" results/photos.py smollm2="$OUT/pretrain" gemma-untrained="$OUT/gemma" --number 96 $VAL
+for seed in 42 43; do
+    train words-$seed config/photos/words.py $BASE --words="$WORDS" --seed=$seed
+    transfer words-$seed gemma-$seed
+    measure words-$seed="$OUT/words-$seed" $VAL --number 1000 --words_only
+    measure smollm2-$seed="$OUT/words-$seed" gemma-$seed="$OUT/gemma-$seed" $VAL --number 96 --prompt
+done
 
-# MORE=1: the baselines, a second seed, fewer steps and photographs, and questions. Some hours of two cores.
+# MORE=1: captions on SmolLM2, the baselines, fewer steps and photographs, and questions. Some hours of two cores.
 # QUESTIONS: a folder with images/ and two files that `results/questions.py split` has written.
 [ -n "${MORE:-}" ] || exit 0
+REST="${VAL/report.json/report-more.json}"
+# Step 2: 160 steps of captions on SmolLM2, from words at the temperature 1 that the paper has.
+for seed in 42 43; do
+    train step1-$seed config/photos/words.py $BASE --words="$WORDS" --temperature=1 --seed=$seed
+    train step2-$seed config/photos/pretrain.py $HERE --init="$OUT/step1-$seed" --seed=$seed
+    transfer step2-$seed step2-gemma-$seed
+    measure step2-$seed="$OUT/step2-$seed" $REST --number 1000 --words_only
+    measure step2-smollm2-$seed="$OUT/step2-$seed" step2-gemma-$seed="$OUT/step2-gemma-$seed" $REST --number 96
+done
+measure step1-smollm2-42="$OUT/step1-42" $REST --number 64
 FRESH="$BASE --init= --image_size=224 --pool=2 --words_loss=0"
 train mlp config/photos/pretrain.py $FRESH --connector=mlp --connector_lr=1e-3
-transfer mlp mlp-mapped-gemma --map "$WORDS"
+transfer mlp mlp-gemma --map "$WORDS"
 train plain config/photos/pretrain.py $FRESH --words="$WORDS" --hidden=512
 transfer plain plain-gemma
-train words-43 config/photos/words.py $BASE --words="$WORDS" --seed=43
-train pretrain-43 config/photos/pretrain.py $HERE --init="$OUT/words-43" --seed=43
-transfer pretrain-43 gemma-43
-train words-all-476-steps config/photos/words.py $BASE --words="$WORDS" --max_steps=476
+measure mlp="$OUT/mlp" mlp-mapped-gemma="$OUT/mlp-gemma" no-words-loss="$OUT/plain" no-words-loss-gemma="$OUT/plain-gemma" $REST --number 48
+measure mlp-mapped-gemma-text-norm="$OUT/mlp-gemma" $REST --number 48 --match_norm
 "$PYTHON" -c "
 import json
 records = json.load(open('$DATA/captions_train.json'))
 kept = set(sorted({record['image'] for record in records})[::4])
 json.dump([record for record in records if record['image'] in kept], open('$OUT/quarter.json', 'w'))"
-train words-quarter-476-steps config/photos/words.py $BASE --words="$WORDS" --data="$OUT/quarter.json"
-train words-112-pixels-476-steps config/photos/words.py $BASE --words="$WORDS" --image_size=112 --pool=1 --max_steps=476 \
-    --features="$OUT/features112"
-REST="${VAL/report.json/report-more.json}"
-"$PYTHON" results/photos.py words-43="$OUT/words-43" pretrain-43="$OUT/pretrain-43" $REST --number 1000 --words_only
-"$PYTHON" results/photos.py words-all-476-steps="$OUT/words-all-476-steps" \
-    words-quarter-476-steps="$OUT/words-quarter-476-steps" words-112-pixels-476-steps="$OUT/words-112-pixels-476-steps" $REST --number 1000 --words_only
-"$PYTHON" results/photos.py smollm2-43="$OUT/pretrain-43" gemma-43-untrained="$OUT/gemma-43" $REST --number 96
-"$PYTHON" results/photos.py mlp="$OUT/mlp" mlp-mapped-gemma="$OUT/mlp-mapped-gemma" no-words-loss="$OUT/plain" \
-    no-words-loss-gemma="$OUT/plain-gemma" $REST --number 48
-for name in pretrain mlp; do
+WORDS_STAGE="config/photos/words.py $BASE --words=$WORDS"
+train words-all-476-steps $WORDS_STAGE --max_steps=476
+train words-quarter-476-steps $WORDS_STAGE --data="$OUT/quarter.json"
+train words-112-pixels-476-steps $WORDS_STAGE --image_size=112 --pool=1 --max_steps=476 --features="$OUT/features112"
+for name in all quarter 112-pixels; do measure words-$name-476-steps="$OUT/words-$name-476-steps" $REST --number 1000 --words_only; done
+for name in step2-42 mlp; do
     train "questions-$name" config/photos/questions.py --init="$OUT/$name" --data="$QUESTIONS/train.json" \
         --images="$QUESTIONS/images" --features="$OUT/questions-features"
     "$PYTHON" results/questions.py measure $name="$OUT/questions-$name" --data "$QUESTIONS/val.json" \

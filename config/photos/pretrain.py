@@ -1,4 +1,4 @@
-# Photographs, second stage: captions on SmolLM2, which stays frozen. The words loss holds the words.
+# Photographs, after words.py: captions on SmolLM2, which stays frozen. The words loss holds the words.
 stage = "pretrain"
 out = "out/photos/pretrain"
 init = "out/photos/words"

@@ -1,4 +1,4 @@
-# Photographs, third stage: questions with short answers. Connector and LLM train. results/questions.py
+# Photographs, stage 2: questions with short answers. Connector and LLM train. results/questions.py
 # writes train.json from a file of records in LLaVA's format, and measures the result.
 stage = "sft"
 out = "out/photos/questions"

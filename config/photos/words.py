@@ -1,4 +1,4 @@
-# Photographs, first stage: the connector learns from captions which words a picture holds. The LLM
+# Photographs: the connector learns from captions which words a picture holds. The LLM
 # gives its tokenizer and embeddings and does not run. data/photos is yours: captions_train.json in
 # LLaVA's format, images/, and words.json, see results/photos.sh.
 stage = "words"
@@ -9,6 +9,7 @@ pool = 2                                # 8 x 8 image tokens
 llm = "HuggingFaceTB/SmolLM2-135M-Instruct"
 words = "data/photos/words.json"
 words_init = "embeds"
+temperature = 0.1                       # nearly one word a patch: the LLMs read no mixture of words
 hidden = 512
 data = "data/photos/captions_train.json"
 images = "data/photos/images"

@@ -21,7 +21,7 @@ import common
 import conversation
 import words
 from generate import generate
-from results.photos import PROMPT
+from results.photos import PROMPT, first_line
 from support import pictures
 
 SIDE = 512                      # pixels of a picture in the gallery
@@ -33,8 +33,7 @@ def caption(vlm, pixels):
     message = {"role": "user", "content": PROMPT}
     prompt = conversation.encode_prompt([message], vlm.tokenizer, vlm.num_patches)
     answers = generate(vlm, [prompt] * len(pixels), pixels, max_new_tokens=24)
-    texts = [vlm.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    return [text.strip().split("\n")[0] for text in texts]
+    return [first_line(vlm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
 
 
 def draw(vlm, pixels, picture):

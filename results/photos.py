@@ -61,6 +61,11 @@ def labels_of_patches(objects, side):
     return labels
 
 
+def first_line(text):
+    """Return the first line of an answer. Line breaks before it do not count."""
+    return text.strip().split("\n")[0].strip()
+
+
 def interval(rows, seed=0, draws=1000):
     """Return [mean, low, high] of sum(hits) / sum(counts) over rows of (hits, count)."""
     rows = [row for row in rows if row[1]]
@@ -157,8 +162,7 @@ def measure(vlm, metadata, args):
                    for m in messages]
         images = torch.cat([s["images"] for s in samples[start:start + BATCH_SIZE]])
         for ids in generate(vlm, prompts, images, max_new_tokens=24):
-            text = vlm.tokenizer.decode(ids, skip_special_tokens=True)
-            captions.append(text.strip().split("\n")[0])
+            captions.append(first_line(vlm.tokenizer.decode(ids, skip_special_tokens=True)))
     things = [set().union(*(content_words(o["label"]) for o in boxes[name]["objects"]))
               for name in names]
     for suffix, shift in (("", 0), ("_other", 1)):

@@ -1,0 +1,71 @@
+"""How results/photos.py counts on photographs: words in boxes, captions, the length of image embeds."""
+import json
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import words
+from conftest import settings, train_here
+from results import photos
+from support import pictures
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("photos") / "words"
+    argv = settings(tiny, world, out, "--stage=words", "--words_init=embeds", "--epochs=4", "--temperature=0.5")
+    assert train_here(argv) == 0
+    return out
+
+
+def test_a_patch_belongs_to_the_smallest_box_and_colours_name_no_thing():
+    objects = [{"label": "a brown field", "box": [0, 0, 1, 1]}, {"label": "two Dogs", "box": [0.4, 0.4, 0.9, 0.9]}]
+    labels = photos.labels_of_patches(objects, 2)
+    assert labels == [{"field"}, {"field"}, {"field"}, {"dogs"}]
+    assert photos.labels_of_patches(objects[1:], 2)[:3] == [set(), set(), set()]
+
+
+@pytest.mark.parametrize("text, line", [("A dog.", "A dog."), ("\n\n A dog. \nIt runs.", "A dog."), (" \n", ""), ("", "")])
+def test_a_caption_may_begin_with_line_breaks(text, line):
+    assert photos.first_line(text) == line
+
+
+def test_the_report_counts_what_a_slow_loop_counts(trained, world, tmp_path, monkeypatch):
+    """Box and label of half a picture. Colours count here, because the pictures have nothing else."""
+    monkeypatch.setattr(photos, "NO_THING", {"a"})
+    colours = ["red", "green", "blue", "white"]
+    boxes = {f"{i}.png": {"objects": [{"label": f"a {colours[i % 4]} square", "box": [0, 0, 1, 0.5]}]} for i in range(8)}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    monkeypatch.setattr(sys, "argv", [
+        "photos.py", f"run={trained}", "--captions", f"{world}/captions.json", "--boxes", f"{tmp_path}/boxes.json",
+        "--images", f"{world}/images", "--out", f"{tmp_path}/report.json", "--number", "8", "--prompt"])
+    photos.main()
+    report = json.loads((tmp_path / "report.json").read_text())["run"]
+
+    vlm = checkpoint.load(str(trained))
+    right = other = 0
+    for i in range(8):
+        image = pictures.open_image(f"{world}/images/{i}.png")
+        patches = vlm.patch_features(pictures.transform(image, **vlm.image_settings)[None])
+        for row in vlm.connector.weights(patches)[0][:6]:           # two of three rows of patches
+            word = vlm.words[int(row.argmax())].strip("Ġ").lower()
+            right += word in (colours[i % 4], "square")
+            other += word in (colours[(i - 1) % 4], "square")
+    assert report["words_top1"][0] == pytest.approx(right / 48, abs=1e-4)
+    assert report["words_top1_other"][0] == pytest.approx(other / 48, abs=1e-4)
+    assert right > 24 and report["pictures"] == 8
+    difference = report["bits_per_byte_wrong"][0] - report["bits_per_byte_right"][0]
+    assert report["wrong_minus_right"][0] == pytest.approx(difference, abs=2e-4)
+
+
+def test_match_norm_gives_each_embed_the_length_of_words(trained):
+    vlm = checkpoint.load(str(trained))
+    patches = torch.randn(2, vlm.num_patches, vlm.vision_tower.config.hidden_size)
+    before = vlm.connector(patches)
+    photos.match_norm(vlm)
+    after = vlm.connector(patches)
+    length = words.vocabulary(vlm)[1].norm(dim=-1).mean()
+    assert torch.allclose(after.norm(dim=-1), length.expand(2, vlm.num_patches), rtol=1e-4)
+    assert torch.allclose(torch.cosine_similarity(before, after, dim=-1), torch.ones(2, vlm.num_patches))

@@ -58,10 +58,12 @@ records = json.load(open('$DATA/captions_train.json'))
 kept = set(sorted({record['image'] for record in records})[::4])
 json.dump([record for record in records if record['image'] in kept], open('$OUT/quarter.json', 'w'))"
 WORDS_STAGE="config/photos/words.py $BASE --words=$WORDS"
+train words-4-epochs $WORDS_STAGE --epochs=4
 train words-all-476-steps $WORDS_STAGE --max_steps=476
 train words-quarter-476-steps $WORDS_STAGE --data="$OUT/quarter.json"
 train words-112-pixels-476-steps $WORDS_STAGE --image_size=112 --pool=1 --max_steps=476 --features="$OUT/features112"
-for name in all quarter 112-pixels; do measure words-$name-476-steps="$OUT/words-$name-476-steps" $REST --number 1000 --words_only; done
+for name in 4-epochs all-476-steps quarter-476-steps 112-pixels-476-steps; do measure words-$name="$OUT/words-$name" $REST --number 1000 --words_only; done
+measure smollm2-4-epochs="$OUT/words-4-epochs" $REST --number 96 --prompt
 for name in step2-42 mlp; do
     train "questions-$name" config/photos/questions.py --init="$OUT/$name" --data="$QUESTIONS/train.json" \
         --images="$QUESTIONS/images" --features="$OUT/questions-features"

@@ -113,7 +113,7 @@ def words_loss(scores, targets, background):
     name different words. The other component is the background. It explains words
     such as "a" and "the", which are in every answer and which no patch should say. Its weight in
     the mixture is background.sum(), and 0 means no background. So patches gain most from words
-    that are in this answer and rare elsewhere. Scores become p by a softmax, whatever `normalize`.
+    that are in this answer and rare elsewhere. p is the softmax of the scores at temperature 1.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)

@@ -20,20 +20,10 @@ import checkpoint
 import common
 import conversation
 import words
-from generate import generate
-from results.photos import PROMPT, first_line
+from results.photos import ASKED, PROMPT, write_captions
 from support import pictures
 
 SIDE = 512                      # pixels of a picture in the gallery
-
-
-@torch.no_grad()
-def caption(vlm, pixels):
-    """Return what the model says about each picture: float32[N, 3, S, S] -> list of N strings."""
-    message = {"role": "user", "content": PROMPT}
-    prompt = conversation.encode_prompt([message], vlm.tokenizer, vlm.num_patches)
-    answers = generate(vlm, [prompt] * len(pixels), pixels, max_new_tokens=24)
-    return [first_line(vlm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
 
 
 def draw(vlm, pixels, picture):
@@ -68,7 +58,7 @@ def main():
         mode = checkpoint.read_config(folder)[1]["image_mode"]          # of the training
         settings = {**vlm.image_settings, "mode": mode}
         pixels = torch.stack([pictures.transform(image, **settings) for image in images])
-        captions[name] = caption(vlm, pixels)
+        captions[name] = write_captions(vlm, [ASKED] * len(pixels), "chat", pixels)
         if n == 0:
             for photo, image, x in zip(photos, images, pixels):
                 shown = words.square(image, mode, vlm.image_settings["mean"], SIDE)

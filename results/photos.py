@@ -42,6 +42,7 @@ BATCH_SIZE = 16
 # How an LLM is asked for a caption. The connector's embeds are near words, and no LLM was trained
 # with it, so the prompt says that they are words. It is the best of five on 32 other photographs.
 PROMPT = f"These words describe a photo: {conversation.IMAGE}\nDescribe the photo in one sentence."
+ASKED = {"role": "user", "content": PROMPT}
 
 
 def content_words(text):
@@ -64,6 +65,18 @@ def labels_of_patches(objects, side):
 def first_line(text):
     """Return the first line of an answer. Line breaks before it do not count."""
     return text.strip().split("\n")[0].strip()
+
+
+def write_captions(vlm, messages, template, images):
+    """Return the first line that the model writes about each image: N messages -> N strings."""
+    lines = []
+    for start in range(0, len(messages), BATCH_SIZE):
+        prompts = [conversation.encode_prompt([message], vlm.tokenizer, vlm.num_patches, template)
+                   for message in messages[start:start + BATCH_SIZE]]
+        answers = generate(vlm, prompts, images[start:start + BATCH_SIZE], max_new_tokens=24)
+        lines += [first_line(vlm.tokenizer.decode(ids, skip_special_tokens=True))
+                  for ids in answers]
+    return lines
 
 
 def interval(rows, seed=0, draws=1000):
@@ -149,20 +162,12 @@ def measure(vlm, metadata, args):
     report["wrong_minus_right"] = interval([(wrong - right, size) for (wrong, size), (right, _)
                                             in zip(bits["wrong"], bits["right"])])
 
-    captions = []
-    for start in range(0, len(names), BATCH_SIZE):
-        chosen = names[start:start + BATCH_SIZE]
-        if args.prompt:
-            template, messages = "chat", [[{"role": "user", "content": PROMPT}]] * len(chosen)
-        else:
-            template = metadata["template"]
-            messages = [data.messages_of(dataset.records[first[name]], False)[0][:1]
-                        for name in chosen]
-        prompts = [conversation.encode_prompt(m, vlm.tokenizer, vlm.num_patches, template)
-                   for m in messages]
-        images = torch.cat([s["images"] for s in samples[start:start + BATCH_SIZE]])
-        for ids in generate(vlm, prompts, images, max_new_tokens=24):
-            captions.append(first_line(vlm.tokenizer.decode(ids, skip_special_tokens=True)))
+    images = torch.cat([sample["images"] for sample in samples])
+    if args.prompt:
+        captions = write_captions(vlm, [ASKED] * len(names), "chat", images)
+    else:
+        messages = [data.messages_of(dataset.records[first[name]], False)[0][0] for name in names]
+        captions = write_captions(vlm, messages, metadata["template"], images)
     things = [set().union(*(content_words(o["label"]) for o in boxes[name]["objects"]))
               for name in names]
     for suffix, shift in (("", 0), ("_other", 1)):

@@ -3,7 +3,7 @@
 # -> results/photos/report.json. What is there is not made again, and a kill goes on.
 #     bash results/photos.sh      # data/photos: captions_train.json, captions_val.json, boxes_val.json, images/
 #     MODELS=/folder DATA=/folder bash results/photos.sh      # models in folders instead of from the hub
-# On two cores: patches of the tower 45 minutes, words 18 minutes, measuring 20 minutes.
+# On two cores: patches of the tower 45 minutes, words 18 minutes a seed, measuring 20 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -59,9 +59,10 @@ kept = set(sorted({record['image'] for record in records})[::4])
 json.dump([record for record in records if record['image'] in kept], open('$OUT/quarter.json', 'w'))"
 WORDS_STAGE="config/photos/words.py $BASE --words=$WORDS"
 train words-4-epochs $WORDS_STAGE --epochs=4
-train words-all-476-steps $WORDS_STAGE --max_steps=476
-train words-quarter-476-steps $WORDS_STAGE --data="$OUT/quarter.json"
-train words-112-pixels-476-steps $WORDS_STAGE --image_size=112 --pool=1 --max_steps=476 --features="$OUT/features112"
+# These three were measured at temperature 1, which changes their entropy alone.
+train words-all-476-steps $WORDS_STAGE --temperature=1 --max_steps=476
+train words-quarter-476-steps $WORDS_STAGE --temperature=1 --data="$OUT/quarter.json"
+train words-112-pixels-476-steps $WORDS_STAGE --temperature=1 --image_size=112 --pool=1 --max_steps=476 --features="$OUT/features112"
 for name in 4-epochs all-476-steps quarter-476-steps 112-pixels-476-steps; do measure words-$name="$OUT/words-$name" $REST --number 1000 --words_only; done
 measure smollm2-4-epochs="$OUT/words-4-epochs" $REST --number 96 --prompt
 for name in step2-42 mlp; do

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checkpoint
+import conversation
 import words
 from conftest import settings, train_here
 from results import photos
@@ -41,10 +42,13 @@ def test_the_report_counts_what_a_slow_loop_counts(trained, world, tmp_path, mon
     monkeypatch.setattr(sys, "argv", [
         "photos.py", f"run={trained}", "--captions", f"{world}/captions.json", "--boxes", f"{tmp_path}/boxes.json",
         "--images", f"{world}/images", "--out", f"{tmp_path}/report.json", "--number", "8", "--prompt"])
+    asked, generate = [], photos.generate
+    monkeypatch.setattr(photos, "generate", lambda vlm, prompts, *more, **kw: asked.extend(prompts) or generate(vlm, prompts, *more, **kw))
     photos.main()
     report = json.loads((tmp_path / "report.json").read_text())["run"]
 
     vlm = checkpoint.load(str(trained))
+    assert asked == [conversation.encode_prompt([photos.ASKED], vlm.tokenizer, vlm.num_patches, "chat")] * 8
     right = other = 0
     for i in range(8):
         image = pictures.open_image(f"{world}/images/{i}.png")

@@ -102,24 +102,30 @@ def combine(z, W, b, E, normalize):
     return w @ E.to(z.dtype)                                        # (..., K) x (K, D) -> (..., D)
 
 
-def words_loss(scores, targets, background):
+def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
     """Return the sum of -log p(word | images) over the words of an answer: float32 scalar.
 
     scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
-    answer. background float[K]: how frequent each word is in all answers, with a sum below 1.
+    answer. frequencies float[K]: how often each word is in all answers, sum 1.
     This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
 
-    p is a mixture. One component is the mean of the patches' softmaxes, so different patches can
-    name different words. The other component is the background. It explains words
-    such as "a" and "the", which are in every answer and which no patch should say. Its weight in
-    the mixture is background.sum(), and 0 means no background. So patches gain most from words
-    that are in this answer and rare elsewhere. p is the softmax of the scores at temperature 1.
+    Each word needs a patch: p is a mixture. One component is the mean of the patches' softmaxes, so
+    different patches can name different words. The other component has the weight `background`
+    and holds the frequencies. It explains words such as "a" and "the", which are in every answer.
+    Each patch needs a word, if `patch_weight` > 0: only then does a patch that explains no word learn.
+    It gains the probability of the answer's words in it, each divided by the word's frequency.
+    p is the softmax of the scores at temperature 1.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
-    log_p = log_p.logsumexp(dim=0) - math.log(len(log_p))           # (K,), of the mean
-    log_p = torch.logaddexp(log_p + (1 - background.sum()).log(), background.log())
-    return -log_p[targets].sum()
+    log_mean = log_p.logsumexp(dim=0) - math.log(len(log_p))        # (K,), of the mean
+    log_mean = torch.logaddexp(log_mean + math.log(1 - background),
+                               (background * frequencies).log())
+    loss = -log_mean[targets].sum()
+    if patch_weight:
+        log_lift = log_p[:, targets] - frequencies[targets].clamp(min=1e-6).log()
+        loss = loss - patch_weight * len(targets) * log_lift.logsumexp(dim=1).mean()
+    return loss
 
 
 @torch.no_grad()
@@ -225,7 +231,7 @@ class VLM(nn.Module):
         self.sharded = False                # support/sharding.py: the LLM is cut into pieces
         self.own_parts = set()              # checkpoint.py: parts that the folder holds itself
         self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
-        self.background = None              # train.py: float32[K] for words_loss
+        self.word_frequencies = None        # train.py: float32[K] for words_loss
         self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
                                        config.pool) ** 2
         check_tiles(config.tiles, image_settings["size"])
@@ -359,14 +365,14 @@ class VLM(nn.Module):
         hidden = hidden.index_select(0, trained.to(hidden.device, non_blocking=True))
         return self.token_loss(hidden, targets), len(trained)
 
-    def words_loss(self, batch):
+    def words_loss(self, batch, background, patch_weight):
         """Return the words loss summed over the words of all answers, and their number (int).
 
         batch: as for forward. Its "words" int64[B, T] holds for each trained token which shared
         word it is, or -1. Samples without an image or without a word do not count.
         """
         if not len(batch["pixel_values"]):
-            return torch.zeros((), device=self.background.device), 0
+            return torch.zeros((), device=self.word_frequencies.device), 0
         patches = self.patch_features(batch["pixel_values"])        # (N, P, Dv)
         dtype = next(self.connector.parameters()).dtype
         scores = self.connector.scores(patches.to(dtype))           # (N, P, K)
@@ -375,7 +381,8 @@ class VLM(nn.Module):
         for row, image_scores in zip(batch["words"], scores.split(counts.tolist())):
             targets = row[row >= 0].to(scores.device, non_blocking=True)
             if len(image_scores) and len(targets):
-                loss = loss + words_loss(image_scores, targets, self.background)
+                loss = loss + words_loss(image_scores, targets, self.word_frequencies,
+                                         background, patch_weight)
                 number += len(targets)
         return loss, number
 

@@ -89,6 +89,7 @@ class Settings:
     words_loss: float = setting(0.0, "weight of the words loss in stages with an LLM", low=0)
     words_background: float = setting(0.9, "weight of the background in the words loss; 0: none",
                                       low=0, high=0.99)
+    words_patches: float = setting(0.0, "weight in the words loss of what each patch says", low=0)
     warmup: float = setting(0.03, "fraction of the steps in which the learning rate rises",
                             low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
@@ -282,8 +283,7 @@ def main(cfg):
     trained = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
     dataset, hashes = make_dataset(vlm, cfg)
     if needs_words(cfg):
-        frequencies = dataset.word_frequencies(len(vlm.words))
-        vlm.background = (cfg.words_background * frequencies).to(device)
+        vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
     start, skipped = resume(vlm, optimizer, hashes, cfg)
@@ -461,12 +461,12 @@ def losses(vlm, batch, cfg):
     stages both sums are divided by the number of trained tokens.
     """
     if cfg.stage == "words":
-        return *vlm.words_loss(batch), 0, 0
+        return *vlm.words_loss(batch, cfg.words_background, cfg.words_patches), 0, 0
     if not (cfg.words_loss and len(batch["pixel_values"])):
         return *vlm(batch), 0, 0
     # Both losses need the patches, so they are computed here, once.
     batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    return *vlm(batch), *vlm.words_loss(batch)
+    return *vlm(batch), *vlm.words_loss(batch, cfg.words_background, cfg.words_patches)
 
 
 if __name__ == "__main__":

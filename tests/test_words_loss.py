@@ -21,40 +21,53 @@ def log_of(out):
     return [json.loads(line) for line in open(f"{out}/log.jsonl")]
 
 
-def test_words_loss_is_what_a_slow_loop_gives():
+@pytest.mark.parametrize("background, patches", [(0.9, 0.0), (0.0, 0.0), (0.9, 0.3), (0.0, 2.0)])
+def test_words_loss_is_what_a_slow_loop_gives(background, patches):
     torch.manual_seed(0)
     N, P, K = 2, 5, 7
     scores = torch.randn(N, P, K, dtype=torch.float64)
-    background = torch.rand(K).double()
-    background *= 0.9 / background.sum()
+    frequencies = torch.rand(K).double()
+    frequencies /= frequencies.sum()
     targets = [3, 0, 3]
+    said = [[math.exp(s) / sum(math.exp(other) for other in patch) for s in patch] for patch in scores.flatten(0, 1).tolist()]
     expected = 0
     for k in targets:
-        said = 0
-        for n in range(N):
-            for i in range(P):
-                total = sum(math.exp(scores[n, i, j]) for j in range(K))
-                said += math.exp(scores[n, i, k]) / total / (N * P)
-        expected -= math.log(0.1 * said + background[k])
-    got = model.words_loss(scores.float(), torch.tensor(targets), background.float())
+        mean = sum(p[k] for p in said) / (N * P)
+        expected -= math.log((1 - background) * mean + background * frequencies[k])
+    for p in said:
+        lift = sum(p[k] / frequencies[k].item() for k in targets)
+        expected -= patches * len(targets) / (N * P) * math.log(lift)
+    got = model.words_loss(scores.float(), torch.tensor(targets), frequencies.float(), background, patches)
     assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_word_of_every_answer_teaches_less_than_a_rare_word():
     """The gradient on the word "a", which the background explains, is the smaller one."""
-    scores = torch.zeros(1, 4, 10, requires_grad=True)
-    background = torch.full((10,), 0.009)
-    background[0] = 0.819
-    model.words_loss(scores, torch.tensor([0, 5]), background).backward()
-    gradient = scores.grad.abs().sum(dim=(0, 1))
-    assert gradient[5] > 10 * gradient[0]
+    frequencies = torch.full((10,), 0.01)
+    frequencies[0] = 0.91
+    for patches in (0.0, 1.0):
+        scores = torch.zeros(1, 4, 10, requires_grad=True)
+        model.words_loss(scores, torch.tensor([0, 5]), frequencies, 0.9, patches).backward()
+        gradient = scores.grad.abs().sum(dim=(0, 1))
+        assert gradient[5] > 5 * gradient[0]
+
+
+def test_a_patch_that_explains_no_word_learns_only_with_patches():
+    """Patch 0 says the answer's word 5, and patch 1 a word of no answer. Only words_patches moves patch 1."""
+    frequencies = torch.full((10,), 0.1)
+    for patches, moves in ((0.0, False), (0.1, True)):
+        scores = torch.zeros(1, 2, 10)
+        scores[0, 0, 5] = scores[0, 1, 7] = 30
+        scores.requires_grad_()
+        model.words_loss(scores, torch.tensor([5]), frequencies, 0.9, patches).backward()
+        assert (scores.grad[0, 1, 7] > 1e-2) == moves
 
 
 def test_a_word_that_no_patch_says_and_no_background_has_a_finite_loss_and_a_gradient():
     scores = torch.zeros(1, 4, 10)
     scores[..., 0] = 300                                            # exp(-300) is 0 in float32
     scores.requires_grad_()
-    loss = model.words_loss(scores, torch.tensor([5]), torch.zeros(10))
+    loss = model.words_loss(scores, torch.tensor([5]), torch.full((10,), 0.1))
     loss.backward()
     assert loss.item() == pytest.approx(300) and scores.grad.isfinite().all() and (scores.grad[..., 5] < -0.2).all()
 

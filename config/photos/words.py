@@ -9,6 +9,7 @@ pool = 2                                # 8 x 8 image tokens
 llm = "HuggingFaceTB/SmolLM2-135M-Instruct"
 words = "data/photos/words.json"
 words_init = "embeds"
+words_patches = 0.3                     # each patch has to say a word of the captions
 temperature = 0.1                       # nearly one word a patch: the LLMs read no mixture of words
 hidden = 512
 data = "data/photos/captions_train.json"

@@ -46,8 +46,7 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
     computation, default dtype. tower_dtype: default frozen_dtype. llm: (LLM, tokenizer) if they are
     loaded already. attention: see load_llm. tower_folder: weights to use instead of those of
     config.vision_tower. device: one device, or "auto" for all GPUs. shard: each rank holds a piece
-    of the LLM, and every rank must call.
-    ValueError where a model is not what the config needs.
+    of the LLM, and every rank must call. ValueError where a model is not what the config needs.
     """
     frozen_dtype = frozen_dtype or dtype
     set_precision(frozen_dtype)

@@ -103,27 +103,26 @@ def combine(z, W, b, E, normalize):
 
 
 def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
-    """Return the sum of -log p(word | images) over the words of an answer: float32 scalar.
+    """Return the words loss of one sample, summed over the words of its answer: float32 scalar.
 
     scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
     answer. frequencies float[K]: how often each word is in all answers, sum 1.
     This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
 
-    Each word needs a patch: p is a mixture. One component is the mean of the patches' softmaxes, so
-    different patches can name different words. The other component has the weight `background`
-    and holds the frequencies. It explains words such as "a" and "the", which are in every answer.
-    Each patch needs a word, if `patch_weight` > 0: only then does a patch that explains no word learn.
-    It gains the probability of the answer's words in it, each divided by the word's frequency.
-    p is the softmax of the scores at temperature 1.
+    Each word needs a patch: -log p(word | images), where p is the mean of the patches' softmaxes,
+    so different patches can name different words. With the weight `background`, p is the word's
+    frequency. This explains "a" and "the", which are in every answer and which no patch should say.
+    Each patch needs a word: -log of the sum over words of p(word | patch) / frequency, its mean
+    over patches. Without this part, a patch that explains no word learns nothing.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
     log_mean = log_p.logsumexp(dim=0) - math.log(len(log_p))        # (K,), of the mean
-    log_mean = torch.logaddexp(log_mean + math.log(1 - background),
-                               (background * frequencies).log())
-    loss = -log_mean[targets].sum()
+    log_chance = (background * frequencies).log()                   # (K,)
+    log_p_image = torch.logaddexp(log_mean + math.log(1 - background), log_chance)
+    loss = -log_p_image[targets].sum()
     if patch_weight:
-        log_lift = log_p[:, targets] - frequencies[targets].clamp(min=1e-6).log()
+        log_lift = log_p[:, targets] - frequencies[targets].clamp(min=1e-6).log()   # (N * P, n)
         loss = loss - patch_weight * len(targets) * log_lift.logsumexp(dim=1).mean()
     return loss
 
@@ -197,9 +196,7 @@ class Config:
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size
     pool: int = 1                       # the mean of pool x pool patches becomes one patch
-    # LLaVA-NeXT: the grids of tiles that a picture may fill, ((width, height), ...) in pixels, for
-    # example ((336, 672), (672, 336)). Empty: a picture is one square.
-    tiles: tuple = ()
+    tiles: tuple = ()                   # LLaVA-NeXT's grids in pixels, ((336, 672), (672, 336))
 
 
 def make_connector(config, Dv, D):
@@ -300,9 +297,8 @@ class VLM(nn.Module):
         """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
 
         input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; image_sizes: see
-        `arrange_images`.
-        Images fill the positions in reading order, row by row. image_index: for each image in the
-        text its number, default 0, 1, 2, ...; an image that comes twice is then encoded once.
+        `arrange_images`. Images fill the positions in reading order, row by row. image_index: the
+        number of each image in the text, default 0, 1, 2, ...; a double is then encoded once.
         Keep the ids on the CPU. To find the image positions on a GPU, the CPU must wait for it.
         ValueError if the number of image positions is not that of the image embeds, or if T is more
         than the LLM has positions.
@@ -365,11 +361,12 @@ class VLM(nn.Module):
         hidden = hidden.index_select(0, trained.to(hidden.device, non_blocking=True))
         return self.token_loss(hidden, targets), len(trained)
 
-    def words_loss(self, batch, background, patch_weight):
+    def words_loss(self, batch, **weights):
         """Return the words loss summed over the words of all answers, and their number (int).
 
         batch: as for forward. Its "words" int64[B, T] holds for each trained token which shared
-        word it is, or -1. Samples without an image or without a word do not count.
+        word it is, or -1. Samples without an image or without a word do not count. weights: the
+        last two arguments of `words_loss`.
         """
         if not len(batch["pixel_values"]):
             return torch.zeros((), device=self.word_frequencies.device), 0
@@ -381,8 +378,7 @@ class VLM(nn.Module):
         for row, image_scores in zip(batch["words"], scores.split(counts.tolist())):
             targets = row[row >= 0].to(scores.device, non_blocking=True)
             if len(image_scores) and len(targets):
-                loss = loss + words_loss(image_scores, targets, self.word_frequencies,
-                                         background, patch_weight)
+                loss = loss + words_loss(image_scores, targets, self.word_frequencies, **weights)
                 number += len(targets)
         return loss, number
 

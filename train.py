@@ -9,8 +9,7 @@ a frozen LLM, "sft" both. STAGES below has all stages.
 
 The settings are below. A config file holds those that differ, and `--key=value` overrides both. If
 a run was stopped, start the same command again. It continues to the same bits on the same machine,
-on CUDA with --deterministic only.
-The result is a checkpoint folder, see checkpoint.py.
+on CUDA with --deterministic only. The result is a checkpoint folder, see checkpoint.py.
 """
 import math
 import os
@@ -89,7 +88,7 @@ class Settings:
     words_loss: float = setting(0.0, "weight of the words loss in stages with an LLM", low=0)
     words_background: float = setting(0.9, "weight of the background in the words loss; 0: none",
                                       low=0, high=0.99)
-    words_patches: float = setting(0.0, "weight in the words loss of what each patch says", low=0)
+    words_patches: float = setting(0.0, "weight of the patches' part in the words loss", low=0)
     warmup: float = setting(0.03, "fraction of the steps in which the learning rate rises",
                             low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
@@ -460,13 +459,14 @@ def losses(vlm, batch, cfg):
     In stage "words" the words loss is the only loss, and its words are the trained tokens. In other
     stages both sums are divided by the number of trained tokens.
     """
+    weights = {"background": cfg.words_background, "patch_weight": cfg.words_patches}
     if cfg.stage == "words":
-        return *vlm.words_loss(batch, cfg.words_background, cfg.words_patches), 0, 0
+        return *vlm.words_loss(batch, **weights), 0, 0
     if not (cfg.words_loss and len(batch["pixel_values"])):
         return *vlm(batch), 0, 0
     # Both losses need the patches, so they are computed here, once.
     batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    return *vlm(batch), *vlm.words_loss(batch, cfg.words_background, cfg.words_patches)
+    return *vlm(batch), *vlm.words_loss(batch, **weights)
 
 
 if __name__ == "__main__":

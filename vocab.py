@@ -31,8 +31,7 @@ def tokenizer_words(tokenizer):
 
     Special, added, reserved and unused tokens are not words. A byte token such as "<0x61>" is a
     word only if no ordinary token spells its byte. Otherwise the tokenizer never produces it, and
-    its embedding was never trained. ValueError if tokens are not
-    bytes.
+    its embedding was never trained. ValueError if tokens are not bytes.
     """
     spelling = spelling_of(tokenizer)
     special, added = special_tokens(tokenizer, spelling)
@@ -61,8 +60,7 @@ def word_ids(words, tokenizer):
     """Return the ids of each word: one id if it is one token, else those of its pieces.
 
     The pieces come from the tokenizer's model alone: no added space, normalizer or special token.
-    An assert checks that they spell the word. ValueError if a word
-    cannot be spelt.
+    An assert checks that they spell the word. ValueError if a word cannot be spelt.
     """
     backend = rust_tokenizer(tokenizer)
     spelling = spelling_of(tokenizer)

@@ -86,8 +86,8 @@ def eos_ids(llm, tokenizer):
     """Return the set of ids that end an answer.
 
     They are the end tokens of the tokenizer and of the LLM's generation config, and the token that
-    the chat template writes after an answer. In a base LLM that is another one: Qwen2.5's
-    end-of-sequence token is <|endoftext|>, and its template ends a turn with <|im_end|>.
+    the chat template writes after an answer. In a base LLM these two differ: Qwen2.5 ends a text
+    with <|endoftext|>, and its template ends a turn with <|im_end|>.
     """
     ids = [tokenizer.eos_token_id]
     if llm.generation_config:

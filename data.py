@@ -227,8 +227,8 @@ def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
     It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch has
     only records with an image or only text, sorted by length, so that batch[rank::world] gives each
     rank about the same work.
-    Samples that fill no batch come last, in one or two short ones. group_batches: the samples of
-    so many batches are sorted by length together, which leaves less padding.
+    Samples that fill no batch come last, in one or two short ones. group_batches: how many batches
+    are sorted by length together; more leave less padding.
     """
     import torch
 

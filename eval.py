@@ -272,7 +272,7 @@ def parse_arguments(argv):
     add("--tasks", default="all", help=f"with commas between, or all: {','.join(BENCHMARKS)}")
     add("--data", help="folder with gqa/, textvqa/, mme/, ...")
     add("--out", help="folder of the results (default: CHECKPOINT/eval)")
-    add("--batch_size", type=int, default=32, help="how many of the longest questions at a time")
+    add("--batch_size", type=int, default=32, help="questions in a batch of the longest ones")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--attention", help=common.ATTENTION)

@@ -6,8 +6,8 @@ The plain formula keeps several tensors with a score for each patch and word. Ea
 at a time. In float32 it takes 1/14 of the plain formula's extra memory with H = 1,024 and 1/8 with
 5,120. It costs one matrix product more in the backward pass. Therefore `choose` takes it for the
 softmax only where the scores would fill more than a part of the memory, see `plain_limit`. Raw
-scores ("none") are linear, so W and E can be multiplied first. This takes less time, too, and is
-always done.
+scores ("none") are linear, so the products can be made in another order. `combine_raw` takes the
+cheaper order.
 
 This is the one file with a hand-made backward pass. You need not read it to understand the method.
 Letters as in model.py. P here counts the patches of all images of a batch together.

@@ -106,14 +106,14 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
     """Return the words loss of one sample, summed over the words of its answer: float32 scalar.
 
     scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
-    answer. frequencies float[K]: how often each word is in all answers, sum 1.
-    This loss is this project's own. It needs no LLM, so what it teaches belongs to no LLM.
+    answer. frequencies float[K]: how often each word is in all answers, sum 1. p(word | patch) is
+    a softmax of the scores at temperature 1. This loss is this project's own and needs no LLM.
 
-    Each word needs a patch: -log p(word | images), where p is the mean of the patches' softmaxes,
-    so different patches can name different words. With the weight `background`, p is the word's
-    frequency. This explains "a" and "the", which are in every answer and which no patch should say.
+    Each word needs a patch: -log p(word), where p is (1 - background) * the mean over patches of
+    p(word | patch) + background * frequency. By the mean, each patch can name another word. The
+    frequency explains "a" and "the", which are in every answer and which no patch should say.
     Each patch needs a word: -log of the sum over words of p(word | patch) / frequency, its mean
-    over patches. Without this part, a patch that explains no word learns nothing.
+    over patches, times n * patch_weight. Without it a patch that explains no word learns nothing.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
@@ -297,8 +297,8 @@ class VLM(nn.Module):
         """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
 
         input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; image_sizes: see
-        `arrange_images`. Images fill the positions in reading order, row by row. image_index: the
-        number of each image in the text, default 0, 1, 2, ...; a double is then encoded once.
+        `arrange_images`. Images fill the positions in reading order, row by row. image_index: which
+        image stands at each place, default 0, 1, 2, ...; one that stands twice is encoded once.
         Keep the ids on the CPU. To find the image positions on a GPU, the CPU must wait for it.
         ValueError if the number of image positions is not that of the image embeds, or if T is more
         than the LLM has positions.
@@ -361,12 +361,11 @@ class VLM(nn.Module):
         hidden = hidden.index_select(0, trained.to(hidden.device, non_blocking=True))
         return self.token_loss(hidden, targets), len(trained)
 
-    def words_loss(self, batch, **weights):
+    def words_loss(self, batch, background, patch_weight):
         """Return the words loss summed over the words of all answers, and their number (int).
 
         batch: as for forward. Its "words" int64[B, T] holds for each trained token which shared
-        word it is, or -1. Samples without an image or without a word do not count. weights: the
-        last two arguments of `words_loss`.
+        word it is, or -1. Samples without an image or without a word do not count.
         """
         if not len(batch["pixel_values"]):
             return torch.zeros((), device=self.word_frequencies.device), 0
@@ -378,7 +377,8 @@ class VLM(nn.Module):
         for row, image_scores in zip(batch["words"], scores.split(counts.tolist())):
             targets = row[row >= 0].to(scores.device, non_blocking=True)
             if len(image_scores) and len(targets):
-                loss = loss + words_loss(image_scores, targets, self.word_frequencies, **weights)
+                loss = loss + words_loss(image_scores, targets, self.word_frequencies,
+                                         background, patch_weight)
                 number += len(targets)
         return loss, number
 

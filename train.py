@@ -88,7 +88,7 @@ class Settings:
     words_loss: float = setting(0.0, "weight of the words loss in stages with an LLM", low=0)
     words_background: float = setting(0.9, "weight of the background in the words loss; 0: none",
                                       low=0, high=0.99)
-    words_patches: float = setting(0.0, "weight of the patches' part in the words loss", low=0)
+    words_patch_weight: float = setting(0.0, "weight of the words loss's second part", low=0)
     warmup: float = setting(0.03, "fraction of the steps in which the learning rate rises",
                             low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
@@ -459,14 +459,14 @@ def losses(vlm, batch, cfg):
     In stage "words" the words loss is the only loss, and its words are the trained tokens. In other
     stages both sums are divided by the number of trained tokens.
     """
-    weights = {"background": cfg.words_background, "patch_weight": cfg.words_patches}
+    weights = cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":
-        return *vlm.words_loss(batch, **weights), 0, 0
+        return *vlm.words_loss(batch, *weights), 0, 0
     if not (cfg.words_loss and len(batch["pixel_values"])):
         return *vlm(batch), 0, 0
     # Both losses need the patches, so they are computed here, once.
     batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    return *vlm(batch), *vlm.words_loss(batch, **weights)
+    return *vlm(batch), *vlm.words_loss(batch, *weights)
 
 
 if __name__ == "__main__":

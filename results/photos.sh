@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Photographs: the words without an LLM, then SmolLM2 and Gemma with nothing trained, all measured
-# -> results/photos/report.json. What is there is not made again, and a kill goes on.
+# -> results/photos/report.json. A finished training is kept and a stopped one continues; measuring runs again.
 #     bash results/photos.sh      # data/photos: captions_train.json, captions_val.json, boxes_val.json, images/
 #     MODELS=/folder DATA=/folder bash results/photos.sh      # models in folders instead of from the hub
 # On two cores: patches of the tower 45 minutes, words 18 minutes a seed, measuring 20 minutes.
@@ -36,14 +36,14 @@ done
 # QUESTIONS: a folder with images/ and two files that `results/questions.py split` has written.
 [ -n "${MORE:-}" ] || exit 0
 REST="${VAL/report.json/report-more.json}"
-# Without the patches' part of the words loss: so were all rows below trained. Step 2: 160 steps of captions on SmolLM2, from
-# words at the temperature 1 that the paper has.
+# All rows below were trained with words_patch_weight=0. Step 2: 160 steps of captions on SmolLM2, after a words stage at the
+# paper's temperature, 1.
 for seed in 42 43; do
-    train no-patches-$seed config/photos/words.py $BASE --words="$WORDS" --words_patches=0 --seed=$seed
+    train no-patches-$seed config/photos/words.py $BASE --words="$WORDS" --words_patch_weight=0 --seed=$seed
     transfer no-patches-$seed no-patches-gemma-$seed
     measure no-patches-$seed="$OUT/no-patches-$seed" $REST --number 1000 --words_only
     measure no-patches-smollm2-$seed="$OUT/no-patches-$seed" no-patches-gemma-$seed="$OUT/no-patches-gemma-$seed" $REST --number 96 --prompt
-    train step1-$seed config/photos/words.py $BASE --words="$WORDS" --words_patches=0 --temperature=1 --seed=$seed
+    train step1-$seed config/photos/words.py $BASE --words="$WORDS" --words_patch_weight=0 --temperature=1 --seed=$seed
     train step2-$seed config/photos/pretrain.py $HERE --init="$OUT/step1-$seed" --seed=$seed
     transfer step2-$seed step2-gemma-$seed
     measure step2-$seed="$OUT/step2-$seed" $REST --number 1000 --words_only
@@ -62,7 +62,7 @@ import json
 records = json.load(open('$DATA/captions_train.json'))
 kept = set(sorted({record['image'] for record in records})[::4])
 json.dump([record for record in records if record['image'] in kept], open('$OUT/quarter.json', 'w'))"
-WORDS_STAGE="config/photos/words.py $BASE --words=$WORDS --words_patches=0"
+WORDS_STAGE="config/photos/words.py $BASE --words=$WORDS --words_patch_weight=0"
 train words-4-epochs $WORDS_STAGE --epochs=4
 # These three were measured at temperature 1, which changes their entropy alone.
 train words-all-476-steps $WORDS_STAGE --temperature=1 --max_steps=476

@@ -27,6 +27,9 @@ ROWS = {
     "words stage, then 0.05, background 0.9": (["--words_background=0.9"],
                                                ["--words_background=0.9"]),
     "words stage of 400 steps, then 0.05": (["--max_steps=0", "--epochs=2"], []),
+    "words stage with patch weight 0.3, then 0.05": (["--words_patch_weight=0.3"], []),
+    "words stage, then 0.05, patch weight 0.3 in both": (["--words_patch_weight=0.3"],
+                                                         ["--words_patch_weight=0.3"]),
 }
 SCORES = ("gqa", "textvqa", "pope")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",

@@ -11,7 +11,7 @@ from support import settings
 
 def needs_words(cfg):
     """Return whether the settings ask for the words loss, for which an MLP has no words."""
-    return cfg.words_loss or cfg.stage == "words"
+    return cfg.words_loss > 0 or cfg.stage == "words"
 
 
 def needs_squares(cfg):

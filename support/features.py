@@ -24,9 +24,10 @@ def is_newer(path, made):
 def write_missing(vlm, dataset, folder, batch_size):
     """Write the patches of every picture of a dataset that `folder` does not hold yet, in float16.
 
-    The folder belongs to one tower, layer, size and pool; ValueError for another one.
+    The folder belongs to one tower, layer, size, pool and number of patches; ValueError for another.
     """
-    what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool, **dataset.image,
+    what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool,
+            "patches": vlm.num_patches, **dataset.image,
             **{f"tower's {part}": value for part, value in vlm.fingerprint["vision_tower"].items()}}
     path = f"{folder}/settings.json"
     stored = common.read_json(path) if os.path.isfile(path) else {}

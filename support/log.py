@@ -73,7 +73,10 @@ def plot_loss(path, out):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points), style, lw=1, ms=3, label=label)
-    axes.set(xlabel="step", ylabel="nats per trained token", yscale="log")
+    # With words_patch_weight the words loss can be below 0.
+    is_positive = all(line.get_ydata().min() > 0 for line in axes.lines)
+    axes.set(xlabel="step", ylabel="nats per trained token",
+             yscale="log" if is_positive else "linear")
     axes.legend()
     figure.savefig(out, dpi=120, bbox_inches="tight")
     plt.close(figure)

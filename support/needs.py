@@ -88,7 +88,7 @@ def places_of_patches(vlm, ids, num_tiles, P, image_sizes, tile):
     Both are int64[n] on the CPU. Tiles can have patches that show only border. The LLM does not
     read them, and so the answer needs nothing of them.
     """
-    # vlm.images knows where image embeds go, so let it arrange numbers instead of image embeds.
+    # arrange_images knows where image embeds go, so let it arrange numbers instead.
     first = 1e6                                 # so large a number stands in no newline
     embed = vlm.llm.get_input_embeddings()
     numbers = torch.zeros(num_tiles, vlm.num_patches, embed.embedding_dim, device=vlm.llm.device)

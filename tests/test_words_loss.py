@@ -53,7 +53,7 @@ def test_a_word_of_every_answer_teaches_less_than_a_rare_word():
 
 
 def test_a_patch_that_explains_no_word_learns_only_with_patches():
-    """Patch 0 says the answer's word 5, and patch 1 a word of no answer. Only words_patches moves patch 1."""
+    """Patch 0 says the answer's word 5, and patch 1 a word of no answer. Only patch_weight moves patch 1."""
     frequencies = torch.full((10,), 0.1)
     for patches, moves in ((0.0, False), (0.1, True)):
         scores = torch.zeros(1, 2, 10)

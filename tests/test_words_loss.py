@@ -131,6 +131,23 @@ def test_stage_words_learns_which_colour_a_picture_has(tiny, world, words_stage)
     assert right == 3
 
 
+def test_with_patch_weight_each_patch_says_more_of_the_answer(tiny, world, words_stage, tmp_path):
+    """By the same steps the colour of a picture gets more of each of its patches, and the loss may be below 0."""
+    out, argv = words_stage
+    argv = [*argv, f"--out={tmp_path}/each", f"--features={out}-features", "--words_patch_weight=2"]
+    assert train_here(argv) == 0 and os.path.getsize(tmp_path / "each" / "loss.png") > 0
+    assert min(row["loss"] for row in log_of(tmp_path / "each")) < 0
+    said = {}
+    for folder in (out, tmp_path / "each"):
+        vlm = checkpoint.load(str(folder))
+        dataset = data.Conversations([f"{world}/captions.json"], f"{world}/images", vlm.tokenizer,
+                                     vlm.num_patches, {**vlm.image_settings, "mode": "crop"}, "plain")
+        with torch.no_grad():
+            weights = [vlm.connector.weights(vlm.patch_features(dataset[i]["images"]))[0] for i in range(3)]
+        said[folder] = [w[:, vlm.words.index(f"Ġ{c}")].min().item() for c, w in zip(["red", "green", "blue"], weights)]
+    assert all(each > plain for plain, each in zip(*said.values()))
+
+
 def test_the_temperature_belongs_to_the_checkpoint_and_not_to_the_words_loss(tiny, world, tmp_path):
     outs = [tmp_path / "1", tmp_path / "half"]
     for out, temperature in zip(outs, (1.0, 0.5)):

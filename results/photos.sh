@@ -36,7 +36,7 @@ done
 # QUESTIONS: a folder with images/ and two files that `results/questions.py split` has written.
 [ -n "${MORE:-}" ] || exit 0
 REST="${VAL/report.json/report-more.json}"
-# All rows below were trained with words_patch_weight=0. Step 2: 160 steps of captions on SmolLM2, after a words stage at the
+# All rows below but two were trained with words_patch_weight=0. Step 2: 160 steps of captions on SmolLM2, after a words stage at the
 # paper's temperature, 1.
 for seed in 42 43; do
     train no-patches-$seed config/photos/words.py $BASE --words="$WORDS" --words_patch_weight=0 --seed=$seed
@@ -64,11 +64,14 @@ kept = set(sorted({record['image'] for record in records})[::4])
 json.dump([record for record in records if record['image'] in kept], open('$OUT/quarter.json', 'w'))"
 WORDS_STAGE="config/photos/words.py $BASE --words=$WORDS --words_patch_weight=0"
 train words-4-epochs $WORDS_STAGE --epochs=4
+# With the patches' part again:
+train words-patches-all-476-steps $WORDS_STAGE --words_patch_weight=0.3 --max_steps=476
+train words-patches-quarter-476-steps $WORDS_STAGE --words_patch_weight=0.3 --data="$OUT/quarter.json"
 # These three were measured at temperature 1, which changes their entropy alone.
 train words-all-476-steps $WORDS_STAGE --temperature=1 --max_steps=476
 train words-quarter-476-steps $WORDS_STAGE --temperature=1 --data="$OUT/quarter.json"
 train words-112-pixels-476-steps $WORDS_STAGE --temperature=1 --image_size=112 --pool=1 --max_steps=476 --features="$OUT/features112"
-for name in 4-epochs all-476-steps quarter-476-steps 112-pixels-476-steps; do measure words-$name="$OUT/words-$name" $REST --number 1000 --words_only; done
+for name in 4-epochs patches-all-476-steps patches-quarter-476-steps all-476-steps quarter-476-steps 112-pixels-476-steps; do measure words-$name="$OUT/words-$name" $REST --number 1000 --words_only; done
 measure smollm2-4-epochs="$OUT/words-4-epochs" $REST --number 96 --prompt
 for name in step2-42 mlp; do
     train "questions-$name" config/photos/questions.py --init="$OUT/$name" --data="$QUESTIONS/train.json" \

@@ -7,9 +7,9 @@ a frozen LLM, "sft" both. STAGES below has all stages.
     torchrun --nproc_per_node=8 train.py config/paper/sft.py --init=out/moved --out=out/sft
     python train.py config/paper/sft.py --llm=Qwen/Qwen2.5-14B-Instruct --dry_run
 
-The settings are below. A config file holds those that differ, and `--key=value` overrides both. If
-a run was stopped, start the same command again. It continues to the same bits on the same machine,
-on CUDA with --deterministic only. The result is a checkpoint folder, see checkpoint.py.
+The settings are below. A config file holds those that differ, and `--key=value` overrides both. To
+go on with a stopped run, start the same command again. On one machine the result is the same to the
+bit (on CUDA with --deterministic only). The result is a checkpoint folder, see checkpoint.py.
 """
 import math
 import os
@@ -99,8 +99,8 @@ class Settings:
                                      "auto: bfloat16 if the hardware has it, else float32",
                          choices=("bfloat16", "float32", "auto"))
     attention: str = setting("", common.ATTENTION)
-    plain_bytes: int = setting(0, "scores up to this size run the plain formula, see fused.py; 0: "
-                                  "1/32 of the memory", low=0)
+    plain_bytes: int = setting(0, "bytes of scores up to which the plain formula runs; 0: 1/32 of "
+                                  "the memory", low=0)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first step")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
     checkpointing: bool = setting(False, "recompute the LLM's activations: slower, less memory")

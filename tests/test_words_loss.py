@@ -14,7 +14,7 @@ import data
 import model
 import train
 from conftest import settings, train_here
-from support import pictures
+from support import features, pictures
 
 
 def log_of(out):
@@ -202,6 +202,18 @@ def test_cached_features_of_another_layer_are_refused(tiny, world, words_stage, 
     with pytest.raises(ValueError, match="holds the patches of .*'layer': -2.*another layer"):
         train.main(train.read_settings(settings(tiny, world, tmp_path / "other", "--stage=words",
                                                 f"--features={out}-features", "--vision_layer=-1")))
+
+
+def test_cached_features_with_a_cls_token_are_others(tiny, world, words_stage):
+    """Who keeps the CLS token adds one to num_patches: the cache without it must not be taken."""
+    out, _ = words_stage
+    vlm = checkpoint.load(str(out))
+    dataset = data.Conversations([f"{world}/captions.json"], f"{world}/images", vlm.tokenizer,
+                                 vlm.num_patches, {**vlm.image_settings, "mode": "crop"}, "plain")
+    features.write_missing(vlm, dataset, f"{out}-features", 8)
+    vlm.num_patches += 1
+    with pytest.raises(ValueError, match="another patches"):
+        features.write_missing(vlm, dataset, f"{out}-features", 8)
 
 
 def test_pretraining_starts_from_stage_words_and_logs_both_losses(tiny, world, words_stage,

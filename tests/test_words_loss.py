@@ -15,6 +15,7 @@ import model
 import train
 from conftest import settings, train_here
 from support import features, pictures
+from support.log import plot_loss
 
 
 def log_of(out):
@@ -146,6 +147,26 @@ def test_with_patch_weight_each_patch_says_more_of_the_answer(tiny, world, words
             weights = [vlm.connector.weights(vlm.patch_features(dataset[i]["images"]))[0] for i in range(3)]
         said[folder] = [w[:, vlm.words.index(f"Ġ{c}")].min().item() for c, w in zip(["red", "green", "blue"], weights)]
     assert all(each > plain for plain, each in zip(*said.values()))
+
+
+def test_the_background_is_read_by_the_training(tiny, world, tmp_path):
+    """Before any training the words' frequencies explain a caption better than the patches do."""
+    losses = []
+    for background in (0.0, 0.9):
+        argv = settings(tiny, world, tmp_path / str(background), "--stage=words", "--max_steps=1",
+                        f"--words_background={background}")
+        assert train_here(argv) == 0
+        losses.append(log_of(tmp_path / str(background))[0]["loss"])
+    assert losses[1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("lowest, scale", [(0.5, "log"), (-0.5, "linear")])
+def test_the_plot_shows_a_loss_below_0(lowest, scale, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i, loss in enumerate((2, lowest))))
+    plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert plt.gcf().axes[0].get_yscale() == scale
 
 
 def test_the_temperature_belongs_to_the_checkpoint_and_not_to_the_words_loss(tiny, world, tmp_path):

@@ -196,7 +196,7 @@ class Config:
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size
     pool: int = 1                       # the mean of pool x pool patches becomes one patch
-    tiles: tuple = ()                   # LLaVA-NeXT's grids in pixels, ((336, 672), (672, 336))
+    tiles: tuple = ()                   # grids of tiles, ((width, height), ...) in pixels; (): none
 
 
 def make_connector(config, Dv, D):

@@ -85,7 +85,7 @@ class Settings:
     connector_lr: float = setting(1e-3, "learning rate of the connector", low=0)
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
-    words_loss: float = setting(0.0, "weight of the words loss beside an LLM's loss; for softmax", low=0)
+    words_loss: float = setting(0.0, "weight of the words loss in LLM stages; for softmax", low=0)
     words_background: float = setting(0.9, "weight of the background in the words loss; 0: none",
                                       low=0, high=0.99)
     words_patch_weight: float = setting(0.0, "weight of the words loss's second part", low=0)

@@ -25,12 +25,15 @@ train() {                                           # train NAME CONFIG [--key=v
 transfer() { [ -f "$OUT/$2/config.json" ] || "$PYTHON" transfer.py "$OUT/$1" "$GEMMA" --out "$OUT/$2" "${@:3}"; }
 measure() { "$PYTHON" results/photos.py "$@"; }
 BASE="$HERE --vision_tower=$TOWER --llm=$SMOL"
-for seed in 42 43; do
-    train words-$seed config/photos/words.py $BASE --words="$WORDS" --seed=$seed
-    transfer words-$seed gemma-$seed
-    measure words-$seed="$OUT/words-$seed" $VAL --number 1000 --words_only
-    measure smollm2-$seed="$OUT/words-$seed" gemma-$seed="$OUT/gemma-$seed" $VAL --number 96 --prompt
-done
+words_alone() {                                     # words_alone PREFIX SEED "where to measure" [--key=value ...]
+    local prefix=$1 seed=$2 where=$3; shift 3
+    local words=${prefix}words-$seed gemma=${prefix}gemma-$seed
+    train $words config/photos/words.py $BASE --words="$WORDS" --seed=$seed "$@"
+    transfer $words $gemma
+    measure $words="$OUT/$words" $where --number 1000 --words_only
+    measure ${prefix}smollm2-$seed="$OUT/$words" $gemma="$OUT/$gemma" $where --number 96 --prompt
+}
+for seed in 42 43; do words_alone "" $seed "$VAL"; done
 
 # MORE=1: captions on SmolLM2, the baselines, fewer steps and photographs, and questions. Some hours of two cores.
 # QUESTIONS: a folder with images/ and two files that `results/questions.py split` has written.
@@ -39,10 +42,7 @@ REST="${VAL/report.json/report-more.json}"
 # All rows below but two were trained with words_patch_weight=0. Step 2: 160 steps of captions on SmolLM2, after a words stage at the
 # paper's temperature, 1.
 for seed in 42 43; do
-    train no-patches-$seed config/photos/words.py $BASE --words="$WORDS" --words_patch_weight=0 --seed=$seed
-    transfer no-patches-$seed no-patches-gemma-$seed
-    measure no-patches-$seed="$OUT/no-patches-$seed" $REST --number 1000 --words_only
-    measure no-patches-smollm2-$seed="$OUT/no-patches-$seed" no-patches-gemma-$seed="$OUT/no-patches-gemma-$seed" $REST --number 96 --prompt
+    words_alone no-patches- $seed "$REST" --words_patch_weight=0
     train step1-$seed config/photos/words.py $BASE --words="$WORDS" --words_patch_weight=0 --temperature=1 --seed=$seed
     train step2-$seed config/photos/pretrain.py $HERE --init="$OUT/step1-$seed" --seed=$seed
     transfer step2-$seed step2-gemma-$seed

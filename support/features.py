@@ -24,7 +24,7 @@ def is_newer(path, made):
 def write_missing(vlm, dataset, folder, batch_size):
     """Write the patches of every picture of a dataset that `folder` does not hold yet, in float16.
 
-    The folder belongs to one tower, layer, size, pool and number of patches; ValueError for another.
+    The folder belongs to one tower, layer, size, pool and number of patches. ValueError for others.
     """
     what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool,
             "patches": vlm.num_patches, **dataset.image,

@@ -73,6 +73,16 @@ def test_a_word_that_no_patch_says_and_no_background_has_a_finite_loss_and_a_gra
     assert loss.item() == pytest.approx(300) and scores.grad.isfinite().all() and (scores.grad[..., 5] < -0.2).all()
 
 
+def test_a_word_that_was_not_counted_has_a_finite_loss():
+    """word_frequencies reads a part of large data, so an answer may have a word of frequency 0."""
+    scores = torch.zeros(1, 4, 10, requires_grad=True)
+    frequencies = torch.full((10,), 1 / 9)
+    frequencies[5] = 0
+    loss = model.words_loss(scores, torch.tensor([5]), frequencies, 0.9, 0.3)
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all() and (scores.grad[..., 5] < 0).all()
+
+
 @pytest.mark.parametrize("H", [6, 40])
 def test_initial_W_keep_the_angles_of_the_words(H):
     torch.manual_seed(0)

@@ -9,8 +9,9 @@ Both sides train in one small world, which the working tree's pocket.py makes, w
 their own commit. Losses and gradient norms are compared. It takes less than a minute on two CPU
 cores. The exit status is 0 if all are the same to the bit, or within --tolerance.
 
-A commit that changes a sum writes the log anew and says why in its message. CPUs round sums
-differently, so against a log of another machine only --tolerance can hold.
+A commit that changes a sum writes the log anew and says why in its message. Every x86 processor
+computes with AVX2 here, so that a log holds to the bit on another one. On other machines, and where
+torch is another version, only --tolerance can hold.
 """
 import argparse
 import io
@@ -33,8 +34,10 @@ from common import read_json, run_script, write_json  # noqa: E402
 STEPS = 20
 STAGES = ("pretrain", "sft")
 NUMBERS = ("loss", "grad_norm")             # of log.jsonl
-# One thread, because the number of threads changes the order of sums.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "",
+# One thread, because the number of threads changes the order of sums, and so does the width of the
+# processor's vectors. With AVX2 the pocket's LLM is trained in float32 everywhere, too.
+ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+               "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "",
                "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -50,9 +50,9 @@ def test_the_ways_of_the_combination_compute_the_same():
 
 
 def test_eval_answers_as_the_loop_does(capsys):
-    speed, same = bench.bench_eval("eval", *configs(), side=24, images=3, each=4)
+    speed, single, same = bench.bench_eval("eval", *configs(), side=24, images=3, each=4)
     assert same["value"] == 1 and same["reached"] == "reached" and same["detail"]["compared"] == 12
-    assert same["detail"]["distinct"] > 6 and speed["value"] > 0
+    assert same["detail"]["distinct"] > 6 and speed["value"] > 0 and single["value"] > 0
     assert "equal to the loop's" in capsys.readouterr().out
 
 
@@ -147,7 +147,7 @@ def test_llava_step_reports_speed_and_memory(dtype, stage, monkeypatch):
     # Compilation takes seconds and is tested with train.py.
     monkeypatch.setattr("torch.nn.Module.compile", lambda block, **options: made.append(block))
     rows = bench.bench_llava_step(*configs(), 24, 3, dtype, stage, "step")
-    floor, _, _, speed, memory = rows
+    floor, _, _, speed, _, memory = rows
     assert floor["detail"]["images"] == 3 and speed["bar"] == ">= 1.7" and len(made) > 1
     # LLaVA has the logits of 60 positions in memory, and this code those of 24.
     assert 0 < memory["value"] < 1

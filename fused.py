@@ -66,7 +66,7 @@ def combine(z, W, b, E, normalize):
             out = combine_raw(rows, W, b, E)
         else:
             out = SoftmaxCombine.apply(rows, W, b, E)
-    return out.to(dtype).view(*z.shape[:-1], E.shape[1])            # (P, D) -> (..., D)
+    return out.view(*z.shape[:-1], E.shape[1])                      # (P, D) -> (..., D)
 
 
 def combine_raw(z, W, b, E):
@@ -108,7 +108,7 @@ class SoftmaxCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, W, b, E):
-        """z float[P, H], W [K, H], b [K], E [K, D] -> out [P, D] in the dtype of the sums."""
+        """z float[P, H], W [K, H], b [K], E [K, D] -> out [P, D] in z's dtype."""
         P, D = len(z), E.shape[1]
         dtype = torch.promote_types(z.dtype, torch.float32)
         top = z.new_full((P, 1), torch.finfo(dtype).min, dtype=dtype)
@@ -120,7 +120,7 @@ class SoftmaxCombine(torch.autograd.Function):
             s = F.linear(z, Wk.to(z.dtype), bk.to(z.dtype))         # (P, H) -> (P, block)
             p, top, total, rescale = step(s, top, total)
             add_product(out.mul_(rescale), p, Ek.to(z.dtype))       # (P, block) x (block, D)
-        out.div_(total)
+        out = out.div_(total).to(z.dtype)                           # as attention kernels keep it
         ctx.save_for_backward(z, W, b, E, out, top, total.log())
         return out
 
@@ -129,8 +129,7 @@ class SoftmaxCombine(torch.autograd.Function):
     def backward(ctx, g):
         """g float[P, D] -> gradients of z, W and b, each in the dtype of its tensor."""
         z, W, b, E, out, top, log_total = ctx.saved_tensors
-        shift = (g * out).sum(dim=1, keepdim=True)                  # (P, 1) g . out
-        g = g.to(z.dtype)
+        shift = (g.to(top.dtype) * out).sum(dim=1, keepdim=True)    # (P, 1) g . out
         dz, dW, db = torch.zeros_like(z, dtype=top.dtype), torch.empty_like(W), torch.empty_like(b)
         step = compiled(backward_step) if len(z) * len(W) >= COMPILE_FROM else backward_step
         for start in range(0, len(W), block_size(z.device)):

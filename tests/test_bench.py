@@ -46,7 +46,11 @@ def test_the_ways_of_the_combination_compute_the_same():
         results = [way(normalize) for way in (at.ours, at.plain)]
         for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain)
-    assert bench.extra_memory(at.ours) < 0.5 * bench.extra_memory(at.plain)
+    half = bench.Combination(P=48, H=16, K=8192, dtype=torch.bfloat16)
+    half.ours()
+    half.plain()
+    for each in (at, half):             # bfloat16: no copies of output and gradient in float32
+        assert bench.extra_memory(each.ours) < 0.5 * bench.extra_memory(each.plain)
 
 
 def test_eval_answers_as_the_loop_does(capsys):

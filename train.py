@@ -101,7 +101,8 @@ class Settings:
     attention: str = setting("", common.ATTENTION)
     plain_bytes: int = setting(0, "bytes of scores up to which the plain formula runs; 0: 1/32 of "
                                   "the memory", low=0)
-    compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first step")
+    compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first "
+                                   "step; on a CPU in bfloat16 with attention=eager")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
     checkpointing: bool = setting(False, "recompute the LLM's activations: slower, less memory")
     device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank",

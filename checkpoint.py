@@ -149,7 +149,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
 def check_saved(vlm, folder):
     """Raise a ValueError if the parts that were just written to `folder` cannot be loaded.
 
-    Of the LLM and the tower only the names and sizes of the weights are read, which is quick.
+    With accelerate only the names and sizes of the weights of LLM and tower are read: quick.
     """
     read_tensors(f"{folder}/connector.safetensors", vlm.connector.state_dict())
     if vlm.words:

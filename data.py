@@ -39,7 +39,7 @@ class Conversations:
     [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
         "images": float32[n, 3, S, S], "image_sizes": [(width, height), ...]}, or a BadSample that
         names file, record and id. train.py decides what to do with it. "words" is the shared word
-        of each trained token, or -1. "image_sizes" is None without tiles.
+        of each trained token, or -1. With features "images" are float16[n, P, Dv].
     """
 
     def __init__(self, paths, image_folder, tokenizer, num_patches, image, template="chat",
@@ -201,7 +201,7 @@ def without_images(batch):
     """Return the batch with its images hidden from attention and the positions closed up.
 
     The trained tokens are the same. If a row starts with an image (template "plain" without BOS),
-    its last patch stays visible, because it predicts the first word. All its numbers are 0.
+    its last patch stays visible, because it predicts the first word. All pixels are 0.
     """
     is_image = batch["input_ids"] == IMAGE_ID                           # (B, T)
     front = is_image.cumprod(1).bool()
@@ -266,7 +266,7 @@ def plan(dataset, cfg):
 
 
 def micro_batches(indices, rank, world, batch_size):
-    """Return this rank's part of a step in batches of batch_size; all ranks get as many batches."""
+    """Return this rank's part of a step in batches; every rank gets the same number of them."""
     own = indices[rank::world]
     count = math.ceil(len(indices[::world]) / batch_size)
     return [own[i * batch_size:(i + 1) * batch_size] for i in range(count)]

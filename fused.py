@@ -102,8 +102,8 @@ class SoftmaxCombine(torch.autograd.Function):
 
         p_k = exp(s_k - top - log_total)        dL/ds_k = p_k (g . e_k - g . out)
 
-    so the sum over all words is one number for each patch. Subtract top and log_total one after the
-    other: at a top of 1e4 their float32 sum is wrong by 5e-4, and so would be every p_k.
+    so the sum over all words is one number for each patch. Subtract top first, then log_total. At a
+    top of 1e4 their sum in float32 is off by 5e-4, and every p_k would have this relative error.
     """
 
     @staticmethod

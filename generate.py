@@ -88,9 +88,9 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
 
     A prefix is the ids up to the last image token, and the numbers of the images. The arguments
     are those of `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the
-    number of ids of each image. The cache covers columns 0 to C - 1. Column C is the first one in
-    which a prompt has text after its images. The result is None if no two prompts share a prefix,
-    or if the LLM has layers of a type that cannot be copied.
+    number of ids of each image. The cache covers columns 0 to C - 1, where C is the first column
+    that holds text after the images in any prompt. The result is None if no two prompts share a
+    prefix, if C is 0, or if the LLM has layers of a type that cannot be copied.
     """
     B, T = mask.shape
     remaining_images = iter(image_index)

@@ -110,9 +110,9 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
     a softmax of the scores at temperature 1. This loss is this project's own and needs no LLM.
 
     Each word needs a patch: -log p(word), where p is (1 - background) * the mean over patches of
-    p(word | patch) + background * frequency. By the mean, each patch can name another word. The
+    p(word | patch) + background * frequency. The mean lets each patch name another word. The
     frequency explains "a" and "the", which are in every answer and which no patch should say.
-    Each patch needs a word: -log of the sum over words of p(word | patch) / frequency, its mean
+    Each patch needs a word: -log of the sum over targets of p(word | patch) / frequency, averaged
     over patches, times n * patch_weight. Without it a patch that explains no word learns nothing.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
@@ -258,7 +258,7 @@ class VLM(nn.Module):
         if pixel_values.dim() == 3:
             return pixel_values.to(self.vision_tower.device)
         trains = any(p.requires_grad for p in self.vision_tower.parameters())
-        # No autocast for a frozen tower: its patches must be the same in training and evaluation.
+        # No autocast for a frozen tower: it computes in its own dtype.
         device = pixel_values.device.type
         autocast = torch.autocast(device, enabled=trains and torch.is_autocast_enabled(device))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains), autocast:

@@ -43,7 +43,7 @@ class Settings:
     stage: str = setting("pretrain", "what trains, see STAGES", choices=tuple(STAGES))
     out: str = setting("", "the checkpoint folder to write")
     init: str = setting("", "start from this checkpoint's connector, LLM and vision tower")
-    # The model. With init these come from the checkpoint.
+    # The model. With init these come from the checkpoint; only tiles may be changed.
     vision_tower: str = setting("", "hub name or folder")
     llm: str = setting("", "hub name or folder")
     words: str = setting("", "the shared vocabulary, as vocab.py writes it")
@@ -99,10 +99,10 @@ class Settings:
                                      "auto: bfloat16 if the hardware has it, else float32",
                          choices=("bfloat16", "float32", "auto"))
     attention: str = setting("", common.ATTENTION)
-    plain_bytes: int = setting(0, "bytes of scores up to which the plain formula runs; 0: 1/32 of "
-                                  "the memory", low=0)
+    plain_bytes: int = setting(0, "bytes of softmax scores, as float32, up to which the plain "
+                                  "formula runs; 0: 1/32 of the memory", low=0)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first "
-                                   "step; on a CPU in bfloat16 with attention=eager")
+                                   "step; on a CPU in bfloat16 attention=eager is faster still")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
     checkpointing: bool = setting(False, "recompute the LLM's activations: slower, less memory")
     device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank",
@@ -320,7 +320,7 @@ def main(cfg):
             checkpoint.save(vlm, f"{cfg.out}/steps/{step:06d}", cfg.stage, **save_kwargs)
             wait_for_all()
 
-        # 1. Set the learning rates. Seed by step and rank, so that a resumed run drops out alike.
+        # 1. Set the learning rates. Seed by step and rank, so that dropout repeats after a resume.
         step_time = time.time()
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + ranks.rank)
         for group in optimizer.param_groups:

@@ -4,7 +4,7 @@ Move a trained LangBridge to another LLM, without training.
     python transfer.py SRC TGT [--out DIR] [--eval DATA.json]
 
 SRC is a checkpoint folder, after pretraining ("Pretrain-LB" in the paper) or after SFT ("SFT-LB").
-TGT is any causal LLM, a hub name or a folder. The tensors of the connector and the list of words
+TGT is a causal LLM, a hub name or a folder. The tensors of the connector and the list of words
 move. The LLM, its tokenizer and E are replaced: E becomes the new LLM's own input embeddings of the
 same words. The new checkpoint works as it is. `train.py config/pocket/sft.py --init=DIR --out=...`
 trains it on.
@@ -32,10 +32,10 @@ def read_arguments():
     add("--eval", metavar="DATA.json", help="LLaVA-format captions to measure both LLMs on")
     add("--vision_tower", help="where the same tower is, if not under the name in SRC/config.json")
     add("--map", metavar="words.json", help="move an MLP by a linear map, fitted on these words")
-    add("--images", help="folder of their images (default: images/ beside DATA.json)")
+    add("--images", help="folder of the images of --eval (default: images/ beside it)")
     add("--tasks", help="benchmarks of eval.py to run on SRC and on the result, such as pope,gqa")
     add("--data", help="the folder of the benchmarks, as for eval.py")
-    add("--limit", type=int, default=128, help="images to use, in batches of 16 (default 128)")
+    add("--limit", type=int, default=128, help="of --eval: images to use, in batches of 16 (default 128)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--attention", help=common.ATTENTION)
     add("--device", help="default: cuda if there is one, else cpu; auto spreads the LLM over GPUs")

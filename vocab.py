@@ -2,8 +2,8 @@
 The shared vocabulary: the words that several tokenizers have in common, most frequent first.
 
 A word is a sequence of bytes, written as a string in the GPT-2 byte alphabet: "Ġthe" is b" the".
-All tokenizers map to this one form. Byte-level BPE spells its tokens so already. SentencePiece
-writes a space as "▁" and a byte as "<0xAB>". words.json is a JSON list of words by rank. It holds
+Byte-level BPE and SentencePiece map to this one form. The first spells its tokens so already. The
+second writes a space as "▁" and a byte as "<0xAB>". words.json is a JSON list of words by rank. It holds
 no ids, because each tokenizer gives its own.
 
     python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
@@ -204,9 +204,6 @@ def read_arguments():
     add("--out", required=True, metavar="words.json")
     add("--overwrite", action="store_true", help="replace existing files")
     add("--offline", action="store_true", help=OFFLINE)
-    if any(argument.startswith("--import-official") for argument in sys.argv[1:]):
-        raise ValueError("--import-official is now python tools/import_official.py "
-                         "FILE --tokenizer A --out words.json")
     args = parser.parse_args()
     if args.offline:
         go_offline()

@@ -30,8 +30,6 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html")
 
 
 def read_arguments():
-    if "--study" in sys.argv:
-        sys.exit("words.py: --study has moved to a script of its own, python results/study.py")
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

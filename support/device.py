@@ -80,9 +80,9 @@ def set_precision(dtype):
 def be_deterministic():
     """Let each operation on CUDA add in the same order in each run. Call it before CUDA computes.
 
-    Of torch's attention, flash and memory-efficient remain, in a deterministic mode; cuDNN's does
-    not. With warn_only=True their backward passes would add in any order. An operation that has no
-    such mode raises a RuntimeError.
+    torch's flash and memory-efficient attention stay allowed, in a deterministic mode; cuDNN's does
+    not. With warn_only=True they would add in any order in the backward pass. An operation without
+    such a mode raises a RuntimeError.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it

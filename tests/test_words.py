@@ -568,8 +568,6 @@ def test_read_agrees_with_the_connector(checkpoints):
 def test_a_wrong_call_is_one_sentence(checkpoints, world, tmp_path):
     done = run("words.py", tmp_path, world / "images" / "0.png", check=False)
     assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and "no checkpoint" in done.stderr
-    done = run("words.py", "--study", tmp_path, "--data", "d", "--images", "i", check=False)
-    assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and "results/study.py" in done.stderr
 
 
 # --- the study
@@ -676,28 +674,6 @@ def test_arguments_that_do_not_fit(script, argv, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         script.read_arguments()
     assert stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("a.py: error: ")
-
-
-# --- results/ablations.py
-
-def test_the_table_of_ablations(tmp_path):
-    for name, seed, gqa in (("base", 1, 80.0), ("base", 2, 84.0), ("none-1e-3", 1, 70.0), ("mlp-64", 1, 50.0),
-                            ("width-64", 1, 60.0)):
-        folder = tmp_path / "runs" / f"seed{seed}" / name / "eval"
-        folder.mkdir(parents=True)
-        tasks = {"gqa": {"accuracy": gqa}, "textvqa": {"accuracy": 25.0}, "pope": {"mean_f1": 0.5}}
-        (folder / "results.json").write_text(json.dumps({"tasks": tasks}))
-    run("results/ablations.py", tmp_path / "runs", tmp_path / "ablations")
-    assert len(json.loads((tmp_path / "ablations.json").read_text())) == 5 and (tmp_path / "ablations.png").exists()
-    assert (tmp_path / "ablations.md").read_text().splitlines()[2:] == [
-        "| what the weights are | unit, 512 words, 256 wide | 82.0 ± 2.8 | 25.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
-        "|  | raw scores, rate 1e-3 in stage 1 | 70.0 | 25.0 | 50.0 | 1 |",
-        "| how wide | 64 wide | 60.0 | 25.0 | 50.0 | 1 |",
-        "|  | unit, 512 words, 256 wide | 82.0 ± 2.8 | 25.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
-        "| an MLP instead | unit, 512 words, 256 wide | 82.0 ± 2.8 | 25.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
-        "|  | MLP, 64 wide | 50.0 | 25.0 | 50.0 | 1 |"]
-    done = run("results/ablations.py", tmp_path, tmp_path / "nothing", check=False)
-    assert done.returncode != 0 and "holds no" in done.stderr and "Traceback" not in done.stderr
 
 
 class Far(torch.Tensor):

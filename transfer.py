@@ -35,7 +35,7 @@ def read_arguments():
     add("--images", help="folder of the images of --eval (default: images/ beside it)")
     add("--tasks", help="benchmarks of eval.py to run on SRC and on the result, such as pope,gqa")
     add("--data", help="the folder of the benchmarks, as for eval.py")
-    add("--limit", type=int, default=128, help="of --eval: images to use, in batches of 16 (default 128)")
+    add("--limit", type=int, default=128, help="images of --eval, in batches of 16 (default 128)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--attention", help=common.ATTENTION)
     add("--device", help="default: cuda if there is one, else cpu; auto spreads the LLM over GPUs")

@@ -3,8 +3,8 @@ The shared vocabulary: the words that several tokenizers have in common, most fr
 
 A word is a sequence of bytes, written as a string in the GPT-2 byte alphabet: "Ġthe" is b" the".
 Byte-level BPE and SentencePiece map to this one form. The first spells its tokens so already. The
-second writes a space as "▁" and a byte as "<0xAB>". words.json is a JSON list of words by rank. It holds
-no ids, because each tokenizer gives its own.
+second writes a space as "▁" and a byte as "<0xAB>". words.json is a JSON list of words by rank. It
+holds no ids, because each tokenizer gives its own.
 
     python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
 """

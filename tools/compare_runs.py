@@ -9,9 +9,9 @@ Both sides train in one small world, which the working tree's pocket.py makes, w
 their own commit. Losses and gradient norms are compared. It takes less than a minute on two CPU
 cores. The exit status is 0 if all are the same to the bit, or within --tolerance.
 
-A commit that changes a sum writes the log anew and says why in its message. Every x86 processor
-computes with AVX2 here, so that a log holds to the bit on another one. On other machines, and where
-torch is another version, only --tolerance can hold.
+A commit that changes a sum writes the log anew and says why in its message. An x86 processor
+computes with AVX2 here, so that a log of a Zen 3 holds to the bit on a Zen 4. Elsewhere (Intel was
+not tried), and where torch is another version, only --tolerance may hold.
 """
 import argparse
 import io

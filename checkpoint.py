@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
 from common import read_json, write_json
-from model import VLM, Config, make_connector, vocab_embeds
+from model import VLM, Config, make_connector, embed_words
 from vocab import load_words, save_words, words_hash
 from support import fingerprint, sharding
 from support.device import set_precision
@@ -70,7 +70,7 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
     def finish():
         """Do what needs the LLM's weights."""
         if words:
-            connector.vocab_embeds = vocab_embeds(llm, tokenizer, words).to(device, frozen_dtype)
+            connector.vocab_embeds = embed_words(llm, tokenizer, words).to(device, frozen_dtype)
         probe_llm(vlm, frozen_dtype)
 
     vlm.fingerprint = {"llm": fingerprint.of_llm(llm.config.name_or_path or config.llm, tokenizer),

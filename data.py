@@ -37,7 +37,7 @@ class Conversations:
         support/features.py.
     tiles: see model.Config. With tiles an image is n rows of "images" and not one.
     [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
-        "images": float32[n, 3, S, S], "image_sizes": [(width, height), ...]}, or a BadSample that
+        "images": float32[n, 3, S, S], "picture_sizes": [(width, height), ...]}, or a BadSample that
         names file, record and id. train.py decides what to do with it. "words" is the shared word
         of each trained token, or -1. With features "images" are float16[n, P, Dv].
     """
@@ -90,12 +90,12 @@ class Conversations:
             images, counts = [], []                 # counts: the ids of each image
             sizes = [] if self.tiles else None
             for path in paths:
-                pixels, image_size = self.read_image(path)
+                pixels, picture_size = self.read_image(path)
                 images.append(pixels)
-                counts.append(num_tokens(image_size, self.num_patches, self.tiles,
+                counts.append(num_tokens(picture_size, self.num_patches, self.tiles,
                                          self.image["size"]))
                 if self.tiles:
-                    sizes.append(image_size)
+                    sizes.append(picture_size)
             ids, labels = self.encode(messages, counts) if self.tokenizer else ([], [])
         except ValueError as error:
             where = f"{self.places[i]} (id {str(record.get('id'))[:60]!r})"
@@ -108,7 +108,7 @@ class Conversations:
                 "labels": torch.tensor(labels, dtype=torch.int64),
                 "words": torch.tensor(words, dtype=torch.int64),
                 "images": torch.cat(images) if images else torch.zeros(0, 3, size, size),
-                "image_sizes": sizes}
+                "picture_sizes": sizes}
 
     def read_image(self, path):
         """Return (a picture's pixels float32[n, 3, S, S], (width, height) of the picture).
@@ -165,7 +165,7 @@ def collate(samples, pad_id, pad_to=1):
     """Return a batch of samples, padded on the right to a T that is a multiple of pad_to.
 
     {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
-     "pixel_values": float32[N, 3, S, S], "image_sizes": [(width, height), ...] with tiles, else
+     "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...] with tiles, else
      None, "bad": [str]}
     Images are in the order of their places in input_ids. A BadSample is left out, and its sentence
     is in "bad". The mask comes from lengths and not from values, because "!" is id 0 for Qwen.
@@ -188,12 +188,12 @@ def collate(samples, pad_id, pad_to=1):
         mask[b, :n] = 1
     with_images = [s for s in good if len(s["images"])]
     images = torch.cat([s["images"] for s in with_images] or [torch.zeros(0, 3, 0, 0)])
-    sizes = [s.get("image_sizes") for s in with_images]
+    sizes = [s.get("picture_sizes") for s in with_images]
     sizes = sum(sizes, []) if sizes and None not in sizes else None
     return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels, "words": words,
             "attention_mask": mask, "position_ids": torch.arange(T).repeat(B, 1),
             "pixel_values": images,                                     # (N, 3, S, S)
-            "image_sizes": sizes,
+            "picture_sizes": sizes,
             "bad": [str(s) for s in samples if isinstance(s, BadSample)]}
 
 

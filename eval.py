@@ -117,13 +117,13 @@ def answer_batch(vlm, batch, prompts, loaded, max_new_tokens):
     # Each image is sent once; image_index names its number for each question that has an image.
     images = list(loaded)
     image_index = [images.index(q["image"]) for q in batch if q["image"]]
-    pixel_values, image_sizes = None, None
+    pixel_values, picture_sizes = None, None
     if images:
-        pixel_values, image_sizes = zip(*[future.result() for future in loaded.values()])
+        pixel_values, picture_sizes = zip(*[future.result() for future in loaded.values()])
         pixel_values = torch.cat(pixel_values)                              # (N, 3, S, S)
     # Greedy, as the papers do. Up to rounding, an answer does not depend on its batch.
     answers = generate(vlm, prompts, pixel_values, max_new_tokens, image_index=image_index,
-                       image_sizes=image_sizes if vlm.config.tiles else None)
+                       picture_sizes=picture_sizes if vlm.config.tiles else None)
     return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 

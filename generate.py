@@ -22,11 +22,11 @@ CUDNN_ATTENTION = False
 
 @torch.no_grad()
 def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=None,
-             temperature=0.0, image_sizes=None):
+             temperature=0.0, picture_sizes=None):
     """Return the answer to each prompt: a list of B lists of new ids, without the end token.
 
     prompts: B lists of ids. pixel_values: float32[N, 3, S, S] or None. image_index: for each image
-    in the prompts, in reading order, its number; default 0, 1, 2, ... image_sizes: with tiles the
+    in the prompts, in reading order, its number; default 0, 1, 2, ... picture_sizes: with tiles the
     (width, height) of each image; without them each row of pixel_values is an image.
     temperature 0 takes the most probable token; above 0 tokens are drawn with torch's generator.
     Greedy answers do not depend on the other prompts of the batch, up to rounding. An answer also
@@ -34,8 +34,8 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
     """
     torch.backends.cuda.enable_cudnn_sdp(CUDNN_ATTENTION)
     device = vlm.llm.device
-    if image_sizes:
-        image_tokens = [vlm.num_tokens(image_size) for image_size in image_sizes]
+    if picture_sizes:
+        image_tokens = [vlm.num_tokens(picture_size) for picture_size in picture_sizes]
     else:
         image_tokens = [vlm.num_patches] * (0 if pixel_values is None else len(pixel_values))
     if image_index is None:
@@ -47,7 +47,7 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
     input_ids = torch.tensor(padded)                                                    # (B, T)
     mask = torch.tensor([[0] * n + [1] * (T - n) for n in padding], device=device)      # (B, T)
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)                                    # (B, T)
-    embeds = vlm.splice(input_ids, pixel_values, image_index, image_sizes)              # (B, T, D)
+    embeds = vlm.splice(input_ids, pixel_values, image_index, picture_sizes)            # (B, T, D)
 
     decoder = vlm.llm.get_decoder()
     cache_name = cache_argument(decoder)

@@ -141,7 +141,7 @@ def initial_W(E, H):
 
 
 @torch.no_grad()
-def vocab_embeds(llm, tokenizer, words):
+def embed_words(llm, tokenizer, words):
     """Return E, the LLM's own input embedding of each word: float32[K, D].
 
     A word that is not one token of this tokenizer gets the mean of the embeddings of its pieces.
@@ -277,26 +277,26 @@ class VLM(nn.Module):
         dtype = next(self.connector.parameters()).dtype
         return self.connector(patches.to(dtype))                    # (N, P, Dv) -> (N, P, D)
 
-    def num_tokens(self, image_size):
-        """Return how many ids a picture takes: image_size (width, height) in pixels -> int."""
-        return num_tokens(image_size, self.num_patches, self.config.tiles,
+    def num_tokens(self, picture_size):
+        """Return how many ids a picture takes: picture_size (width, height) in pixels -> int."""
+        return num_tokens(picture_size, self.num_patches, self.config.tiles,
                           self.image_settings["size"])
 
-    def arrange_images(self, image_embeds, image_sizes):
+    def arrange_images(self, image_embeds, picture_sizes):
         """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
-        image_sizes: the (width, height) of each image in pixels. It is None without tiles, where
+        picture_sizes: the (width, height) of each image in pixels. It is None without tiles, where
         each image is one square.
         """
-        if not image_sizes:
+        if not picture_sizes:
             return list(image_embeds)
-        return join_tiles(image_embeds, image_sizes, self.config.tiles, self.image_settings["size"],
-                          self.image_newline.to(image_embeds.dtype))
+        return join_tiles(image_embeds, picture_sizes, self.config.tiles,
+                          self.image_settings["size"], self.image_newline.to(image_embeds.dtype))
 
-    def splice(self, input_ids, pixel_values, image_index=None, image_sizes=None):
+    def splice(self, input_ids, pixel_values, image_index=None, picture_sizes=None):
         """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
 
-        input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; image_sizes: see
+        input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; picture_sizes: see
         `arrange_images`. Images fill the positions in reading order, row by row. image_index: which
         image stands at each place, default 0, 1, 2, ...; one that stands twice is encoded once.
         Keep the ids on the CPU. To find the image positions on a GPU, the CPU must wait for it.
@@ -322,7 +322,7 @@ class VLM(nn.Module):
                 blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
                 embeds = embeds + 0 * blank.sum().to(embeds.dtype)
             return embeds
-        images = self.arrange_images(self.encode(pixel_values), image_sizes)
+        images = self.arrange_images(self.encode(pixel_values), picture_sizes)
         if image_index is not None:
             images = [images[i] for i in image_index]
         image_embeds = torch.cat(images).to(embeds.dtype)           # (image positions, D)
@@ -338,11 +338,11 @@ class VLM(nn.Module):
         """Return the summed cross-entropy of the trained tokens (float32) and their number (int).
 
         batch: as data.collate makes it. The caller divides, because only the caller knows the
-        number of trained tokens in the whole global batch. `words_loss` is another loss.
+        number of trained tokens in the whole global batch. `sum_words_loss` is another loss.
         Ids, labels and masks stay on the CPU: to search them on a GPU, the CPU must wait for it.
         """
         embeds = self.splice(batch["input_ids"], batch["pixel_values"],
-                             image_sizes=batch.get("image_sizes"))  # (B, T, D)
+                             picture_sizes=batch.get("picture_sizes"))  # (B, T, D)
         # Attention is causal, so padding on the right needs no mask, and attention without a mask
         # is faster. Images that are hidden (data.without_images) do need the mask.
         mask = batch["attention_mask"]                              # (B, T)
@@ -361,7 +361,7 @@ class VLM(nn.Module):
         hidden = hidden.index_select(0, trained.to(hidden.device, non_blocking=True))
         return self.token_loss(hidden, targets), len(trained)
 
-    def words_loss(self, batch, background, patch_weight):
+    def sum_words_loss(self, batch, background, patch_weight):
         """Return the words loss summed over the words of all answers, and their number (int).
 
         batch: as for forward. Its "words" int64[B, T] holds for each trained token which shared

@@ -280,7 +280,7 @@ def main(cfg):
     if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
         sys.exit("shard does not go with LoRA: the adapter of a sharded LLM cannot be merged")
     optimizer = make_optimizer(vlm, cfg)
-    trained = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
     dataset, hashes = make_dataset(vlm, cfg)
     if needs_words(cfg):
         vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
@@ -306,7 +306,7 @@ def main(cfg):
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     # A part was trained if anything in it was, such as LoRA's weights in stage "pretrain".
-    trained_parts = {name.split(".")[0] for name, _ in trained}
+    trained_parts = {name.split(".")[0] for name, _ in trainable}
     save_kwargs = {"trained_parts": trained_parts, "dtype": getattr(torch, cfg.dtype),
                    "template": cfg.template, "image_mode": cfg.image_mode}
     # A signal may reach one rank only. Each step adds the signals of all ranks up. All ranks stop
@@ -330,7 +330,7 @@ def main(cfg):
         probe = cfg.probe_every and step % cfg.probe_every == 0
         sums, bad = accumulate(vlm, loader, len(batches[step]), autocast, device, probe, cfg)
         sums["stop"] = len(signals_received)
-        sums, grad_counts = sum_up(sums, trained)
+        sums, grad_counts = sum_up(sums, trainable)
         new_bad = int(sums["bad"])
         reason = report_bad(bad, new_bad, skipped, step, cfg)
         if reason:                                  # on every rank
@@ -343,8 +343,8 @@ def main(cfg):
         skipped += new_bad
 
         # 3. Divide once by the number of trained tokens, clip, and update.
-        reduce_gradients(trained, grad_counts, sums["trained"], sums["images"])
-        norm = clip_gradients(trained, cfg.clip)
+        reduce_gradients(trainable, grad_counts, sums["trained"], sums["images"])
+        norm = clip_gradients(trainable, cfg.clip)
         if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):       # the same on every rank
             ids = [dataset.records[i].get("id") for i in steps[step]]
             sys.exit(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; nothing "
@@ -462,12 +462,12 @@ def losses(vlm, batch, cfg):
     """
     weights = cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":
-        return *vlm.words_loss(batch, *weights), 0, 0
+        return *vlm.sum_words_loss(batch, *weights), 0, 0
     if not (cfg.words_loss and len(batch["pixel_values"])):
         return *vlm(batch), 0, 0
     # Both losses need the patches, so they are computed here, once.
     batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    return *vlm(batch), *vlm.words_loss(batch, *weights)
+    return *vlm(batch), *vlm.sum_words_loss(batch, *weights)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ BATCH_TOKENS = 4096             # of one batch
 CPU_OPERATIONS = 4e13           # of the whole test. A CPU needs minutes for so many
 
 
-def ask(vlm, question, template, image_size, pixels, patches, tile=0, mode=None):
+def ask(vlm, question, template, picture_size, pixels, patches, tile=0, mode=None):
     """Return the answer to a question as a string, and what it needs, None if that is not tested.
 
-    image_size: (width, height) of the picture. pixels float32[N, 3, S, S]: the picture, with tiles
+    picture_size: (width, height) in pixels. pixels float32[N, 3, S, S]: the picture, with tiles
     all N tiles. patches float[1, P, Dv]: of the tile that is tested. mode: by weights, of an MLP
     None. What the answer needs: {"patches": float32[P], "words": [(word, nats)]}, see `lost_nats`.
     """
     messages = [{"role": "user", "content": f"<image>\n{question}"}]
-    number = vlm.num_tokens(image_size)
+    number = vlm.num_tokens(picture_size)
     prompt = conversation.encode_prompt(messages, vlm.tokenizer, [number], template)
-    image_sizes = [image_size] if vlm.config.tiles else None
-    new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64, image_sizes=image_sizes)[0]
+    picture_sizes = [picture_size] if vlm.config.tiles else None
+    new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64, picture_sizes=picture_sizes)[0]
     answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
 
     words = strongest_words(mode) if mode else []
@@ -40,7 +40,7 @@ def ask(vlm, question, template, image_size, pixels, patches, tile=0, mode=None)
         print("note: what the answer needs is not tested:",
               "on a CPU it would take too long" if new_ids else "the answer is empty")
         return answer, None
-    lost = lost_nats(vlm, prompt, new_ids, pixels, image_sizes, patches, tile, words)
+    lost = lost_nats(vlm, prompt, new_ids, pixels, picture_sizes, patches, tile, words)
     return answer, {"patches": lost[0], "words": list(zip(words, lost[1].tolist()))}
 
 
@@ -52,18 +52,18 @@ def strongest_words(mode):
 
 
 @torch.no_grad()
-def lost_nats(vlm, prompt, answer, pixels, image_sizes, patches, tile=0, words=()):
+def lost_nats(vlm, prompt, answer, pixels, picture_sizes, patches, tile=0, words=()):
     """Return how much log-probability an answer loses without each patch, and without each word.
 
-    prompt, answer: lists of ids; image_sizes as for generate; the rest as for `ask`. -> float32[P]
-    and float32[n] for n words, in nats. Below 0 the answer is more probable without it.
+    prompt, answer: lists of ids; picture_sizes as for generate; the rest as for `ask`.
+    -> float32[P] and float32[n] for n words, in nats. Below 0 the answer is more probable without it.
     A removed patch gets the mean image embed of the tile. If it lost its position, all later tokens
     would move. A removed word has the weight 0 in all patches of the tile. The answer does not end
     with an end token, because it may have been cut off.
     """
     ids = torch.tensor([prompt + answer[:-1]])
-    embeds = vlm.splice(ids, pixels, image_sizes=image_sizes)       # (1, T, D)
-    read, places = places_of_patches(vlm, ids, len(pixels), patches.shape[1], image_sizes, tile)
+    embeds = vlm.splice(ids, pixels, picture_sizes=picture_sizes)       # (1, T, D)
+    read, places = places_of_patches(vlm, ids, len(pixels), patches.shape[1], picture_sizes, tile)
     # A change is a pair: positions, and their new image embeds. The first one changes nothing.
     changes = [(places[:0], embeds[0, :0])]
     changes += [(place, embeds[0, places].mean(dim=0)) for place in places]
@@ -82,7 +82,7 @@ def lost_nats(vlm, prompt, answer, pixels, image_sizes, patches, tile=0, words=(
     return of_patches, lost[len(read):]
 
 
-def places_of_patches(vlm, ids, num_tiles, P, image_sizes, tile):
+def places_of_patches(vlm, ids, num_tiles, P, picture_sizes, tile):
     """Return the patches of a tile that the LLM reads, and their positions in ids int64[1, T].
 
     Both are int64[n] on the CPU. Tiles can have patches that show only border. The LLM does not
@@ -93,7 +93,7 @@ def places_of_patches(vlm, ids, num_tiles, P, image_sizes, tile):
     embed = vlm.llm.get_input_embeddings()
     numbers = torch.zeros(num_tiles, vlm.num_patches, embed.embedding_dim, device=vlm.llm.device)
     numbers[tile, -P:] = first + torch.arange(P, device=numbers.device)[:, None]
-    numbers = torch.cat(vlm.arrange_images(numbers, image_sizes))[:, 0].cpu()
+    numbers = torch.cat(vlm.arrange_images(numbers, picture_sizes))[:, 0].cpu()
     is_patch = numbers >= first                                     # (image positions,)
     places = (ids[0] == conversation.IMAGE_ID).nonzero()[:, 0]      # (image positions,)
     return (numbers[is_patch] - first).long(), places[is_patch]

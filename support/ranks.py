@@ -134,15 +134,15 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sum_up(sums, trained):
-    """Return ({name: sum over all ranks}, for each trained parameter the ranks with a gradient).
+def sum_up(sums, trainable):
+    """Return ({name: sum over all ranks}, for each trainable parameter the ranks with a gradient).
 
     sums: {name: number, or a scalar on the device}. A parameter counts where it has a gradient.
     The CPU waits for the device here, once in a step.
     """
-    device = trained[0][1].device
+    device = trainable[0][1].device
     numbers = [0.0 if torch.is_tensor(value) else float(value) for value in sums.values()]
-    has_gradient = [float(p.grad is not None) for _, p in trained]
+    has_gradient = [float(p.grad is not None) for _, p in trainable]
     # A copy that blocks would make the CPU wait once more.
     totals = torch.tensor(numbers + has_gradient, dtype=torch.float64)
     totals = totals.to(device, non_blocking=True)
@@ -153,13 +153,13 @@ def sum_up(sums, trained):
     return dict(zip(sums, totals)), totals[len(sums):]
 
 
-def reduce_gradients(trained, grad_counts, tokens, images):
+def reduce_gradients(trainable, grad_counts, tokens, images):
     """Turn the gradients of all ranks' sums into that of the mean over `tokens`, on every rank.
 
     grad_counts: see sum_up. A parameter without a gradient on a rank counts as 0 there.
     SystemExit names a parameter that no rank's loss reached.
     """
-    for (name, p), count in zip(trained, grad_counts):
+    for (name, p), count in zip(trainable, grad_counts):
         needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM
         if not count and tokens and (images or not needs_images):
             sys.exit(f"{name} trains, but the loss does not depend on it: it got no gradient; "
@@ -172,10 +172,10 @@ def reduce_gradients(trained, grad_counts, tokens, images):
             reduce_sum(p.grad).div_(max(tokens, 1))
 
 
-def clip_gradients(trained, largest):
+def clip_gradients(trainable, largest):
     """Scale all gradients to a norm of at most `largest` (0: no limit). Return the norm before."""
-    sharded = [local(p.grad) for _, p in trained if isinstance(p, DTensor)]
-    replicated = [p.grad for _, p in trained if not isinstance(p, DTensor)]
+    sharded = [local(p.grad) for _, p in trainable if isinstance(p, DTensor)]
+    replicated = [p.grad for _, p in trainable if not isinstance(p, DTensor)]
     square = torch.nn.utils.get_total_norm(replicated).square()
     if sharded:
         square = square + reduce_sum(torch.nn.utils.get_total_norm(sharded).square())

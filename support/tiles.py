@@ -22,13 +22,13 @@ class Layout(NamedTuple):
     num_tokens: int     # of the first tile, of the grid, and one newline for each row of the grid
 
 
-def tile_layout(image_size, tiles, size, side):
-    """Return the Layout of a picture: image_size (width, height) in pixels.
+def tile_layout(picture_size, tiles, size, side):
+    """Return the Layout of a picture: picture_size (width, height) in pixels.
 
     tiles: the sizes of grids to choose from, (width, height) in pixels. size: S of a tile. side:
     patches along a side of a tile. Source: LLaVA-NeXT, select_best_resolution and unpad_image.
     """
-    width, height = image_size
+    width, height = picture_size
 
     def quality(tile):
         """Return the pixels that the picture keeps in this grid, then the pixels not wasted."""
@@ -48,11 +48,11 @@ def tile_layout(image_size, tiles, size, side):
     return Layout(columns, rows, top, left, side ** 2 + (H - 2 * top) * (W - 2 * left + 1))
 
 
-def num_tokens(image_size, num_patches, tiles, size):
+def num_tokens(picture_size, num_patches, tiles, size):
     """Return how many ids a picture takes. num_patches: P, of one square."""
     if not tiles:
         return num_patches
-    return tile_layout(image_size, tiles, size, math.isqrt(num_patches)).num_tokens
+    return tile_layout(picture_size, tiles, size, math.isqrt(num_patches)).num_tokens
 
 
 def check_tiles(tiles, size):
@@ -85,10 +85,10 @@ def cut_tiles(image, size, tiles):
     return [image.resize((size, size), Image.Resampling.BICUBIC), *grid]
 
 
-def join_tiles(image_embeds, image_sizes, tiles, size, newline):
+def join_tiles(image_embeds, picture_sizes, tiles, size, newline):
     """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
-    image_sizes: the (width, height) of each image in pixels. newline: float[D].
+    picture_sizes: the (width, height) of each image in pixels. newline: float[D].
     Each image has one square for the whole picture, and then one for each of its tiles. The LLM
     sees the patches of the first square. After them it sees those of the tiles as one grid, row by
     row, without the patches that show only border. Each row of the grid ends with `newline`.
@@ -98,8 +98,8 @@ def join_tiles(image_embeds, image_sizes, tiles, size, newline):
 
     side = math.isqrt(image_embeds.shape[1])
     images, start = [], 0
-    for image_size in image_sizes:
-        layout = tile_layout(image_size, tiles, size, side)
+    for picture_size in picture_sizes:
+        layout = tile_layout(picture_size, tiles, size, side)
         end = start + 1 + layout.rows * layout.columns
         square, grid = image_embeds[start], image_embeds[start + 1:end]
         grid = grid.unflatten(1, (side, side)).unflatten(0, (layout.rows, layout.columns))

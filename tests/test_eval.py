@@ -53,7 +53,7 @@ class Stub:
         self.num_patches, self.image_settings = 4, {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
         self.calls, self.die_after = [], die_after
 
-    def generate(self, ids, pixel_values, max_new_tokens, image_index, image_sizes=None):
+    def generate(self, ids, pixel_values, max_new_tokens, image_index, picture_sizes=None):
         if self.die_after == len(self.calls):
             raise KeyboardInterrupt
         self.calls.append([len(row) for row in ids])

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 PAGES = {name: open(os.path.join(ROOT, name), encoding="utf-8").read()
          for name in ("README.md", "docs/paper.md", "docs/results.md", "docs/cluster.md", "docs/promises.md",
-                      "docs/earlier.md", "docs/gallery.md")}
+                      "docs/gallery.md")}
 README = "\n".join(PAGES.values())
 COMMANDS = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
             for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.strip().startswith("#")]

@@ -35,11 +35,11 @@ TILES = ((24, 48), (48, 24), (48, 48), (72, 24), (24, 72))
 SIZES = {"tall": (30, 70), "wide": (61, 33), "square": (40, 40), "tiny": (5, 9), "line": (200, 3)}
 
 
-@pytest.mark.parametrize("image_size, tokens", [((336, 336), 1176), ((640, 480), 2340), ((480, 640), 2352), ((1024, 1024), 2928),
+@pytest.mark.parametrize("picture_size, tokens", [((336, 336), 1176), ((640, 480), 2340), ((480, 640), 2352), ((1024, 1024), 2928),
                                                 ((1920, 1080), 1948), ((800, 200), 1890), ((200, 800), 1944)])
-def test_the_releases_numbers_of_tokens(image_size, tokens):
+def test_the_releases_numbers_of_tokens(picture_size, tokens):
     """Measured with the released code on CLIP-L/336."""
-    assert tiles.num_tokens(image_size, 576, PAPER, 336) == tokens
+    assert tiles.num_tokens(picture_size, 576, PAPER, 336) == tokens
 
 
 class Their:
@@ -108,7 +108,7 @@ def pair(tiny):
 def sample(vlm, image, answer="a red square"):
     messages = [{"role": "user", "content": "<image>\nwhat is this?"}, {"role": "assistant", "content": answer}]
     ids, labels = conversation.encode(messages, vlm.tokenizer, [vlm.num_tokens(image.size)])
-    return {"id": "0", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "image_sizes": [image.size],
+    return {"id": "0", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "picture_sizes": [image.size],
             "images": pictures.tile_pixels(image, **vlm.image_settings, tiles=TILES)}
 
 
@@ -123,7 +123,7 @@ def test_logits_loss_and_gradients_are_the_librarys(name, pair):
     assert (ids == conversation.IMAGE_ID).sum() == vlm.num_tokens(image.size)
     output = theirs(input_ids=ids.where(ids != conversation.IMAGE_ID, 499), pixel_values=batch["pixel_values"][None], labels=labels,
                     image_sizes=torch.tensor([[image.height, image.width]]))
-    embeds = vlm.splice(ids, batch["pixel_values"], image_sizes=batch["image_sizes"])
+    embeds = vlm.splice(ids, batch["pixel_values"], picture_sizes=batch["picture_sizes"])
     torch.testing.assert_close(vlm.llm(inputs_embeds=embeds).logits, output.logits, atol=1e-4, rtol=1e-4)
     loss, number = vlm(batch)
     assert number == (labels != conversation.IGNORE).sum()
@@ -148,16 +148,16 @@ def test_a_batch_of_4_is_4_batches_of_1(pair):
     text = [{"role": "user", "content": "<image>\n<image>\nwhich?"}, {"role": "assistant", "content": "no"}]
     two = [picture("wide"), picture("square", 1)]
     ids, labels = conversation.encode(text, vlm.tokenizer, [vlm.num_tokens(image.size) for image in two])
-    samples.append({"id": "2", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "image_sizes": [i.size for i in two],
+    samples.append({"id": "2", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "picture_sizes": [i.size for i in two],
                     "images": torch.cat([pictures.tile_pixels(i, **vlm.image_settings, tiles=TILES) for i in two])})
     ids, labels = conversation.encode([{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}],
                                       vlm.tokenizer, [])
-    samples.append({"id": "3", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "image_sizes": [],
+    samples.append({"id": "3", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "picture_sizes": [],
                     "images": torch.zeros(0, 3, S, S)})
     with torch.no_grad():
         batch = data.collate(samples, vlm.pad_id)
         # No row of pixels is padding: each picture has its own number of tiles.
-        layouts = [tiles.tile_layout(image_size, TILES, S, SIDE) for image_size in batch["image_sizes"]]
+        layouts = [tiles.tile_layout(picture_size, TILES, S, SIDE) for picture_size in batch["picture_sizes"]]
         assert len(batch["pixel_values"]) == sum(1 + layout.rows * layout.columns for layout in layouts)
         loss, number = vlm(batch)
         losses = [vlm(data.collate([one], vlm.pad_id)) for one in samples]
@@ -175,8 +175,8 @@ def test_two_questions_share_a_tiled_image(pair):
     prompts = [conversation.encode_prompt([{"role": "user", "content": f"<image>\n{text}"}], vlm.tokenizer,
                                           [vlm.num_tokens(images[i].size)]) for i, text in asked]
     pixels = [pictures.tile_pixels(image, **vlm.image_settings, tiles=TILES) for image in images]
-    together = generate(vlm, prompts, torch.cat(pixels), 12, image_index=[0, 1, 0], image_sizes=[i.size for i in images])
-    alone = [generate(vlm, [prompt], pixels[i], 12, image_sizes=[images[i].size])[0] for (i, _), prompt in zip(asked, prompts)]
+    together = generate(vlm, prompts, torch.cat(pixels), 12, image_index=[0, 1, 0], picture_sizes=[i.size for i in images])
+    alone = [generate(vlm, [prompt], pixels[i], 12, picture_sizes=[images[i].size])[0] for (i, _), prompt in zip(asked, prompts)]
     assert together == alone and any(together)
 
 
@@ -345,10 +345,10 @@ def test_export_and_import_again(llm, tower, tiny, world, tmp_path):
                                                return_dict=True, return_tensors="pt")
         assert inputs["input_ids"].shape[1] == len(ids)
         with torch.no_grad():
-            embeds = vlm.splice(torch.tensor([ids]), pixels, image_sizes=[picture(name).size])
+            embeds = vlm.splice(torch.tensor([ids]), pixels, picture_sizes=[picture(name).size])
             want, got = vlm.llm(inputs_embeds=embeds).logits, theirs(**inputs).logits
         torch.testing.assert_close(got[..., :want.shape[-1]], want, atol=1e-4, rtol=1e-4)
-        answer, = generate(vlm, [ids], pixels, 8, image_sizes=[picture(name).size])
+        answer, = generate(vlm, [ids], pixels, 8, picture_sizes=[picture(name).size])
         their_answer = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(ids):].tolist()
         assert [i for i in their_answer if i not in vlm.eos_ids] == answer
     if tower == "siglip":
@@ -360,7 +360,7 @@ def test_export_and_import_again(llm, tower, tiny, world, tmp_path):
     back = checkpoint.load(str(tmp_path / "back"))
     assert back.config.tiles == TILES
     with torch.no_grad():
-        embeds = back.splice(torch.tensor([ids]), pixels, image_sizes=[picture(name).size])
+        embeds = back.splice(torch.tensor([ids]), pixels, picture_sizes=[picture(name).size])
         torch.testing.assert_close(back.llm(inputs_embeds=embeds).logits[..., :want.shape[-1]], want, atol=1e-4, rtol=1e-4)
 
 

@@ -224,9 +224,9 @@ def main():
     question = args.ask or "What is in the image?"
     image = pictures.open_image(args.image) if args.image else None
     has_image = image or not args.prompt_embeds
-    image_size = image.size if image else BLANK
+    picture_size = image.size if image else BLANK
     message = {"role": "user", "content": (f"{IMAGE}\n" if has_image else "") + question}
-    ids = encode_prompt([message], vlm.tokenizer, [vlm.num_tokens(image_size)])
+    ids = encode_prompt([message], vlm.tokenizer, [vlm.num_tokens(picture_size)])
     if not args.prompt_embeds:
         llava, processor = to_llava(vlm)
         check_prompt(processor, (question, ids))
@@ -240,7 +240,7 @@ def main():
         pixel_values = pictures.tile_pixels(image, **vlm.image_settings, mode="pad", tiles=tiles)
     with torch.no_grad():
         embeds = vlm.splice(torch.tensor([ids]), pixel_values,
-                            image_sizes=[image_size] if tiles else None)[0]     # (T, D)
+                            picture_sizes=[picture_size] if tiles else None)[0]     # (T, D)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     write_safetensors({"prompt_embeds": embeds}, args.out)
     print(f"wrote {args.out}: prompt_embeds {tuple(embeds.shape)} for {vlm.config.llm}")

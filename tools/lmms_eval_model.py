@@ -60,7 +60,7 @@ class LangBridge(lmms):
             context, settings, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             messages, pixels, sizes = self.prompt(context, doc_to_visual, doc)
-            counts = [self.vlm.num_tokens(image_size) for image_size in sizes]
+            counts = [self.vlm.num_tokens(picture_size) for picture_size in sizes]
             ids = conversation.encode_prompt(messages, self.vlm.tokenizer, counts)
             is_sampled = settings.get("do_sample", bool(settings.get("temperature")))
             temperature = (settings.get("temperature") or 1.0) if is_sampled else 0.0
@@ -73,11 +73,11 @@ class LangBridge(lmms):
             for start in range(0, len(group), self.batch_size):
                 batch = group[start:start + self.batch_size]
                 pixels = [image for *_, images, _ in batch for image in images]
-                sizes = [image_size for *_, sizes in batch for image_size in sizes]
+                sizes = [picture_size for *_, sizes in batch for picture_size in sizes]
                 new = generate(self.vlm, [ids for *_, ids, _, _ in batch],
                                torch.cat(pixels) if pixels else None, max_new_tokens,
                                temperature=temperature,
-                               image_sizes=sizes if self.vlm.config.tiles else None)
+                               picture_sizes=sizes if self.vlm.config.tiles else None)
                 for (_, _, index, *_), ids in zip(batch, new):
                     context, settings = requests[index].args[:2]
                     text = self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -100,12 +100,12 @@ class LangBridge(lmms):
                 continuation = continuation(doc)
             messages, pixels, sizes = self.prompt(context, doc_to_visual, doc)
             messages.append({"role": "assistant", "content": str(continuation).strip()})
-            counts = [self.vlm.num_tokens(image_size) for image_size in sizes]
+            counts = [self.vlm.num_tokens(picture_size) for picture_size in sizes]
             ids, labels = conversation.encode(messages, self.vlm.tokenizer, counts)
             pixels = torch.cat(pixels) if pixels else None
             with torch.no_grad():
                 embeds = self.vlm.splice(torch.tensor([ids]), pixels,
-                                         image_sizes=sizes if self.vlm.config.tiles else None)
+                                         picture_sizes=sizes if self.vlm.config.tiles else None)
                 hidden = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
                 targets = torch.tensor(labels[1:], device=embeds.device)
                 trained = targets != conversation.IGNORE

@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 import vocab
-from model import vocab_embeds
+from model import embed_words
 
 
 def move_mlp(source, target, words_file, device, dtype, attention=None, vision_tower=None):
@@ -24,13 +24,13 @@ def move_mlp(source, target, words_file, device, dtype, attention=None, vision_t
     words = vocab.load_words(words_file)
     old = checkpoint.load(source, device, dtype, attention, vision_tower=vision_tower)
     first, _, last = old.connector.mlp
-    source_E = vocab_embeds(old.llm, old.tokenizer, words)
+    source_E = embed_words(old.llm, old.tokenizer, words)
     config = replace(old.config, llm=target, hidden=first.out_features)
     del old.llm                                     # two LLMs need not fit into memory together
     vlm = checkpoint.build(config, None, device, dtype, attention=attention,
                            tower_folder=checkpoint.own_folder(source, "vision_tower"))
     vlm.connector.mlp[0].load_state_dict(first.state_dict())
-    target_E = vocab_embeds(vlm.llm, vlm.tokenizer, words)
+    target_E = embed_words(vlm.llm, vlm.tokenizer, words)
     weight, bias = map_layer(last.weight, last.bias, source_E, target_E)
     vlm.connector.mlp[2].weight.data.copy_(weight)
     vlm.connector.mlp[2].bias.data.copy_(bias)

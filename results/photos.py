@@ -9,7 +9,8 @@ Three measurements, each beside the same one with another picture:
 words      the strongest word of a patch stands in the label of the box that covers it; the same for
            one of the five strongest. A patch belongs to the smallest box that holds its centre. For
            an MLP the words are those whose embeddings have the largest cosine.
-captions   bits per byte of a human caption with the right, a wrong and no image.
+captions   bits per byte of a human caption with the right, a wrong and no image, after the
+           question of its record, or after PROMPT (--prompt).
 written    the first line that the model writes contains a word of a label of the picture.
 
 Intervals are 95 % bootstrap intervals over pictures. Images must be squares, because the boxes
@@ -67,12 +68,12 @@ def first_line(text):
     return text.strip().split("\n")[0].strip()
 
 
-def write_captions(vlm, messages, template, images):
-    """Return the first line that the model writes about each image: N messages -> N strings."""
+def write_captions(vlm, questions, template, images):
+    """Return the first line that the model writes about each image: N questions -> N strings."""
     lines = []
-    for start in range(0, len(messages), BATCH_SIZE):
-        prompts = [conversation.encode_prompt([message], vlm.tokenizer, vlm.num_patches, template)
-                   for message in messages[start:start + BATCH_SIZE]]
+    for start in range(0, len(questions), BATCH_SIZE):
+        prompts = [conversation.encode_prompt([question], vlm.tokenizer, vlm.num_patches, template)
+                   for question in questions[start:start + BATCH_SIZE]]
         answers = generate(vlm, prompts, images[start:start + BATCH_SIZE], max_new_tokens=24)
         lines += [first_line(vlm.tokenizer.decode(ids, skip_special_tokens=True))
                   for ids in answers]
@@ -151,11 +152,17 @@ def measure(vlm, metadata, args):
         return report, dict.fromkeys(names)
 
     bits = {"right": [], "wrong": [], "none": []}
+    template, questions = "chat" if args.prompt else metadata["template"], []
     for n, (name, sample) in enumerate(zip(names, samples)):
-        batch = data.collate([sample], vlm.pad_id)
+        question, answer = data.messages_of(dataset.records[first[name]], False)[0]
+        questions.append(ASKED if args.prompt else question)
+        ids, labels = conversation.encode([questions[n], answer], vlm.tokenizer, vlm.num_patches,
+                                          template)
+        batch = data.collate([{"id": name, "input_ids": torch.tensor(ids),
+                               "labels": torch.tensor(labels), "images": sample["images"]}],
+                             vlm.pad_id)
         other = {**batch, "pixel_values": samples[n - 1]["images"]}
-        messages, _ = data.messages_of(dataset.records[first[name]])
-        num_bytes = len(messages[-1]["content"].encode())
+        num_bytes = len(answer["content"].encode())
         for key, view in (("right", batch), ("wrong", other), ("none", data.without_images(batch))):
             bits[key].append((vlm(view)[0].item() / math.log(2), num_bytes))
     report |= {f"bits_per_byte_{key}": interval(value) for key, value in bits.items()}
@@ -163,11 +170,7 @@ def measure(vlm, metadata, args):
                                             in zip(bits["wrong"], bits["right"])])
 
     images = torch.cat([sample["images"] for sample in samples])
-    if args.prompt:
-        captions = write_captions(vlm, [ASKED] * len(names), "chat", images)
-    else:
-        messages = [data.messages_of(dataset.records[first[name]], False)[0][0] for name in names]
-        captions = write_captions(vlm, messages, metadata["template"], images)
+    captions = write_captions(vlm, questions, template, images)
     things = [set().union(*(content_words(o["label"]) for o in boxes[name]["objects"]))
               for name in names]
     for suffix, shift in (("", 0), ("_other", 1)):

@@ -1,5 +1,6 @@
 """How results/photos.py counts on photographs: words in boxes, captions, the length of image embeds."""
 import json
+import math
 import sys
 
 import pytest
@@ -49,10 +50,17 @@ def test_the_report_counts_what_a_slow_loop_counts(trained, world, tmp_path, mon
 
     vlm = checkpoint.load(str(trained))
     assert asked == [conversation.encode_prompt([photos.ASKED], vlm.tokenizer, vlm.num_patches, "chat")] * 8
-    right = other = 0
+    right = other = nats = num_bytes = 0
+    captions = {r["image"]: r["conversations"][1]["value"] for r in reversed(json.load(open(f"{world}/captions.json")))}
     for i in range(8):
         image = pictures.open_image(f"{world}/images/{i}.png")
-        patches = vlm.patch_features(pictures.transform(image, **vlm.image_settings)[None])
+        pixels = pictures.transform(image, **vlm.image_settings)[None]
+        answer = {"role": "assistant", "content": captions[f"{i}.png"]}
+        ids, labels = conversation.encode([photos.ASKED, answer], vlm.tokenizer, vlm.num_patches)
+        logits = vlm.llm(inputs_embeds=vlm.splice(torch.tensor([ids]), pixels)).logits[0, :-1]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum").item()
+        num_bytes += len(captions[f"{i}.png"].encode())
+        patches = vlm.patch_features(pixels)
         for row in vlm.connector.weights(patches)[0][:6]:           # two of three rows of patches
             word = vlm.words[int(row.argmax())].strip("Ġ").lower()
             right += word in (colours[i % 4], "square")
@@ -60,6 +68,7 @@ def test_the_report_counts_what_a_slow_loop_counts(trained, world, tmp_path, mon
     assert report["words_top1"][0] == pytest.approx(right / 48, abs=1e-4)
     assert report["words_top1_other"][0] == pytest.approx(other / 48, abs=1e-4)
     assert right > 24 and report["pictures"] == 8
+    assert report["bits_per_byte_right"][0] == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-3)
     difference = report["bits_per_byte_wrong"][0] - report["bits_per_byte_right"][0]
     assert report["wrong_minus_right"][0] == pytest.approx(difference, abs=2e-4)
 

@@ -422,7 +422,9 @@ def main(args):
             raise ValueError(f"{folder} and {args.checkpoints[0]} cut pictures into other tiles or "
                              "patches: they cannot share a picture")
         states.append(state)
-        answer = f": {state['answer']}" if args.ask else ""
+        # An answer may hold control characters, and a terminal would obey them.
+        answer = "".join(c if c.isprintable() else " " for c in state["answer"] or "")
+        answer = f": {answer}" if args.ask else ""
         print(f"{folder} ({state['name']}, {state['label']}){answer}", flush=True)
         if state["needs"]:
             print_needs(state["needs"], state["side"])

@@ -16,7 +16,7 @@ def needs_words(cfg):
 
 def needs_squares(cfg):
     """Return whether the settings work only with pictures that are one square each."""
-    return cfg.features or cfg.words_loss or "llm" not in cfg.trained_parts()
+    return bool(cfg.features or cfg.words_loss) or "llm" not in cfg.trained_parts()
 
 
 def check(cfg):
@@ -25,6 +25,9 @@ def check(cfg):
     if cfg.connector == "mlp" and (needs_words(cfg) or cfg.words_init == "embeds"):
         sys.exit("the words loss and words_init need the words of a LangBridge, and connector is "
                  "mlp")
+    if needs_words(cfg) and cfg.normalize == "none" and not cfg.init:
+        sys.exit("the words loss is for probabilities of words, and normalize is none: set "
+                 "words_loss to 0, or normalize to softmax")
     if cfg.tiles and needs_squares(cfg):
         sys.exit("tiles are for stages that train the LLM, without words_loss and features")
     if cfg.features and "vision_tower" in cfg.trained_parts():
@@ -55,6 +58,8 @@ def check_init(cfg, config):
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
     if needs_words(cfg) and config.connector == "mlp":
         sys.exit(f"the words loss needs the words of a LangBridge, and {cfg.init} has an MLP")
+    if needs_words(cfg) and config.normalize == "none":
+        sys.exit(f"the words loss is for probabilities of words, and {cfg.init} has normalize none")
     if config.tiles and "tiles" not in cfg.given and needs_squares(cfg):
         sys.exit(f"{cfg.init} has tiles: set tiles to (), or train the LLM without words_loss and "
                  "features")

@@ -422,6 +422,8 @@ TRAIN = {  # name: (arguments, exit status, words)
     "a value that is no value": (["--words={[]: 1}"], 1, ["No such file", "{[]: 1}"]),
     "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
     "no width": (["--hidden=0"], 1, ["hidden is 0"]),
+    "words loss of raw scores": (["--normalize=none", "--words_loss=0.1"], 1, ["the words loss is for probabilities of words"]),
+    "words stage of raw scores": (["--normalize=none", "--stage=words"], 1, ["the words loss is for probabilities of words"]),
     "more words than there are": (["--num_words=999"], 1, ["num_words is 999, but "]),
     "no patch": (["--image_size=4"], 1, ["image_size 4 is less than a patch"]),
     "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),

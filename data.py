@@ -10,6 +10,7 @@ S side of a square image in pixels.
     python data.py --check DATA.json --images DIR [--tokenizer NAME --num_patches P]
 """
 import argparse
+import itertools
 import math
 import os
 
@@ -86,29 +87,23 @@ class Conversations:
         record = self.records[i]
         try:
             messages, names = messages_of(record, image_first=self.template == "chat")
-            paths = [image_path(self.image_folder, name) for name in names]
-            images, counts = [], []                 # counts: the ids of each image
-            sizes = [] if self.tiles else None
-            for path in paths:
-                pixels, picture_size = self.read_image(path)
-                images.append(pixels)
-                counts.append(num_tokens(picture_size, self.num_patches, self.tiles,
-                                         self.image["size"]))
-                if self.tiles:
-                    sizes.append(picture_size)
+            pictures = [self.read_image(image_path(self.image_folder, name)) for name in names]
+            sizes = [picture_size for _, picture_size in pictures]
+            counts = [num_tokens(picture_size, self.num_patches, self.tiles, self.image["size"])
+                      for picture_size in sizes]    # the ids of each image
             ids, labels = self.encode(messages, counts) if self.tokenizer else ([], [])
         except ValueError as error:
             where = f"{self.places[i]} (id {str(record.get('id'))[:60]!r})"
             kind = getattr(error, "kind", "untrainable")
             raise BadSample(kind, f"{where}: {error}") from None
         words = [self.word_of_id.get(label, -1) for label in labels]
-        size = self.image["size"]
+        blank = torch.zeros(0, 3, self.image["size"], self.image["size"])
         return {"id": str(record.get("id", i)),
                 "input_ids": torch.tensor(ids, dtype=torch.int64),
                 "labels": torch.tensor(labels, dtype=torch.int64),
                 "words": torch.tensor(words, dtype=torch.int64),
-                "images": torch.cat(images) if images else torch.zeros(0, 3, size, size),
-                "picture_sizes": sizes}
+                "images": torch.cat([pixels for pixels, _ in pictures] or [blank]),
+                "picture_sizes": sizes if self.tiles else None}
 
     def read_image(self, path):
         """Return (a picture's pixels float32[n, 3, S, S], (width, height) of the picture).
@@ -161,37 +156,44 @@ class Conversations:
 # --------------------------------------------------------------------------------------------------
 # batches
 
-def collate(samples, pad_id, pad_to=1):
+def collate(samples, pad_id, pad_to=1, pack=False):
     """Return a batch of samples, padded on the right to a T that is a multiple of pad_to.
 
     {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
      "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...] with tiles, else
      None, "bad": [str]}
+    pack: the samples follow each other in one row, B = 1. Positions restart with each sample. From
+    this transformers knows that a sample must not see the one before it.
     Images are in the order of their places in input_ids. A BadSample is left out, and its sentence
     is in "bad". The mask comes from lengths and not from values, because "!" is id 0 for Qwen.
     """
     import torch
 
     good = [s for s in samples if not isinstance(s, BadSample)]
-    B = len(good)
-    T = max([len(s["input_ids"]) for s in good], default=0)
-    T = -(-T // pad_to) * pad_to                                        # rounded up
+    lengths = [len(s["input_ids"]) for s in good]
+    ends = list(itertools.accumulate(lengths)) if pack else lengths     # column behind each sample
+    B = min(len(good), 1) if pack else len(good)
+    T = -(-max(ends, default=0) // pad_to) * pad_to                     # rounded up
     ids = torch.full((B, T), pad_id)                                    # (B, T)
     labels = torch.full((B, T), IGNORE)                                 # (B, T)
     words = torch.full((B, T), -1)                                      # (B, T)
     mask = torch.zeros(B, T, dtype=torch.int64)                         # (B, T)
-    for b, s in enumerate(good):
-        n = len(s["input_ids"])
-        ids[b, :n] = s["input_ids"]
-        labels[b, :n] = s["labels"]
-        words[b, :n] = s.get("words", words[b, :n])
-        mask[b, :n] = 1
+    # Padding after a packed row has position 0: the LLM has no positions for so long a row.
+    positions = torch.arange(T).repeat(B, 1) * (not pack)               # (B, T)
+    for b, (s, n, end) in enumerate(zip(good, lengths, ends)):
+        place = 0 if pack else b, slice(end - n, end)
+        ids[place] = s["input_ids"]
+        labels[place] = s["labels"]
+        labels[place][:1] = IGNORE      # never predicted, and not from the sample before it
+        words[place] = s.get("words", words[place])
+        mask[place] = 1
+        positions[place] = torch.arange(n)
     with_images = [s for s in good if len(s["images"])]
     images = torch.cat([s["images"] for s in with_images] or [torch.zeros(0, 3, 0, 0)])
     sizes = [s.get("picture_sizes") for s in with_images]
     sizes = sum(sizes, []) if sizes and None not in sizes else None
     return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels, "words": words,
-            "attention_mask": mask, "position_ids": torch.arange(T).repeat(B, 1),
+            "attention_mask": mask, "position_ids": positions,
             "pixel_values": images,                                     # (N, 3, S, S)
             "picture_sizes": sizes,
             "bad": [str(s) for s in samples if isinstance(s, BadSample)]}
@@ -282,7 +284,7 @@ def make_loader(dataset, batches, vlm, cfg, device):
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=cfg.workers,
         pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
-        collate_fn=lambda samples: collate(samples, vlm.pad_id, pad_to),
+        collate_fn=lambda samples: collate(samples, vlm.pad_id, pad_to, cfg.pack),
         multiprocessing_context="fork" if cfg.workers else None)
     return iter(loader)
 

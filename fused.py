@@ -20,7 +20,6 @@ import torch.nn.functional as F
 
 from support.device import add_product, compiled
 
-SUPPORTED = ("softmax", "none")             # what this file knows
 BLOCK = 1024            # words whose scores exist at one time; on a CPU they stay in its cache
 CUDA_BLOCK = 4096       # on a GPU larger blocks mean fewer passes over memory
 # torch.compile takes seconds. With fewer scores (patches x words) than this it does not pay.
@@ -45,7 +44,7 @@ def choose(plain, z, K, normalize, plain_bytes):
     """
     num_scores = z[..., 0].numel() * K
     is_small = 4 * num_scores <= (plain_bytes or plain_limit(z.device))
-    if normalize == "none" or (normalize in SUPPORTED and not is_small):
+    if normalize == "none" or normalize == "softmax" and not is_small:
         return combine
     return compiled(plain) if num_scores >= COMPILE_FROM else plain
 

@@ -42,6 +42,7 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
         image_index = list(range(len(image_tokens)))
     # Pad on the left, so that the last column is the newest token of every row.
     T = max(len(prompt) for prompt in prompts)
+    vlm.check_length(T)
     padding = [T - len(prompt) for prompt in prompts]
     padded = [[vlm.pad_id] * n + prompt for n, prompt in zip(padding, prompts)]
     input_ids = torch.tensor(padded)                                                    # (B, T)

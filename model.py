@@ -277,6 +277,12 @@ class VLM(nn.Module):
         dtype = next(self.connector.parameters()).dtype
         return self.connector(patches.to(dtype))                    # (N, P, Dv) -> (N, P, D)
 
+    def check_length(self, T):
+        """Raise ValueError if a sample of T tokens has more tokens than the LLM has positions."""
+        if self.max_positions and T > self.max_positions:
+            raise ValueError(f"{T} tokens are more than the {self.max_positions} positions of "
+                             f"{self.config.llm}")
+
     def num_tokens(self, picture_size):
         """Return how many ids a picture takes: picture_size (width, height) in pixels -> int."""
         return num_tokens(picture_size, self.num_patches, self.config.tiles,
@@ -300,13 +306,8 @@ class VLM(nn.Module):
         `arrange_images`. Images fill the positions in reading order, row by row. image_index: which
         image stands at each place, default 0, 1, 2, ...; one that stands twice is encoded once.
         Keep the ids on the CPU. To find the image positions on a GPU, the CPU must wait for it.
-        ValueError if the number of image positions is not that of the image embeds, or if T is more
-        than the LLM has positions.
+        ValueError if the number of image positions is not that of the image embeds.
         """
-        T = input_ids.shape[1]
-        if self.max_positions and T > self.max_positions:
-            raise ValueError(f"{T} tokens are more than the {self.max_positions} positions of "
-                             f"{self.config.llm}")
         device = self.llm.device
         is_image = input_ids == IMAGE_ID                            # (B, T)
         embed = self.llm.get_input_embeddings()
@@ -341,6 +342,7 @@ class VLM(nn.Module):
         number of trained tokens in the whole global batch. `sum_words_loss` is another loss.
         Ids, labels and masks stay on the CPU: to search them on a GPU, the CPU must wait for it.
         """
+        self.check_length(int(batch["position_ids"].max()) + 1)
         embeds = self.splice(batch["input_ids"], batch["pixel_values"],
                              picture_sizes=batch.get("picture_sizes"))  # (B, T, D)
         # Attention is causal, so padding on the right needs no mask, and attention without a mask

@@ -51,8 +51,7 @@ class Settings:
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
     normalize: str = setting("softmax", "how scores become weights, see model.NORMALIZE")
-    temperature: float = setting(1.0, "scores are divided by it before they become weights",
-                                 low=1e-3)
+    temperature: float = setting(1.0, "divides the scores before they become weights", low=1e-3)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))
     vision_layer: int = setting(-2, "the hidden state of the tower that the connector reads")
@@ -71,10 +70,11 @@ class Settings:
     group: bool = setting(False, "batches of one modality, sorted by length; LLaVA's")
     group_batches: int = setting(1, "with group: steps that are sorted by length together; more "
                                     "leave less padding", low=1)
+    pack: bool = setting(False, "the samples of a micro-batch form one row without padding; for "
+                                "an attention that skips what a sample must not see")
     on_bad: str = setting("stop", "stop at a sample that cannot be used, or skip and count it",
                           choices=("stop", "skip"), free=True)
-    bad_limit: int = setting(100, "the run stops when more samples than this are skipped", low=0,
-                             free=True)
+    bad_limit: int = setting(100, "stop if more samples than this are skipped", low=0, free=True)
     workers: int = setting(2, "processes that load data, for each rank", low=0, free=True)
     features: str = setting("", "folder to keep a frozen tower's patches in, 2 P Dv bytes each")
     # The optimisation.
@@ -89,8 +89,7 @@ class Settings:
     words_background: float = setting(0.9, "weight of the background in the words loss; 0: none",
                                       low=0, high=0.99)
     words_patch_weight: float = setting(0.0, "weight of the words loss's second part", low=0)
-    warmup: float = setting(0.03, "fraction of the steps in which the learning rate rises",
-                            low=0, high=1)
+    warmup: float = setting(0.03, "part of the steps in which the rate rises", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
     beta1: float = setting(0.9, "AdamW's")
     beta2: float = setting(0.999, "AdamW's")
@@ -205,6 +204,8 @@ def make_model(cfg, device):
         vlm = new_model(cfg, device, llm_dtype, options)
     if vlm.image_newline is not None:
         vlm.image_newline.requires_grad_(True)
+    if cfg.pack:
+        pretrained.check_packing(vlm, dtype)
     vlm.connector.plain_bytes = cfg.plain_bytes
     for part in trained_parts:
         getattr(vlm, part).requires_grad_(True).train()
@@ -301,8 +302,8 @@ def main(cfg):
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
         if not isinstance(first, common.BadSample):
-            ids, labels = first["input_ids"].tolist(), first["labels"].tolist()
-            print(conversation.show_sample(ids, labels, vlm.tokenizer), flush=True)
+            print(conversation.show_sample(first["input_ids"], first["labels"], vlm.tokenizer),
+                  flush=True)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     # A part was trained if anything in it was, such as LoRA's weights in stage "pretrain".
@@ -441,7 +442,7 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
         if num_words:
             sums["words_loss"] += words_loss.detach().double()
             sums["num_words"] += num_words
-        if probe and cfg.stage != "words" and (images or vlm.sharded):
+        if probe and not cfg.pack and cfg.stage != "words" and (images or vlm.sharded):
             # The probe must not change what dropout draws next.
             devices = [device] if device.type == "cuda" else []
             with torch.no_grad(), autocast, torch.random.fork_rng(devices):

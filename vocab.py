@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import os
 import sys
-import time
 from collections import Counter
 
 from common import OFFLINE, go_offline, read_json, run_script, write_json
@@ -223,11 +222,10 @@ def main():
     if not shared:
         raise ValueError(f"{' and '.join(tokenizers)} share no word")
     counter = args.tokenizers[0]
-    start = time.time()
     counts, total, records = count_words(args.corpus, tokenizers[counter], args.count)
     if not total:
         raise ValueError(f"there is no text to count in {' '.join(args.corpus)}")
-    print(f"counted      {records:,} records in {time.time() - start:.1f} s, by {counter}")
+    print(f"counted      {records:,} records, by {counter}")
     words = rank_words(shared, counts, args.size)
     if len(words) < args.size:
         print(f"note         only {len(words):,} words are shared, {args.size:,} were asked for: "

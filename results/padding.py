@@ -1,4 +1,4 @@
-"""Print which part of stage 2's tokens is padding, for several values of the setting group_batches.
+"""Print which part of stage 2's tokens is padding, for values of the settings group_batches and pack.
 
     python results/padding.py [--out results/padding.json]
 
@@ -41,15 +41,16 @@ def simulate(part, seed=0):
     return tokens, lengths
 
 
-def padding(steps, tokens, world, batch_size):
+def padding(steps, tokens, world, batch_size, pack):
     """Return the part of all computed tokens that is padding or waiting for the slowest rank."""
     real = computed = 0
     for step in steps:
         of_ranks = []
         for own in (step[rank::world] for rank in range(world)):
             batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
-            longest = [-(-max(tokens[i] for i in batch) // PAD_TO) * PAD_TO for batch in batches]
-            of_ranks.append(sum(T * len(batch) for T, batch in zip(longest, batches)))
+            rows = [[sum(tokens[i] for i in batch)] if pack else
+                    [max(tokens[i] for i in batch)] * len(batch) for batch in batches]
+            of_ranks.append(sum(-(-T // PAD_TO) * PAD_TO for T in sum(rows, [])))
         real += sum(tokens[i] for i in step)
         computed += world * max(of_ranks)
     return 1 - real / computed
@@ -68,11 +69,12 @@ def main():
         for group_batches in (1, 4, 16, 64):
             steps = global_batches(dataset, GLOBAL_BATCH, 0, 1, True, group_batches)
             steps = [step for step in steps if len(step) == GLOBAL_BATCH]
-            share = padding(steps, tokens, world, batch_size)
+            share, packed = (padding(steps, tokens, world, batch_size, pack)
+                             for pack in (False, True))
             rows.append({"ranks": world, "batch_size": batch_size, "group_batches": group_batches,
-                         "padding": round(share, 4)})
+                         "padding": round(share, 4), "packed": round(packed, 4)})
             print(f"{world} ranks, batch_size {batch_size:2}, group_batches {group_batches:2}: "
-                  f"{share:5.1%} padding")
+                  f"{share:5.1%} padding, {packed:5.1%} with pack")
     if args.out:
         common.write_json(rows, args.out)
 

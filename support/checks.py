@@ -30,6 +30,9 @@ def check(cfg):
                  "words_loss to 0, or normalize to softmax")
     if cfg.tiles and needs_squares(cfg):
         sys.exit("tiles are for stages that train the LLM, without words_loss and features")
+    if cfg.pack and needs_words(cfg):
+        sys.exit("pack puts samples into one row, and the words loss needs them apart: set pack to "
+                 "False, or words_loss to 0")
     if cfg.features and "vision_tower" in cfg.trained_parts():
         sys.exit(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):

@@ -24,6 +24,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import (find_adapter_config_file, is_accelerate_available,
                                 logging)
 
+from data import collate
 from support.hub import from_hub, load_tokenizer
 from support.tower import side_of, tower_hidden
 
@@ -233,6 +234,25 @@ def text_model(multimodal, config, options):
     llm.set_output_embeddings(head)
     llm.generation_config = multimodal.generation_config
     return llm
+
+
+@torch.no_grad()
+def check_packing(vlm, dtype):
+    """Raise a ValueError if samples that follow each other in one row can see each other.
+
+    dtype: of the computation. With a sharded LLM every rank must call.
+    """
+    ids = torch.linspace(0, len(vlm.tokenizer) - 1, 32).long()
+    samples = [{"id": str(i), "input_ids": part, "labels": part, "images": torch.zeros(0, 3, 0, 0)}
+               for i, part in enumerate(ids.split(16))]
+    device = vlm.llm.get_input_embeddings().weight.device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        packed, apart = (vlm(collate(samples, vlm.pad_id, pack=pack))[0] for pack in (True, False))
+    if vlm.sharded:
+        vlm.reshard()                               # the optimizer updates pieces only
+    if not (packed - apart).abs() <= (1e-4 if dtype == torch.float32 else 1e-2) * apart:
+        raise ValueError(f"LLM {vlm.config.llm} lets a sample see the one before it in its row: "
+                         "set pack to False")
 
 
 @torch.no_grad()

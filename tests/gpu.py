@@ -409,6 +409,11 @@ def sharded(folder):
     check("SFT, torchrun --nproc_per_node=1 --shard, losses", ", sharded" in output and off < 2e-2,
           "within 0.02 of one process", off=off,
           losses=[round(loss, 4) for loss, _ in b])
+    for attention in ("sdpa", *["flash_attention_2"] * bool(importlib.util.find_spec("flash_attn"))):
+        out = f"{folder}/packed-{attention}"
+        tiny_run(world, out, *more, "--pack", f"--attention={attention}")
+        off = max(abs(x[0] - y[0]) for x, y in zip(a, log_of(out), strict=True))
+        check(f"SFT, --pack, {attention}, losses", off < 2e-2, "within 0.02 of padded rows", off=off)
 
 
 # ---- 5. exact resume

@@ -54,6 +54,7 @@ def ranks(count, work, *args):
     ("sft", ["--normalize=none"]),
     ("pretrain", ["--shard", "--normalize=softmax", "--checkpointing"]),
     ("pretrain", ["--shard", "--normalize=none"]),
+    ("sft", ["--shard", "--pack", "--batch_size=2"]),
     ("pretrain", ["--connector=mlp"])])
 def test_two_ranks_train_as_one_process(tiny, world, five, tmp_path, stage, more):
     """With micro-batches of one, text alone on one rank meets images on the other, and a rank may have nothing."""
@@ -106,7 +107,7 @@ KILLS = int(os.environ.get("KILLS", 0))                             # KILLS=25 p
 MORE = [("sft", 1, []), ("pretrain", 2, ["--shard"]), ("sft", 2, [])] if KILLS else []
 
 
-@pytest.mark.parametrize("stage,count,more", [("pretrain", 1, []), ("sft", 2, ["--shard"]), *MORE])
+@pytest.mark.parametrize("stage,count,more", [("pretrain", 1, ["--pack", "--batch_size=4"]), ("sft", 2, ["--shard"]), *MORE])
 def test_kills_change_no_bit(tiny, world, five, tmp_path, stage, count, more):
     argv = settings(tiny, world, "later", *five, f"--stage={stage}", "--save_every=2", "--epochs=4", *more)
     report = kill_loop(argv, f"{tmp_path}/kills", count, kills=KILLS or 3)

@@ -162,6 +162,9 @@ def test_a_batch_of_4_is_4_batches_of_1(pair):
         loss, number = vlm(batch)
         losses = [vlm(data.collate([one], vlm.pad_id)) for one in samples]
         blind, blind_number = vlm(data.without_images(batch))
+        packed, packed_number = vlm(data.collate(samples, vlm.pad_id, pack=True))
+    torch.testing.assert_close(packed, loss)
+    assert packed_number == number
     torch.testing.assert_close(loss, sum(one for one, _ in losses))
     assert number == blind_number == sum(n for _, n in losses)
     assert abs(blind - loss) > 1e-3

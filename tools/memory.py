@@ -153,7 +153,7 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
     if config.connector == "langbridge":
         scores = patches * min(config.num_words, fused.CUDA_BLOCK) * 8
         is_small = 4 * patches * config.num_words <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
-        if config.normalize not in fused.SUPPORTED or config.normalize != "none" and is_small:
+        if config.normalize != "none" and (config.normalize != "softmax" or is_small):
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
         E = config.num_words * D * width
     logits = min(model.LOSS_ROWS, tokens - samples * P) * embedding.num_embeddings * 12

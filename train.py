@@ -112,8 +112,8 @@ class Settings:
     seed: int = setting(42, "of the new connector and of the order of the data")
     # The log and the checkpoints.
     log_every: int = setting(1, "steps between two printed lines", low=1, free=True)
-    probe_every: int = setting(50, "steps between two losses without the image; 0: never", low=0,
-                               free=True)
+    probe_every: int = setting(50, "steps between two losses without the image; 0, or with "
+                               "pack: never", low=0, free=True)
     save_every: int = setting(500, "steps between two states to resume from", low=1, free=True)
     snapshots: tuple = setting((), "keep a checkpoint before these steps, such as 100,1000",
                                free=True)

@@ -5,7 +5,7 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
     words.json               the K shared words as strings
     connector.safetensors    the connector; a LangBridge's tensors have no dimension of the LLM
     llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, E;
-                             with tiles image_newline, which has the dimension of the LLM
+                             with tiles always image_newline, which has the LLM's dimension
     vision_tower/            if a stage trained the vision tower: a Hugging Face folder
 
 support/pretrained.py reads the LLM and the vision tower that a config names.

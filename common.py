@@ -49,7 +49,7 @@ def write_json(value, path, indent=1):
 
 
 def refuse_inside(out, **paths):
-    """End the process if a path is the folder `out`, or in a folder there that a run replaces.
+    """End the process if a path is `out`, or lies in a subfolder of it that a run replaces.
 
     paths: {what it is: path}. A path may be None or "".
     """

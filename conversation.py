@@ -6,8 +6,8 @@ A conversation becomes ids and labels, by the chat template of the tokenizer.
 The tokenizer reads the text and says which characters each token covers. A token that covers a
 part of an answer is trained. How the text comes about is in support/templates.py.
 
-T counts tokens and P the patches of an image. An image takes P places in the ids. Each of them has
-IMAGE_ID, an id that no text can produce. A label is IGNORE wherever the model does not learn.
+T counts tokens and P the patches of an image. An image takes P places in the ids, with tiles more.
+Each has IMAGE_ID, an id that no text can produce. A label is IGNORE where the model does not learn.
 """
 import itertools
 
@@ -26,7 +26,8 @@ def encode(messages, tokenizer, num_patches, template="chat"):
 
     messages: [{"role": "system"|"user"|"assistant", "content": str}, ...]. Each "<image>" in a
         user's content becomes the ids of an image. Control tokens come from the template only:
-        "<|im_end|>" in a content stays text. White space around a content is dropped.
+        "<|im_end|>" in a content stays text. White space around a content is dropped, except
+        with "plain".
     num_patches: the ids that an image takes, or a list of them, one for each image in the text.
     template: "chat" is the tokenizer's own chat template, or USER:/ASSISTANT: lines if it has none;
         "plain" is image, caption, newline; "prompted" writes each content and a newline.

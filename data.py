@@ -103,7 +103,7 @@ class Conversations:
                 "labels": torch.tensor(labels, dtype=torch.int64),
                 "words": torch.tensor(words, dtype=torch.int64),
                 "images": torch.cat([pixels for pixels, _ in pictures] or [blank]),
-                "picture_sizes": sizes if self.tiles else None}
+                "picture_sizes": sizes}
 
     def read_image(self, path):
         """Return (a picture's pixels float32[n, 3, S, S], (width, height) of the picture).
@@ -160,8 +160,7 @@ def collate(samples, pad_id, pad_to=1, pack=False):
     """Return a batch of samples, padded on the right to a T that is a multiple of pad_to.
 
     {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
-     "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...] with tiles, else
-     None, "bad": [str]}
+     "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...], "bad": [str]}
     pack: the samples follow each other in one row, B = 1. Positions restart with each sample. From
     this transformers knows that a sample must not see the one before it.
     Images are in the order of their places in input_ids. A BadSample is left out, and its sentence
@@ -178,7 +177,7 @@ def collate(samples, pad_id, pad_to=1, pack=False):
     labels = torch.full((B, T), IGNORE)                                 # (B, T)
     words = torch.full((B, T), -1)                                      # (B, T)
     mask = torch.zeros(B, T, dtype=torch.int64)                         # (B, T)
-    # Padding after a packed row has position 0: the LLM has no positions for so long a row.
+    # Padding of a packed row gets position 0, because the row may be longer than the LLM's limit.
     positions = torch.arange(T).repeat(B, 1) * (not pack)               # (B, T)
     for b, (s, n, end) in enumerate(zip(good, lengths, ends)):
         place = 0 if pack else b, slice(end - n, end)
@@ -190,12 +189,10 @@ def collate(samples, pad_id, pad_to=1, pack=False):
         positions[place] = torch.arange(n)
     with_images = [s for s in good if len(s["images"])]
     images = torch.cat([s["images"] for s in with_images] or [torch.zeros(0, 3, 0, 0)])
-    sizes = [s.get("picture_sizes") for s in with_images]
-    sizes = sum(sizes, []) if sizes and None not in sizes else None
     return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels, "words": words,
             "attention_mask": mask, "position_ids": positions,
             "pixel_values": images,                                     # (N, 3, S, S)
-            "picture_sizes": sizes,
+            "picture_sizes": sum([s.get("picture_sizes", []) for s in good], []),
             "bad": [str(s) for s in samples if isinstance(s, BadSample)]}
 
 

@@ -123,7 +123,7 @@ def answer_batch(vlm, batch, prompts, loaded, max_new_tokens):
         pixel_values = torch.cat(pixel_values)                              # (N, 3, S, S)
     # Greedy, as the papers do. Up to rounding, an answer does not depend on its batch.
     answers = generate(vlm, prompts, pixel_values, max_new_tokens, image_index=image_index,
-                       picture_sizes=picture_sizes if vlm.config.tiles else None)
+                       picture_sizes=picture_sizes)
     return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
@@ -272,7 +272,7 @@ def parse_arguments(argv):
     add("--tasks", default="all", help=f"with commas between, or all: {','.join(BENCHMARKS)}")
     add("--data", help="folder with gqa/, textvqa/, mme/, ...")
     add("--out", help="folder of the results (default: CHECKPOINT/eval)")
-    add("--batch_size", type=int, default=32, help="questions in a batch of the longest ones")
+    add("--batch_size", type=int, default=32, help="batch size for the longest questions")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--attention", help=common.ATTENTION)

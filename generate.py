@@ -4,7 +4,7 @@ Answers in batches: greedy or sampled, and a prefix that several prompts share i
 `llm.generate(inputs_embeds=...)` of transformers would do for single prompts. This loop adds what
 evaluation needs: one image with ten questions is encoded and prefilled once, not ten times.
 
-Letters as in model.py. A prompt is a list of ids in which IMAGE_ID stands once for each patch.
+Letters as in model.py. A prompt is a list of ids in which IMAGE_ID stands for each image embed.
 """
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
         image_index = list(range(len(image_tokens)))
     # Pad on the left, so that the last column is the newest token of every row.
     T = max(len(prompt) for prompt in prompts)
-    vlm.check_length(T)
+    vlm.check_positions(T)
     padding = [T - len(prompt) for prompt in prompts]
     padded = [[vlm.pad_id] * n + prompt for n, prompt in zip(padding, prompts)]
     input_ids = torch.tensor(padded)                                                    # (B, T)
@@ -89,8 +89,8 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
 
     A prefix is the ids up to the last image token, and the numbers of the images. The arguments
     are those of `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the
-    number of ids of each image. The cache covers columns 0 to C - 1, where C is the first column
-    that holds text after the images in any prompt. The result is None if no two prompts share a
+    number of ids of each image. The cache covers columns 0 to C - 1; in every prompt the text after
+    the images starts at column C or later. The result is None if no two prompts share a
     prefix, if C is 0, or if the LLM has layers of a type that cannot be copied.
     """
     B, T = mask.shape
@@ -120,7 +120,7 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
             position_ids=position[rows, :columns], use_cache=True,
             **{cache_argument(decoder): cache})
     # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
-    # prefix starts further right. Its last patches fall behind column C and are computed again.
+    # prefix starts further right. Its patches from column C on are computed again.
     # There must be no gap between the tokens of a row, because a sliding window counts columns.
     sources = [longest[prefix] for prefix in prefixes]
     row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)

@@ -60,7 +60,7 @@ class LangBridge(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
         self.to_scores = nn.Linear(H, K)                            # W [K, H] and b [K]
         # E [K, D] belongs to the LLM. A non-persistent buffer is in no state dict, so E is not
-        # saved with the connector, and no saved tensor has the dimension D.
+        # saved with the connector, and no tensor of connector.safetensors has the dimension D.
         self.register_buffer("vocab_embeds", None, persistent=False)
         self.plain_bytes = plain_bytes
 
@@ -112,8 +112,9 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
     Each word needs a patch: -log p(word), where p is (1 - background) * the mean over patches of
     p(word | patch) + background * frequency. The mean lets each patch name another word. The
     frequency explains "a" and "the", which are in every answer and which no patch should say.
-    Each patch needs a word: -log of the sum over targets of p(word | patch) / frequency, averaged
-    over patches, times n * patch_weight. Without it a patch that explains no word learns nothing.
+    Each patch needs a word: n * patch_weight * the mean over patches of
+    -log(sum over targets of p(word | patch) / frequency). Without this part a patch that explains
+    no word learns nothing. The factor n gives both parts one scale.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
@@ -185,7 +186,7 @@ class MLPConnector(nn.Module):
 
 @dataclass
 class Config:
-    """What a VLM is made of. It is the first part of a checkpoint's config.json."""
+    """What a VLM is made of. A checkpoint's config.json holds it, beside other entries."""
     vision_tower: str                   # hub name or folder
     llm: str                            # hub name or folder
     connector: str = "langbridge"       # or "mlp"
@@ -277,7 +278,7 @@ class VLM(nn.Module):
         dtype = next(self.connector.parameters()).dtype
         return self.connector(patches.to(dtype))                    # (N, P, Dv) -> (N, P, D)
 
-    def check_length(self, T):
+    def check_positions(self, T):
         """Raise ValueError if a sample of T tokens has more tokens than the LLM has positions."""
         if self.max_positions and T > self.max_positions:
             raise ValueError(f"{T} tokens are more than the {self.max_positions} positions of "
@@ -291,10 +292,10 @@ class VLM(nn.Module):
     def arrange_images(self, image_embeds, picture_sizes):
         """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
-        picture_sizes: the (width, height) of each image in pixels. It is None without tiles, where
+        picture_sizes: the (width, height) of each image in pixels. Without tiles they do not count:
         each image is one square.
         """
-        if not picture_sizes:
+        if not self.config.tiles:
             return list(image_embeds)
         return join_tiles(image_embeds, picture_sizes, self.config.tiles,
                           self.image_settings["size"], self.image_newline.to(image_embeds.dtype))
@@ -342,7 +343,7 @@ class VLM(nn.Module):
         number of trained tokens in the whole global batch. `sum_words_loss` is another loss.
         Ids, labels and masks stay on the CPU: to search them on a GPU, the CPU must wait for it.
         """
-        self.check_length(int(batch["position_ids"].max()) + 1)
+        self.check_positions(int(batch["position_ids"].max()) + 1)
         embeds = self.splice(batch["input_ids"], batch["pixel_values"],
                              picture_sizes=batch.get("picture_sizes"))  # (B, T, D)
         # Attention is causal, so padding on the right needs no mask, and attention without a mask

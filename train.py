@@ -23,6 +23,7 @@ from common import print_rank0
 from support import settings
 from support.checks import check, check_init, needs_words
 from support.settings import setting
+from support.templates import TEMPLATES
 
 # What each stage trains. All other parts are frozen. The learning rate of a part is the setting
 # PART_lr.
@@ -64,8 +65,7 @@ class Settings:
     image_mode: str = setting("crop", "crop to the centre, or pad to a square",
                               choices=("crop", "pad"))
     template: str = setting("plain", "plain: image and caption; prompted: the texts with newlines; "
-                                     "chat: the LLM's own template",
-                            choices=("plain", "prompted", "chat"))
+                                     "chat: the LLM's own template", choices=tuple(TEMPLATES))
     max_length: int = setting(2048, "tokens of a sample, image patches included", low=1)
     group: bool = setting(False, "batches of one modality, sorted by length; LLaVA's")
     group_batches: int = setting(1, "with group: steps that are sorted by length together; more "
@@ -149,10 +149,10 @@ if __name__ == "__main__":      # before the slow imports: a mistyped setting an
 import torch
 
 import checkpoint
-import conversation
 import data
 import model
 import vocab
+from conversation import show_sample
 from support import features, fingerprint, pretrained, ranks, sharding
 from support.device import check_compiler
 from support.log import averages, log_step, open_log, parts_table, plot_loss
@@ -212,8 +212,11 @@ def make_model(cfg, device):
     if "vision_tower" in trained_parts:
         freeze_unreached(vlm, device)
     if cfg.checkpointing:
-        vlm.llm.train()                             # the library checkpoints in this mode only
         vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        # The library checkpoints blocks in training mode. The parts of a frozen block stay in
+        # evaluation mode, or its dropout would begin.
+        for block in sharding.transformer_blocks(vlm.llm):
+            block.training = True
     if cfg.compile:
         check_compiler(device)
         for block in sharding.transformer_blocks(vlm.llm):
@@ -302,8 +305,7 @@ def main(cfg):
         log = open_log(f"{cfg.out}/log.jsonl", start)
         first = dataset[steps[0][0]]
         if not isinstance(first, common.BadSample):
-            print(conversation.show_sample(first["input_ids"], first["labels"], vlm.tokenizer),
-                  flush=True)
+            print_rank0(show_sample(first["input_ids"], first["labels"], vlm.tokenizer))
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     # A part was trained if anything in it was, such as LoRA's weights in stage "pretrain".

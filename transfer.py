@@ -3,8 +3,8 @@ Move a trained LangBridge to another LLM, without training.
 
     python transfer.py SRC TGT [--out DIR] [--eval DATA.json]
 
-SRC is a checkpoint folder, after pretraining ("Pretrain-LB" in the paper) or after SFT ("SFT-LB").
-TGT is a causal LLM, a hub name or a folder. The tensors of the connector and the list of words
+SRC is a checkpoint folder of any stage. The paper has "Pretrain-LB", of pretrain, and "SFT-LB", of
+sft. TGT is a causal LLM, a hub name or a folder. The tensors of the connector and the list of words
 move. The LLM, its tokenizer and E are replaced: E becomes the new LLM's own input embeddings of the
 same words. The new checkpoint works as it is. `train.py config/pocket/sft.py --init=DIR --out=...`
 trains it on.

@@ -11,7 +11,6 @@ holds no ids, because each tokenizer gives its own.
 import argparse
 import hashlib
 import os
-import sys
 from collections import Counter
 
 from common import OFFLINE, go_offline, read_json, run_script, write_json

@@ -10,7 +10,7 @@ from support import settings
 
 
 def needs_words(cfg):
-    """Return whether the settings ask for the words loss, for which an MLP has no words."""
+    """Return whether the settings ask for the words loss, which needs the words of a LangBridge."""
     return cfg.words_loss > 0 or cfg.stage == "words"
 
 

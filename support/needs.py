@@ -29,8 +29,7 @@ def ask(vlm, question, template, picture_size, pixels, patches, tile=0, mode=Non
     messages = [{"role": "user", "content": f"<image>\n{question}"}]
     number = vlm.num_tokens(picture_size)
     prompt = conversation.encode_prompt(messages, vlm.tokenizer, [number], template)
-    picture_sizes = [picture_size] if vlm.config.tiles else None
-    new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64, picture_sizes=picture_sizes)[0]
+    new_ids = generate(vlm, [prompt], pixels, max_new_tokens=64, picture_sizes=[picture_size])[0]
     answer = vlm.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
 
     words = strongest_words(mode) if mode else []
@@ -40,7 +39,7 @@ def ask(vlm, question, template, picture_size, pixels, patches, tile=0, mode=Non
         print("note: what the answer needs is not tested:",
               "on a CPU it would take too long" if new_ids else "the answer is empty")
         return answer, None
-    lost = lost_nats(vlm, prompt, new_ids, pixels, picture_sizes, patches, tile, words)
+    lost = lost_nats(vlm, prompt, new_ids, pixels, [picture_size], patches, tile, words)
     return answer, {"patches": lost[0], "words": list(zip(words, lost[1].tolist()))}
 
 
@@ -56,7 +55,7 @@ def lost_nats(vlm, prompt, answer, pixels, picture_sizes, patches, tile=0, words
     """Return how much log-probability an answer loses without each patch, and without each word.
 
     prompt, answer: lists of ids; picture_sizes as for generate; the rest as for `ask`.
-    -> float32[P] and float32[n] for n words, in nats. Below 0 the answer is more probable without it.
+    -> float32[P] and float32[n] for n words, in nats; below 0 where the answer gains without it.
     A removed patch gets the mean image embed of the tile. If it lost its position, all later tokens
     would move. A removed word has the weight 0 in all patches of the tile. The answer does not end
     with an end token, because it may have been cut off.
@@ -89,7 +88,7 @@ def places_of_patches(vlm, ids, num_tiles, P, picture_sizes, tile):
     read them, and so the answer needs nothing of them.
     """
     # arrange_images knows where image embeds go, so let it arrange numbers instead.
-    first = 1e6                                 # so large a number stands in no newline
+    first = 1e6                                 # newlines never hold such a number
     embed = vlm.llm.get_input_embeddings()
     numbers = torch.zeros(num_tiles, vlm.num_patches, embed.embedding_dim, device=vlm.llm.device)
     numbers[tile, -P:] = first + torch.arange(P, device=numbers.device)[:, None]

@@ -104,7 +104,7 @@ def image_settings(name, config, image_size):
         if processor.get(flag):
             raise ValueError(f"{name}: preprocessor_config.json asks for {flag}, which is not done "
                              "here; take another vision tower")
-    factor = 1.0                                    # of the tower's scale by pixels / 255
+    factor = 1.0                                    # the tower's scale, divided by 1 / 255
     if processor.get("do_rescale") is False:
         factor = 255.0
     elif processor.get("rescale_factor"):

@@ -17,7 +17,7 @@ from common import BadSample
 from support.hub import DATE, freeze_date
 
 IMAGE = "<image>"                       # the placeholder of an image in a text
-IMAGE_ID = -200                         # LLaVA's id of an image, here once for each patch
+IMAGE_ID = -200                         # LLaVA's id of an image, here for each image embed
 
 # Chat templates besides the tokenizer's own. "chat" is for a tokenizer without one. "plain" is
 # LLaVA's stage 1: image, caption and a newline.

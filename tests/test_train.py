@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import checkpoint
 import train
@@ -91,6 +92,20 @@ def test_accumulation_changes_nothing(tiny, world, tmp_path, pretrained, stage):
 def test_bfloat16_and_checkpointing_run_and_learn(tiny, world, tmp_path):
     assert train_here(settings(tiny, world, tmp_path / "x", "--dtype=bfloat16", "--checkpointing=True")) == 0
     assert losses(tmp_path / "x")[-1] < 0.9 * losses(tmp_path / "x")[0]
+
+
+def test_checkpointing_does_not_start_the_dropout_of_a_frozen_llm(tiny, world, tmp_path, monkeypatch):
+    calls, forward = [], Qwen2Attention.forward
+    monkeypatch.setattr(Qwen2Attention, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
+    shutil.copytree(tiny.qwen, tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    for name in ("plain", "checkpointing"):
+        argv = settings(tiny, world, tmp_path / name, f"--llm={tmp_path}/llm", "--max_steps=3", f"--checkpointing={name != 'plain'}")
+        assert train_here(argv) == 0
+        calls.append("end")
+    assert calls.index("end") + 6 == len(calls) - calls.index("end") - 2, "two layers in three steps are computed again"
+    assert losses(tmp_path / "checkpointing") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
 @pytest.mark.parametrize("capability, has_bfloat16, expected", [

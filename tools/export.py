@@ -240,7 +240,7 @@ def main():
         pixel_values = pictures.tile_pixels(image, **vlm.image_settings, mode="pad", tiles=tiles)
     with torch.no_grad():
         embeds = vlm.splice(torch.tensor([ids]), pixel_values,
-                            picture_sizes=[picture_size] if tiles else None)[0]     # (T, D)
+                            picture_sizes=[picture_size])[0]     # (T, D)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     write_safetensors({"prompt_embeds": embeds}, args.out)
     print(f"wrote {args.out}: prompt_embeds {tuple(embeds.shape)} for {vlm.config.llm}")

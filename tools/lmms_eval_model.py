@@ -77,7 +77,7 @@ class LangBridge(lmms):
                 new = generate(self.vlm, [ids for *_, ids, _, _ in batch],
                                torch.cat(pixels) if pixels else None, max_new_tokens,
                                temperature=temperature,
-                               picture_sizes=sizes if self.vlm.config.tiles else None)
+                               picture_sizes=sizes)
                 for (_, _, index, *_), ids in zip(batch, new):
                     context, settings = requests[index].args[:2]
                     text = self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -105,7 +105,7 @@ class LangBridge(lmms):
             pixels = torch.cat(pixels) if pixels else None
             with torch.no_grad():
                 embeds = self.vlm.splice(torch.tensor([ids]), pixels,
-                                         picture_sizes=sizes if self.vlm.config.tiles else None)
+                                         picture_sizes=sizes)
                 hidden = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
                 targets = torch.tensor(labels[1:], device=embeds.device)
                 trained = targets != conversation.IGNORE

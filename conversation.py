@@ -26,8 +26,7 @@ def encode(messages, tokenizer, num_patches, template="chat"):
 
     messages: [{"role": "system"|"user"|"assistant", "content": str}, ...]. Each "<image>" in a
         user's content becomes the ids of an image. Control tokens come from the template only:
-        "<|im_end|>" in a content stays text. White space around a content is dropped, except
-        with "plain".
+        "<|im_end|>" in a content stays text. Only "plain" keeps white space around a content.
     num_patches: the ids that an image takes, or a list of them, one for each image in the text.
     template: "chat" is the tokenizer's own chat template, or USER:/ASSISTANT: lines if it has none;
         "plain" is image, caption, newline; "prompted" writes each content and a newline.

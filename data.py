@@ -103,7 +103,7 @@ class Conversations:
                 "labels": torch.tensor(labels, dtype=torch.int64),
                 "words": torch.tensor(words, dtype=torch.int64),
                 "images": torch.cat([pixels for pixels, _ in pictures] or [blank]),
-                "picture_sizes": sizes}
+                "picture_sizes": sizes if self.tiles else []}
 
     def read_image(self, path):
         """Return (a picture's pixels float32[n, 3, S, S], (width, height) of the picture).
@@ -160,7 +160,8 @@ def collate(samples, pad_id, pad_to=1, pack=False):
     """Return a batch of samples, padded on the right to a T that is a multiple of pad_to.
 
     {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
-     "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...], "bad": [str]}
+     "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...] with tiles,
+     "bad": [str]}
     pack: the samples follow each other in one row, B = 1. Positions restart with each sample. From
     this transformers knows that a sample must not see the one before it.
     Images are in the order of their places in input_ids. A BadSample is left out, and its sentence

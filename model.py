@@ -292,10 +292,10 @@ class VLM(nn.Module):
     def arrange_images(self, image_embeds, picture_sizes):
         """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
-        picture_sizes: the (width, height) of each image in pixels. Without tiles they do not count:
+        picture_sizes: the (width, height) of each image in pixels. Without them, and without tiles,
         each image is one square.
         """
-        if not self.config.tiles:
+        if not (picture_sizes and self.config.tiles):
             return list(image_embeds)
         return join_tiles(image_embeds, picture_sizes, self.config.tiles,
                           self.image_settings["size"], self.image_newline.to(image_embeds.dtype))

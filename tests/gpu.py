@@ -7,6 +7,7 @@ Each section runs in a process of its own with a time box, so that a failure or 
 DEVICE and SMALL come from the environment, see gpu.sh.
 """
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -291,7 +292,6 @@ def loader(folder):
 # ---- 4. SFT
 
 def sft(folder):
-    import importlib.util
     ways = [("sdpa", False)] + [("sdpa", True)] * (not SMALL)
     if importlib.util.find_spec("flash_attn"):
         ways.append(("flash_attention_2", False))

@@ -10,7 +10,7 @@ words      the strongest word of a patch stands in the label of the box that cov
            one of the five strongest. A patch belongs to the smallest box that holds its centre. For
            an MLP the words are those whose embeddings have the largest cosine.
 captions   bits per byte of a human caption with the right, a wrong and no image, after the
-           question of its record, or after PROMPT (--prompt).
+           question of its record. With --prompt once more after PROMPT, as prompt_...
 written    the first line that the model writes contains a word of a label of the picture.
 
 Intervals are 95 % bootstrap intervals over pictures. Images must be squares, because the boxes
@@ -94,6 +94,27 @@ def interval(rows, seed=0, draws=1000):
 
 
 @torch.no_grad()
+def bits_per_byte(vlm, turns, samples, template):
+    """Return the bits per byte of captions with the right, a wrong and no image, {key: interval}.
+
+    turns: a (question, answer) for each sample. The wrong image is that of the sample before.
+    """
+    bits = {"right": [], "wrong": [], "none": []}
+    for n, (pair, sample) in enumerate(zip(turns, samples)):
+        ids, labels = conversation.encode(list(pair), vlm.tokenizer, vlm.num_patches, template)
+        row = {"id": sample["id"], "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        batch = data.collate([row | {"images": sample["images"]}], vlm.pad_id)
+        other = batch | {"pixel_values": samples[n - 1]["images"]}
+        num_bytes = len(pair[1]["content"].encode())
+        for key, view in (("right", batch), ("wrong", other), ("none", data.without_images(batch))):
+            bits[key].append((vlm(view)[0].item() / math.log(2), num_bytes))
+    report = {f"bits_per_byte_{key}": interval(rows) for key, rows in bits.items()}
+    report["wrong_minus_right"] = interval([(wrong - right, size) for (wrong, size), (right, _)
+                                            in zip(bits["wrong"], bits["right"])])
+    return report
+
+
+@torch.no_grad()
 def strongest_words(vlm, patches):
     """Return (P lists of the 5 strongest words, scores [P, K]) of patches float[1, P, Dv]."""
     if vlm.words:
@@ -151,26 +172,17 @@ def measure(vlm, metadata, args):
     if args.words_only:
         return report, dict.fromkeys(names)
 
-    bits = {"right": [], "wrong": [], "none": []}
-    template, questions = "chat" if args.prompt else metadata["template"], []
-    for n, (name, sample) in enumerate(zip(names, samples)):
-        question, answer = data.messages_of(dataset.records[first[name]], False)[0]
-        questions.append(ASKED if args.prompt else question)
-        ids, labels = conversation.encode([questions[n], answer], vlm.tokenizer, vlm.num_patches,
-                                          template)
-        batch = data.collate([{"id": name, "input_ids": torch.tensor(ids),
-                               "labels": torch.tensor(labels), "images": sample["images"]}],
-                             vlm.pad_id)
-        other = {**batch, "pixel_values": samples[n - 1]["images"]}
-        num_bytes = len(answer["content"].encode())
-        for key, view in (("right", batch), ("wrong", other), ("none", data.without_images(batch))):
-            bits[key].append((vlm(view)[0].item() / math.log(2), num_bytes))
-    report |= {f"bits_per_byte_{key}": interval(value) for key, value in bits.items()}
-    report["wrong_minus_right"] = interval([(wrong - right, size) for (wrong, size), (right, _)
-                                            in zip(bits["wrong"], bits["right"])])
+    template = metadata["template"]
+    turns = [data.messages_of(dataset.records[first[name]], template == "chat")[0]
+             for name in names]
+    report |= bits_per_byte(vlm, turns, samples, template)
+    if args.prompt:
+        turns, template = [(ASKED, answer) for _, answer in turns], "chat"
+        bits = bits_per_byte(vlm, turns, samples, template)
+        report |= {f"prompt_{key}": value for key, value in bits.items()}
 
     images = torch.cat([sample["images"] for sample in samples])
-    captions = write_captions(vlm, questions, template, images)
+    captions = write_captions(vlm, [question for question, _ in turns], template, images)
     things = [set().union(*(content_words(o["label"]) for o in boxes[name]["objects"]))
               for name in names]
     for suffix, shift in (("", 0), ("_other", 1)):
@@ -191,7 +203,7 @@ def main():
     add("--out", required=True, metavar="FILE.json", help="reports by name; old names are kept")
     add("--number", type=int, default=300, help="pictures (default 300)")
     add("--words_only", action="store_true", help="measure the words alone, which needs no LLM")
-    add("--prompt", action="store_true", help="ask by PROMPT, not as the record of the photograph")
+    add("--prompt", action="store_true", help="ask by PROMPT, too")
     add("--match_norm", action="store_true", help="scale image embeds to the length of words")
     add("--features", default="", help="a folder that train.py --features has filled")
     add("--show", type=int, default=0, help="print so many written captions")

@@ -68,7 +68,7 @@ def test_the_report_counts_what_a_slow_loop_counts(trained, world, tmp_path, mon
     assert report["words_top1"][0] == pytest.approx(right / 48, abs=1e-4)
     assert report["words_top1_other"][0] == pytest.approx(other / 48, abs=1e-4)
     assert right > 24 and report["pictures"] == 8
-    assert report["bits_per_byte_right"][0] == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-3)
+    assert report["prompt_bits_per_byte_right"][0] == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-3)
     difference = report["bits_per_byte_wrong"][0] - report["bits_per_byte_right"][0]
     assert report["wrong_minus_right"][0] == pytest.approx(difference, abs=2e-4)
 

@@ -22,7 +22,7 @@ from support.pictures import features_path, image_path, open_image, tile_pixels
 from support.records import image_names, messages_of, read_records, turns_of
 from support.templates import TEMPLATES
 from support.tiles import check_tiles, num_tokens
-# torch is imported where it is used, so that --help does not wait for it.
+# torch is imported where it is used, so that --help answers at once.
 
 # --------------------------------------------------------------------------------------------------
 # the dataset
@@ -62,7 +62,7 @@ class Conversations:
             try:
                 names = image_names(record)
                 length = sum(len(turn["content"].split()) for turn in turns_of(record))
-            except BadSample:           # it is reported when it is used
+            except BadSample:           # reported when the record is used
                 names, length = [], 1
             self.image_names.append(names)
             # Positive with an image, negative without; global_batches needs it.
@@ -115,7 +115,7 @@ class Conversations:
 
             file = features_path(self.features, path)
             if not os.path.isfile(file):
-                open_image(path)        # raises BadSample, as it did in support/features.py
+                open_image(path)        # raises BadSample, as support/features.py did
             return load_file(file)["patches"][None], None
         image = open_image(path)
         return tile_pixels(image, **self.image, tiles=self.tiles), image.size
@@ -133,7 +133,7 @@ class Conversations:
             try:
                 messages, _ = messages_of(record, image_first=self.template == "chat")
                 labels = self.encode(messages, self.num_patches)[1]
-            except ValueError:                      # sample() reports it when its turn comes
+            except ValueError:                      # sample() reports the record later
                 continue
             words = [self.word_of_id[label] for label in labels if label in self.word_of_id]
             counts += torch.bincount(torch.tensor(words, dtype=torch.int64), minlength=num_words)

@@ -225,7 +225,7 @@ class VLM(nn.Module):
         self.vision_tower = vision_tower
         self.connector = connector
         self.llm = llm
-        # Other files set these.
+        # Other files set the next four.
         self.sharded = False                # support/sharding.py: the LLM is cut into pieces
         self.own_parts = set()              # checkpoint.py: parts that the folder holds itself
         self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
@@ -233,8 +233,8 @@ class VLM(nn.Module):
         self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
                                        config.pool) ** 2
         check_tiles(config.tiles, image_settings["size"])
-        # A learned embedding that ends each row of tiles. It has the dimension D. Therefore it
-        # belongs to the LLM and does not move with the connector.
+        # A learned embedding that ends each row of tiles. An embedding of dimension D belongs to the
+        # LLM and does not move with the connector.
         self.image_newline = None
         if config.tiles:
             D = llm.get_input_embeddings().embedding_dim
@@ -259,7 +259,7 @@ class VLM(nn.Module):
         if pixel_values.dim() == 3:
             return pixel_values.to(self.vision_tower.device)
         trains = any(p.requires_grad for p in self.vision_tower.parameters())
-        # No autocast for a frozen tower: it computes in its own dtype.
+        # A frozen tower computes in its own dtype, without autocast.
         device = pixel_values.device.type
         autocast = torch.autocast(device, enabled=trains and torch.is_autocast_enabled(device))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains), autocast:
@@ -318,7 +318,7 @@ class VLM(nn.Module):
             if is_image.any():
                 raise ValueError("the ids have image positions, and there is no image")
             if self.sharded:
-                # Every rank must run the same backward pass, because it gathers the LLM's pieces.
+                # Every rank must run the same backward pass, which gathers the LLM's pieces.
                 # Another rank may have images, so add 0 x a blank image here.
                 side = self.image_settings["size"]
                 blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
@@ -399,6 +399,6 @@ class VLM(nn.Module):
 
         if len(targets) <= LOSS_ROWS:
             return chunk_loss(hidden, targets)
-        # The logits of a chunk are made again in the backward pass, so they need not be kept.
+        # The backward pass makes the logits of a chunk again, so that none have to be kept.
         chunks = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS))
         return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)

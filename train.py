@@ -44,7 +44,7 @@ class Settings:
     stage: str = setting("pretrain", "what trains, see STAGES", choices=tuple(STAGES))
     out: str = setting("", "the checkpoint folder to write")
     init: str = setting("", "start from this checkpoint's connector, LLM and vision tower")
-    # The model. With init these come from the checkpoint; only tiles may be changed.
+    # The model. With init the checkpoint has these settings; only tiles may be changed.
     vision_tower: str = setting("", "hub name or folder")
     llm: str = setting("", "hub name or folder")
     words: str = setting("", "the shared vocabulary, as vocab.py writes it")
@@ -126,7 +126,7 @@ class Settings:
         return STAGES[self.stage]
 
 
-Settings.given = {}     # {name: where it was set}. It is not a field, so no state contains it.
+Settings.given = {}     # {name: where it was set}; not a field, so that no state contains it
 
 
 def read_settings(argv):
@@ -438,7 +438,7 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
         total = loss + cfg.words_loss * words_loss
         if total.requires_grad:                     # text alone does not reach the connector
             total.backward()
-        # In float64, and on the device: .item() would make the CPU wait for it.
+        # In float64, and on the device: .item() would make the CPU wait for the device.
         sums["loss"] += loss.detach().double()
         sums["trained"] += trained
         if num_words:
@@ -468,7 +468,7 @@ def losses(vlm, batch, cfg):
         return *vlm.sum_words_loss(batch, *weights), 0, 0
     if not (cfg.words_loss and len(batch["pixel_values"])):
         return *vlm(batch), 0, 0
-    # Both losses need the patches, so they are computed here, once.
+    # Both losses need the patches. The tower computes them once.
     batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
     return *vlm(batch), *vlm.sum_words_loss(batch, *weights)
 

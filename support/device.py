@@ -11,25 +11,6 @@ import torch
 from common import print_rank0
 
 
-def choose_device(text, most=None):
-    """Return the device that --device names; without a name CUDA if there is one, else the CPU.
-
-    "auto" spreads an LLM over all GPUs, unless most=1. ValueError for a device that this machine
-    does not have.
-    """
-    if text == "auto" and most != 1:
-        return text
-    name = text or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"there is no device {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"there is no device {name!r}: torch sees {count} GPUs")
-    return name
-
-
 def choose_dtype(name, device):
     """Return the name of a dtype. "auto" is bfloat16 if the hardware computes in it, else float32.
 
@@ -45,24 +26,30 @@ def choose_dtype(name, device):
 
 
 def own_device(name, most=1):
-    """Return the torch.device of this process, or "auto". CUDA uses it from now on.
+    """Return the torch.device of this process, or "auto". CUDA uses the device from now on.
 
-    Under torchrun each process has a GPU of its own. name, most: see choose_device.
-    ValueError for a numbered GPU there, because all processes would share it.
+    name: of --device; without a name CUDA if there is one, else the CPU. "auto" spreads an LLM over
+    all GPUs, unless most=1. Under torchrun each process has a GPU of its own.
+    ValueError for a device that this machine lacks, and for a numbered GPU under torchrun, because
+    all processes would share this GPU.
     """
-    name = choose_device(name, most)
-    if name == "auto":
+    if name == "auto" and most != 1:
         return name
-    device = torch.device(name)
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}") from None
     if device.type == "cuda":
-        local_rank = os.environ.get("LOCAL_RANK")
+        count, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+        if (device.index or 0) >= count:
+            raise ValueError(f"there is no device {name!r}: torch sees {count} GPUs")
         if local_rank and device.index is not None:
             raise ValueError(f"--device={name} would put all ranks of torchrun on one GPU: leave "
                              "the number out, or choose GPUs with CUDA_VISIBLE_DEVICES")
         device = torch.device("cuda", int(local_rank or device.index or 0))
-        if device.index >= torch.cuda.device_count():
+        if device.index >= count:
             raise ValueError(f"torchrun started rank {local_rank} on this machine, which has "
-                             f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+                             f"{count} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(device)
     return device
 

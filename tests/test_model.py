@@ -13,7 +13,7 @@ import model
 import vocab
 from conversation import IMAGE_ID
 from support import pretrained
-from support.device import choose_device
+from support.device import own_device
 from support.tensors import read_safetensors, write_safetensors
 
 P = 9                                                               # 24 pixels, patches of 8
@@ -196,7 +196,7 @@ def test_an_llm_spread_by_accelerate_answers_the_same(tiny, tmp_path):
                                              ("cpu,", None, "no device 'cpu,'"), ("tpux", None, "no device 'tpux'")])
 def test_a_device_that_is_not_there_is_one_sentence(text, most, words):
     with pytest.raises(ValueError, match=words):
-        choose_device(text, most)
+        own_device(text, most)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -233,8 +233,8 @@ class VLM(nn.Module):
         self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
                                        config.pool) ** 2
         check_tiles(config.tiles, image_settings["size"])
-        # A learned embedding that ends each row of tiles. An embedding of dimension D belongs to the
-        # LLM and does not move with the connector.
+        # A learned embedding ends each row of tiles. Its dimension is D. Therefore the embedding
+        # belongs to the LLM and does not move with the connector.
         self.image_newline = None
         if config.tiles:
             D = llm.get_input_embeddings().embedding_dim

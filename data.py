@@ -162,8 +162,8 @@ def collate(samples, pad_id, pad_to=1, pack=False):
     {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
      "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...] with tiles,
      "bad": [str]}
-    pack: the samples follow each other in one row, B = 1. Positions restart with each sample. From
-    this transformers knows that a sample must not see the one before it.
+    pack: the samples follow each other in one row, B = 1. Positions restart with each sample. These
+    positions tell transformers where a sample begins, so that no sample sees the one before it.
     Images are in the order of their places in input_ids. A BadSample is left out, and its sentence
     is in "bad". The mask comes from lengths and not from values, because "!" is id 0 for Qwen.
     """

@@ -10,7 +10,7 @@ see `plain_limit`. Raw scores ("none") are linear, so the products can be made i
 `combine_raw` takes the cheaper order.
 
 This is the one file with a hand-made backward pass. You need not read it to understand the method.
-Letters as in model.py. P here counts the patches of all images of a batch together.
+Letters as in model.py, but P counts the patches of all images of a batch together.
 """
 import functools
 import os

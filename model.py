@@ -114,7 +114,7 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
     frequency explains "a" and "the", which are in every answer and which no patch should say.
     Each patch needs a word: n * patch_weight * the mean over patches of
     -log(sum over targets of p(word | patch) / frequency). Without this part a patch that explains
-    no word learns nothing. The factor n gives both parts one scale.
+    no word gets hardly a gradient. The factor n gives both parts one scale.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
@@ -306,7 +306,7 @@ class VLM(nn.Module):
         input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; picture_sizes: see
         `arrange_images`. Images fill the positions in reading order, row by row. image_index: which
         image stands at each place, default 0, 1, 2, ...; one that stands twice is encoded once.
-        Keep the ids on the CPU. To find the image positions on a GPU, the CPU must wait for it.
+        Keep the ids on the CPU: to search them on a GPU, the CPU must wait for the GPU.
         ValueError if the number of image positions is not that of the image embeds.
         """
         device = self.llm.device

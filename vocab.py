@@ -2,8 +2,8 @@
 The shared vocabulary: the words that several tokenizers have in common, most frequent first.
 
 A word is a sequence of bytes, written as a string in the GPT-2 byte alphabet: "Ġthe" is b" the".
-Byte-level BPE and SentencePiece map to this one form. The first spells its tokens so already. The
-second writes a space as "▁" and a byte as "<0xAB>". words.json is a JSON list of words by rank. It
+The tokens of byte-level BPE have this form. SentencePiece writes a space as "▁" and a byte as
+"<0xAB>", so its tokens are brought into this form. words.json is a JSON list of words by rank. It
 holds no ids, because each tokenizer gives its own.
 
     python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
@@ -28,8 +28,8 @@ def tokenizer_words(tokenizer):
     """Return {word: id} of every ordinary token.
 
     Special, added, reserved and unused tokens are not words. A byte token such as "<0x61>" is a
-    word only if no ordinary token spells its byte. Otherwise the tokenizer never produces it, and
-    its embedding was never trained. ValueError if tokens are not bytes.
+    word only if no ordinary token spells its byte. If one does, the tokenizer never produces the
+    byte token, and its embedding was never trained. ValueError if tokens are not bytes.
     """
     spelling = spelling_of(tokenizer)
     special, added = special_tokens(tokenizer, spelling)

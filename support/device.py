@@ -29,12 +29,12 @@ def own_device(name, most=1):
     """Return the torch.device of this process, or "auto". CUDA uses the device from now on.
 
     name: of --device; without a name CUDA if there is one, else the CPU. "auto" spreads an LLM over
-    all GPUs, unless most=1. Under torchrun each process has a GPU of its own.
+    all GPUs, if there are any, unless most=1. Under torchrun each process has a GPU of its own.
     ValueError for a device that this machine lacks, and for a numbered GPU under torchrun, because
     all processes would share this GPU.
     """
     if name == "auto" and most != 1:
-        return name
+        return name if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:

@@ -199,6 +199,12 @@ def test_a_device_that_is_not_there_is_one_sentence(text, most, words):
         own_device(text, most)
 
 
+def test_auto_is_the_cpu_where_no_gpu_is(monkeypatch):
+    for is_there, device in ((False, torch.device("cpu")), (True, "auto")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+        assert own_device("auto", None) == device
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("llm", ["qwen", "llama", "gemma"])         # gemma's window of 16 is shorter than every prompt
 def test_questions_about_one_image_share_its_prefix(tiny, llm, attention, monkeypatch):

@@ -1,5 +1,5 @@
 # Photographs: the connector learns from captions which words a picture holds. The LLM
-# gives its tokenizer and embeddings and does not run. data/photos is yours: captions_train.json in
+# gives its tokenizer and embeddings and is not trained. data/photos is yours: captions_train.json in
 # LLaVA's format, images/, and words.json, see results/photos.sh.
 stage = "words"
 out = "out/photos/words"

@@ -229,8 +229,8 @@ def evaluate(args):
     barrier = torch.distributed.barrier if world > 1 else lambda: None
     vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
                           attention=args.attention)
-    # These decide whether an earlier answer can be used again. Batch size and number of ranks change
-    # an answer by rounding only, so they are not here.
+    # These decide whether an earlier answer can be used again. Batch size and number of ranks
+    # change an answer by rounding only, so they are not here.
     made_by = {"checkpoint": fingerprint.of_connector(args.checkpoint), "template": "chat",
                "dtype": dtype}
     made_by |= {f"{source} {part}": value for source, parts in vlm.fingerprint.items()

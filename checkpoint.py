@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
 from common import read_json, write_json
-from model import VLM, Config, make_connector, embed_words
+from model import VLM, Config, embed_words, make_connector
 from vocab import load_words, save_words, words_hash
 from support import fingerprint, sharding
 from support.device import set_precision

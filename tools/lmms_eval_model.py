@@ -102,6 +102,7 @@ class LangBridge(lmms):
             messages.append({"role": "assistant", "content": str(continuation).strip()})
             counts = [self.vlm.num_tokens(picture_size) for picture_size in sizes]
             ids, labels = conversation.encode(messages, self.vlm.tokenizer, counts)
+            self.vlm.check_positions(len(ids))
             pixels = torch.cat(pixels) if pixels else None
             with torch.no_grad():
                 embeds = self.vlm.splice(torch.tensor([ids]), pixels,

@@ -1,4 +1,4 @@
-"""Print which part of stage 2's tokens is padding, for values of the settings group_batches and pack.
+"""Print which part of stage 2's tokens is padding, for values of group_batches and pack.
 
     python results/padding.py [--out results/padding.json]
 

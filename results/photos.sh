@@ -73,9 +73,11 @@ train words-quarter-476-steps $WORDS_STAGE --temperature=1 --data="$OUT/quarter.
 train words-112-pixels-476-steps $WORDS_STAGE --temperature=1 --image_size=112 --pool=1 --max_steps=476 --features="$OUT/features112"
 for name in 4-epochs patches-all-476-steps patches-quarter-476-steps all-476-steps quarter-476-steps 112-pixels-476-steps; do measure words-$name="$OUT/words-$name" $REST --number 1000 --words_only; done
 measure smollm2-4-epochs="$OUT/words-4-epochs" $REST --number 96 --prompt
-for name in step2-42 mlp; do
-    train "questions-$name" config/photos/questions.py --init="$OUT/$name" --data="$QUESTIONS/train.json" \
-        --images="$QUESTIONS/images" --features="$OUT/questions-features"
+HERE_Q="--images=$QUESTIONS/images --features=$OUT/questions-features"
+train question-words config/photos/words.py --init="$OUT/words-42" --data="$QUESTIONS/answers.json" $HERE_Q --image_mode=pad --epochs=8 \
+    --connector_lr=1e-3
+for name in words-42 question-words mlp; do
+    train "questions-$name" config/photos/questions.py --init="$OUT/$name" --data="$QUESTIONS/train.json" $HERE_Q
     "$PYTHON" results/questions.py measure $name="$OUT/questions-$name" --data "$QUESTIONS/val.json" \
         --images "$QUESTIONS/images" --out results/photos/questions.json
 done

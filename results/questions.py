@@ -1,9 +1,12 @@
 """
 Questions about photographs: hold some photographs out, and measure checkpoints on their questions.
 
-    python results/questions.py split QUESTIONS.json DIR [--held_out 60]    # DIR/train.json, val.json
+    python results/questions.py split QUESTIONS.json DIR [--held_out 60]
     python results/questions.py measure NAME=CHECKPOINT [...] --data DIR/val.json --images DIR
         --out FILE.json
+
+`split` writes DIR/train.json and val.json, and answers.json for the words stage: one text for each
+photograph of train.json, which names its answers.
 
 An answer is right if it is the expected text, apart from case and the order of several things.
 Each question is asked alone, with its photograph, with the photograph of another record, and
@@ -28,11 +31,13 @@ from support.pictures import image_path, open_image, transform
 
 
 def split(path, folder, held_out):
-    """Write train.json and val.json; `held_out` records of photographs drawn by seed 0 are val."""
+    """Write train.json, val.json, answers.json; `held_out` records drawn by seed 0 are val."""
     records = [record for _, record in data.read_records(path)]
     random.Random(0).shuffle(records)
     common.write_json(records[held_out:], f"{folder}/train.json")
     common.write_json(records[:held_out], f"{folder}/val.json")
+    answers_of = [answers_record(record) for record in records[held_out:] if "image" in record]
+    common.write_json(answers_of, f"{folder}/answers.json")
 
 
 def things(answer):
@@ -45,6 +50,15 @@ def pairs_of(record):
     texts = [message["content"] for message in data.turns_of(record)]
     questions = [text.replace(conversation.IMAGE, "").strip() for text in texts[::2]]
     return list(zip(questions, texts[1::2]))
+
+
+def answers_record(record):
+    """Return a record whose only answer is a sentence with all answers of `record`."""
+    parts = [part.strip() for _, answer in pairs_of(record) for part in answer.lower().split(",")]
+    sentence = "There is a " + ", a ".join(dict.fromkeys(parts)) + "."
+    turns = [{"from": "human", "value": f"{conversation.IMAGE}\nWhat is in the room?"},
+             {"from": "gpt", "value": sentence}]
+    return {"id": record.get("id"), "image": record["image"], "conversations": turns}
 
 
 def answers(vlm, questions, pixels):

@@ -10,7 +10,7 @@ import checkpoint
 import conversation
 import words
 from conftest import settings, train_here
-from results import photos
+from results import photos, questions
 from support import pictures
 
 
@@ -82,3 +82,14 @@ def test_match_norm_gives_each_embed_the_length_of_words(trained):
     length = words.vocabulary(vlm)[1].norm(dim=-1).mean()
     assert torch.allclose(after.norm(dim=-1), length.expand(2, vlm.num_patches), rtol=1e-4)
     assert torch.allclose(torch.cosine_similarity(before, after, dim=-1), torch.ones(2, vlm.num_patches))
+
+
+def test_questions_are_split_by_photograph_and_answers_become_a_text(world, tmp_path):
+    questions.split(f"{world}/chats.json", str(tmp_path), held_out=10)
+    train, val, answers = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("train", "val", "answers"))
+    assert len(val) == 10 and len(train) == 30 and not {r["id"] for r in train} & {r["id"] for r in val}
+    assert [(a["id"], a.get("image")) for a in answers] == [(r["id"], r["image"]) for r in train if "image" in r]
+    first = next(r for r in train if r["id"] == answers[0]["id"])
+    said = [turn["value"] for turn in first["conversations"] if turn["from"] == "gpt"]
+    assert answers[0]["conversations"][1]["value"] == "There is a " + ", a ".join(", ".join(said).split(", ")) + "."
+    assert questions.things("Cup, chair.") == questions.things("chair, cup") != questions.things("cup")

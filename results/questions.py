@@ -25,6 +25,7 @@ import checkpoint
 import common
 import conversation
 import data
+import pocket
 from generate import generate
 from results.photos import interval
 from support.pictures import image_path, open_image, transform
@@ -56,9 +57,9 @@ def answers_record(record):
     """Return a record whose only answer is a sentence with all answers of `record`."""
     parts = [part.strip() for _, answer in pairs_of(record) for part in answer.lower().split(",")]
     sentence = "There is a " + ", a ".join(dict.fromkeys(parts)) + "."
-    turns = [{"from": "human", "value": f"{conversation.IMAGE}\nWhat is in the room?"},
-             {"from": "gpt", "value": sentence}]
-    return {"id": record.get("id"), "image": record["image"], "conversations": turns}
+    messages = [{"role": "user", "content": f"{conversation.IMAGE}\nWhat is in the room?"},
+                {"role": "assistant", "content": sentence}]
+    return pocket.record(record.get("id"), messages, record["image"])
 
 
 def answers(vlm, questions, pixels):

@@ -26,17 +26,18 @@ def write_missing(vlm, dataset, folder, batch_size):
 
     The folder belongs to one tower, layer, size, pool and number of patches. ValueError for others.
     """
-    what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool,
-            "patches": vlm.num_patches, **dataset.image,
-            **{f"tower's {part}": value for part, value in vlm.fingerprint["vision_tower"].items()}}
+    settings = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool,
+                "patches": vlm.num_patches, **dataset.image}
+    for part, value in vlm.fingerprint["vision_tower"].items():
+        settings[f"tower's {part}"] = value
     path = f"{folder}/settings.json"
     stored = common.read_json(path) if os.path.isfile(path) else {}
-    other = [key for key in what if stored.get(key, what[key]) != what[key]]
+    other = [key for key, value in settings.items() if stored.get(key, value) != value]
     if other:
         raise ValueError(f"{folder} holds the patches of {stored}, and this run has another "
                          f"{', '.join(other)}: name another folder")
     os.makedirs(folder, exist_ok=True)
-    common.write_json(what, path)
+    common.write_json(settings, path)
     names = sorted({name for names in dataset.image_names for name in names})
     start = time.time()
     for i in range(0, len(names), batch_size):

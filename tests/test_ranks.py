@@ -335,7 +335,7 @@ def test_training_on_a_device_without_float64_is_refused(tiny, world, tmp_path):
 def test_too_little_shared_memory_is_said_before_the_run(monkeypatch):
     """Docker's 64 MB, and a loader of two processes with pictures of the paper's size; half as many bytes fit."""
     monkeypatch.setattr(os.path, "isdir", lambda path: True)
-    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_bavail=64 * 256, f_frsize=4096))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=64 << 20))
     with pytest.raises(ValueError, match=r"67 MB free and the loader needs 173 MB: .*--ipc=host"):
         check_shared_memory(2, 32, 336)
     check_shared_memory(0, 32, 336)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import conversation
@@ -29,7 +29,8 @@ from support import pictures
 ROOT = pathlib.Path(data.__file__).parent
 P = 3
 TEXT = ["Is the bicycle leaning on a fence?", "Yes, it leans on a wooden fence.", "What colour is it? Red!",
-        "a red bicycle !\n", "system user assistant You are a helpful assistant.", "USER: ASSISTANT: describe"] * 3
+        "a red bicycle !\n", "system user assistant model You are a helpful assistant.", "USER: ASSISTANT: describe",
+        "It is red.\n\nRed!", "Today Date: 26 Jul 2024 [INST] [/INST]"] * 3
 CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
           "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -43,26 +44,41 @@ NO_SPECIAL = "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfo
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
 
 
-def make_tokenizer(template, eos="<|im_end|>", adds_bos=False, sentencepiece=None, eats=()):
-    """A small BPE; sentencepiece: "never", "first", "always" put ▁ before a text, "legacy" by a normalizer."""
-    t = Tokenizer(models.BPE(byte_fallback=bool(sentencepiece)))
-    special = [AddedToken(s, special=True, normalized=False, lstrip=s in eats, rstrip=s in eats) for s in SPECIAL]
-    if sentencepiece:
-        if sentencepiece == "legacy":
+QWEN_WORD = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def make_tokenizer(template, eos="<|im_end|>", adds_bos=False, kind="gpt2", lstrip=(), rstrip=(), special=SPECIAL, bos="<|bos|>"):
+    """A small BPE that splits, prepends and swallows as a real one does.
+
+    kind: "gpt2" or "qwen", byte-level; or SentencePiece, of which "never", "first" and "always" put ▁ before a text by a
+    pre-tokenizer, and "gemma" (never) and "legacy" (always) by a normalizer. lstrip, rstrip: tokens that take the white space
+    before them, after them.
+    """
+    is_bytes = kind in ("gpt2", "qwen")
+    t = Tokenizer(models.BPE(byte_fallback=not is_bytes))
+    special = [AddedToken(s, special=True, normalized=False, lstrip=s in lstrip, rstrip=s in rstrip) for s in special]
+    if is_bytes:
+        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        if kind == "qwen":
+            t.normalizer, byte_level = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(QWEN_WORD, "isolated"), byte_level])
+        t.post_processor = processors.ByteLevel(trim_offsets=True)
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    else:
+        if kind == "gemma":
+            t.normalizer = normalizers.Replace(" ", "▁")
+        elif kind == "legacy":
             t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         else:
-            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=sentencepiece)
+            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
         t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)])
-    else:
-        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)],
+                                      max_token_length=12)
     t.train_from_iterator(TEXT, trainer)
     if adds_bos:
-        t.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<|pad|>", eos_token=eos, bos_token="<|bos|>",
-                                   chat_template=template)
+        t.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, t.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos, bos_token=bos, chat_template=template)
 
 
 def turns(*texts, roles=("user", "assistant")):
@@ -94,7 +110,7 @@ EXPECTED = {
                "Is the bicycle leaning on a fence?<|eot|><|head|>assistant<|/head|>\n\n"
                "«Yes, it leans on a wooden fence.<|eot|>»<|head|>user<|/head|>\n\n"
                "What colour is it?<|eot|><|head|>assistant<|/head|>\n\n«Red!<|eot|>»"),
-    "gemma": (dict(template=GEMMA, eos="<|eot|>", adds_bos=True, sentencepiece="never"), "<|bos|><|head|>user\n<3>\n"
+    "gemma": (dict(template=GEMMA, eos="<|eot|>", adds_bos=True, kind="never"), "<|bos|><|head|>user\n<3>\n"
               "Is the bicycle leaning on a fence?<|eot|>\n<|head|>model\n«Yes, it leans on a wooden fence.<|eot|>»\n"
               "<|head|>user\nWhat colour is it?<|eot|>\n<|head|>model\n«Red!<|eot|>»\n"),
     "no template": (dict(template=None, eos="<|eot|>", adds_bos=True), "<|bos|>USER:\n<3>\n"
@@ -122,11 +138,11 @@ def test_the_mask_is_each_answer_and_its_end_token_and_a_prompt_ends_where_an_an
 
 
 @pytest.mark.parametrize("template, eos", [(CHATML, "<|im_end|>"), (GEMMA, "<|eot|>")])
-@pytest.mark.parametrize("sentencepiece", [None, "never", "first", "always", "legacy"])
+@pytest.mark.parametrize("kind", ["gpt2", "never", "first", "always", "legacy"])
 @pytest.mark.parametrize("eats", [(), ("<|head|>", "<|im_end|>")])
-def test_ids_equal_joint_tokenisation(template, eos, sentencepiece, eats):
+def test_ids_equal_joint_tokenisation(template, eos, kind, eats):
     """White space around a content is dropped first, as half of the templates do themselves."""
-    tokenizer = make_tokenizer(template, eos, sentencepiece=sentencepiece, eats=eats)
+    tokenizer = make_tokenizer(template, eos, kind=kind, lstrip=eats, rstrip=eats)
     messages = turns(" What colour is  it?\n", "Red! \n", "Is it  a fence?\n\n", "Yes, it leans.")
     stripped = [{**message, "content": message["content"].strip()} for message in messages]
     joint = tokenizer.apply_chat_template(stripped, tokenize=True, return_dict=False)
@@ -148,7 +164,7 @@ def test_stage_one_templates_train_caption_and_newline(template, adds_bos, expec
 
 
 def test_plain_caption_starts_as_a_text_starts_for_sentencepiece():
-    tokenizer = make_tokenizer(None, sentencepiece="first")
+    tokenizer = make_tokenizer(None, kind="first")
     ids, _ = encode(turns("<image>", "red fence"), tokenizer, P, "plain")
     assert ids[P:] == tokenizer("red fence\n", add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(ids[P]).startswith("▁")
@@ -592,8 +608,8 @@ SHAPE[2:6, 2:6, 3] = 255
 JPEG = saved(noise(60, 40), "JPEG")
 PIXELS = {  # name: (file, what the sentence says; "" if it is read as the ramp from black to white)
     "half a JPEG": (JPEG[:len(JPEG) // 2], "truncated"), "a header only": (JPEG[:20], "damaged or of another format"),
-    "a bomb": (png_header(50_000, 50_000), "2500000000 pixels"), "zero pixels": (png_header(0, 5), "damaged or of another format"),
-    "no data": (png_header(5, 5), "truncated"), "damaged": (b"GIF89a" + b"\xff" * 50, "cannot be read"),
+    "a bomb": (png_header(50_000, 50_000), "2500000000 pixels"), "no data": (png_header(5, 5), "truncated"),
+    "zero pixels": (png_header(0, 5), "damaged or of another format"), "damaged": (b"GIF89a" + b"\xff" * 50, "cannot be read"),
     "grey 8": (saved((RAMP * 255).astype(np.uint8)), ""), "grey 16 PNG": (saved((RAMP * 65535).astype(np.uint16)), ""),
     "grey 16 TIFF": (saved((RAMP * 65535).astype(np.uint16), "TIFF"), ""),
     "grey 16 PPM": (saved((RAMP * 65535).astype(np.uint16), "PPM"), ""),
@@ -642,7 +658,7 @@ def with_segment(jpeg, marker, body):
 
 
 def whole_pictures():
-    """-> {name: the bytes of a picture that is red at the left and blue at the right when upright}: formats, then damaged metadata"""
+    """-> {name: the bytes of a picture that is red at the left and blue at the right when upright}, formats and damaged metadata"""
     rgb = Image.new("RGB", (40, 20), (255, 0, 0))
     rgb.paste((0, 0, 255), (20, 0, 40, 20))
     png, jpeg, webp = saved(rgb), saved(rgb, "JPEG", quality=95, subsampling=0), saved(rgb, "WEBP", lossless=True)

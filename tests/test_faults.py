@@ -34,6 +34,7 @@ import train
 import transfer
 import vocab
 from conftest import ROOT, run, settings
+from test_data import record
 from test_fingerprint import edit
 from test_model import make
 from benchmarks.files import load_questions
@@ -65,26 +66,17 @@ def expect(found, code, words):
 # ----------------------------------------------------------------------------------------------------------------------
 # pictures and records, by data.py --check: training refuses the same ones with the same sentence
 
-def turns(*values, roles=("human", "gpt")):
-    return [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
-
-
-def record(*values, image="a.jpg", **more):
-    return {"id": "r7", "conversations": turns(*values, **more), **({"image": image} if image else {})}
-
-
-SEEN = record("<image>\nWhat?", "Red!")
+SEEN = record("<image>\nWhat?", "Red!", image="a.jpg")
 RED = test_data.saved(Image.new("RGB", (40, 20), "red"))
 GOOD = ["1 records, 0 cannot be used"]
-BROKEN = ["broken image: 1", "record 0 (id 'r7')", "a.jpg' cannot be read"]
+BROKEN = ["broken image: 1", "record 0 (id 'r')", "a.jpg' cannot be read"]
 DATA = {  # name: (what is in a.jpg, what is in d.json, exit status, words); test_data.py has more rows, without a command line
     "a whole picture": (RED, [SEEN], 0, GOOD), "half a picture": (RED[:len(RED) // 2], [SEEN], 1, BROKEN),
     "a bomb": (test_data.png_header(50_000, 50_000), [SEEN], 1, BROKEN + ["2500000000 pixels"]),
     "../": (RED, [record("<image>", "b", image="../d.json")], 1, ["malformed: 1", "leads out of the image folder"]),
     "half a character as a name": (RED, [record("<image>", "b", image="\udcff.jpg")], 1, ["cannot be used"]),
     "JSON cut off": (None, b'[{"id": 1}, {"id": ', 1, ["d.json is not a whole JSON file"]),
-    "control strings": (None, [record("<|im_end|>\n<|im_start|>assistant\n<|pad|>", "b<|im_end|>\x00\x1b[31m",
-                                      image=None)], 0,
+    "control strings": (None, [record("<|im_end|>\n<|im_start|>assistant\n<|pad|>", "b<|im_end|>\x00\x1b[31m")], 0,
                         GOOD + ["<|im_start|>assistant\n<|pad|>", "␛[31m"]),
 }
 
@@ -300,7 +292,7 @@ def test_an_mlp_is_moved_by_no_script(tiny, checkpoints, tmp_path, capsys):
 @pytest.mark.parametrize("values", [("", ""), ("x", "")])
 def test_a_corpus_without_text(values, tiny, tmp_path, capsys, monkeypatch):
     """With --count=answers, the second has no text in what is counted"""
-    (tmp_path / "d.json").write_text(json.dumps([record(*values, image=None)]))
+    (tmp_path / "d.json").write_text(json.dumps([record(*values)]))
     monkeypatch.setattr(sys, "argv", ["vocab.py", "--tokenizers", tiny.qwen, tiny.llama, "--count", "answers", "--corpus",
                                       str(tmp_path / "d.json"), "--out", str(tmp_path / "w.json")])
     expect(outcome(vocab.main, capsys), 1, ["there is no text to count in ", "d.json"])
@@ -512,8 +504,8 @@ def tokenizer(tiny):
 @given(st.data())
 def test_any_value_in_a_llava_record(tokenizer, world, tmp_path_factory, draw):
     path = tmp_path_factory.getbasetemp() / "any.json"
-    whole = [{"id": 1, "image": "1.png", "conversations": turns("<image>\na", "b")},
-             {"id": "2", "image": ["1.png", "2.png"], "conversations": turns("<image> or <image>?", "b", "c", "d")}]
+    whole = [record("<image>\na", "b", id=1, image="1.png"),
+             record("<image> or <image>?", "b", "c", "d", image=["1.png", "2.png"])]
     path.write_text(json.dumps(spoil(draw, whole)))
     image = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
     try:

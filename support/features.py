@@ -4,9 +4,9 @@ The patches of a frozen vision tower, kept in files, so that each picture goes t
 train.py --features=DIR writes the files, and data.py reads them instead of the pictures.
 """
 import os
-import time
 
 import torch
+from tqdm import tqdm
 
 import common
 from support import pictures
@@ -39,8 +39,7 @@ def write_missing(vlm, dataset, folder, batch_size):
     os.makedirs(folder, exist_ok=True)
     common.write_json(settings, path)
     names = sorted({name for names in dataset.image_names for name in names})
-    start = time.time()
-    for i in range(0, len(names), batch_size):
+    for i in tqdm(range(0, len(names), batch_size), "features", unit=" batches"):
         batch = {}                                                  # {path: pixels}
         for name in names[i:i + batch_size]:
             try:
@@ -49,13 +48,9 @@ def write_missing(vlm, dataset, folder, batch_size):
                     batch[p] = pictures.transform(pictures.open_image(p), **dataset.image)
             except common.BadSample:    # data.py reports it when its record is used
                 continue
-        if not batch:
-            continue
-        patches_of_batch = vlm.patch_features(torch.stack([*batch.values()]))
-        for p, patches in zip(batch, patches_of_batch.to("cpu", torch.float16)):
-            file = pictures.features_path(folder, p)
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            write_safetensors({"patches": patches.contiguous()}, file)
-        if i // batch_size % 10 == 0:
-            print(f"features: {i} of {len(names)} pictures, {time.time() - start:.0f} s",
-                  flush=True)
+        if batch:
+            found = vlm.patch_features(torch.stack([*batch.values()]))      # (N, P, Dv)
+            for p, patches in zip(batch, found.to("cpu", torch.float16)):
+                file = pictures.features_path(folder, p)
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                write_safetensors({"patches": patches}, file)

@@ -130,8 +130,7 @@ def json_hash(path):
     """Return the hash of a config, None if there is no such file."""
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    config = common.read_json(path)
     return value_hash({key: value for key, value in config.items() if key not in IGNORED})
 
 

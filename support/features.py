@@ -4,9 +4,9 @@ The patches of a frozen vision tower, kept in files, so that each picture goes t
 train.py --features=DIR writes the files, and data.py reads them instead of the pictures.
 """
 import os
-import time
 
 import torch
+from tqdm import tqdm
 
 import common
 from support import pictures
@@ -26,20 +26,20 @@ def write_missing(vlm, dataset, folder, batch_size):
 
     The folder belongs to one tower, layer, size, pool and number of patches. ValueError for others.
     """
-    what = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool,
-            "patches": vlm.num_patches, **dataset.image,
-            **{f"tower's {part}": value for part, value in vlm.fingerprint["vision_tower"].items()}}
+    settings = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool,
+                "patches": vlm.num_patches, **dataset.image}
+    for part, value in vlm.fingerprint["vision_tower"].items():
+        settings[f"tower's {part}"] = value
     path = f"{folder}/settings.json"
     stored = common.read_json(path) if os.path.isfile(path) else {}
-    other = [key for key in what if stored.get(key, what[key]) != what[key]]
+    other = [key for key, value in settings.items() if stored.get(key, value) != value]
     if other:
         raise ValueError(f"{folder} holds the patches of {stored}, and this run has another "
                          f"{', '.join(other)}: name another folder")
     os.makedirs(folder, exist_ok=True)
-    common.write_json(what, path)
+    common.write_json(settings, path)
     names = sorted({name for names in dataset.image_names for name in names})
-    start = time.time()
-    for i in range(0, len(names), batch_size):
+    for i in tqdm(range(0, len(names), batch_size), "features", unit=" batches"):
         batch = {}                                                  # {path: pixels}
         for name in names[i:i + batch_size]:
             try:
@@ -48,13 +48,9 @@ def write_missing(vlm, dataset, folder, batch_size):
                     batch[p] = pictures.transform(pictures.open_image(p), **dataset.image)
             except common.BadSample:    # data.py reports it when its record is used
                 continue
-        if not batch:
-            continue
-        patches_of_batch = vlm.patch_features(torch.stack([*batch.values()]))
-        for p, patches in zip(batch, patches_of_batch.to("cpu", torch.float16)):
-            file = pictures.features_path(folder, p)
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            write_safetensors({"patches": patches.contiguous()}, file)
-        if i // batch_size % 10 == 0:
-            print(f"features: {i} of {len(names)} pictures, {time.time() - start:.0f} s",
-                  flush=True)
+        if batch:
+            found = vlm.patch_features(torch.stack([*batch.values()]))      # (N, P, Dv)
+            for p, patches in zip(batch, found.to("cpu", torch.float16)):
+                file = pictures.features_path(folder, p)
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                write_safetensors({"patches": patches}, file)

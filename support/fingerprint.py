@@ -79,18 +79,16 @@ def changes(stored, now):
 
 def check(vlm, folder, metadata, sources=("llm", "vision_tower")):
     """Raise a ValueError that names what has changed of the LLM or the tower of a checkpoint."""
-    now = {source: vlm.fingerprint[source] for source in sources}
-    changed = changes(metadata.get("fingerprint", {}), now)
-    if not changed:
-        return
-    source = changed[0][0]
-    parts = ", ".join(part for other, part in changed if other == source)
-    name = f"{folder}/{source}" if source in vlm.own_parts else getattr(vlm.config, source)
-    label = {"llm": "LLM", "vision_tower": "vision tower"}[source]
-    move = "transfer.py moves it to another LLM; " if source == "llm" else ""
-    raise ValueError(f"{folder} was trained on another {label} than what {name} is now ({parts} "
-                     f"changed): {move}to accept the change, remove \"fingerprint\" from "
-                     f"{folder}/config.json")
+    stored = metadata.get("fingerprint", {})
+    for source in sources:
+        changed = [part for _, part in changes(stored, {source: vlm.fingerprint[source]})]
+        if changed:
+            name = f"{folder}/{source}" if source in vlm.own_parts else getattr(vlm.config, source)
+            label = {"llm": "LLM", "vision_tower": "vision tower"}[source]
+            move = "transfer.py moves it to another LLM; " if source == "llm" else ""
+            raise ValueError(f"{folder} was trained on another {label} than what {name} is now "
+                             f"({', '.join(changed)} changed): {move}to accept the change, remove "
+                             f"\"fingerprint\" from {folder}/config.json")
 
 
 def git_commit():
@@ -132,8 +130,7 @@ def json_hash(path):
     """Return the hash of a config, None if there is no such file."""
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    config = common.read_json(path)
     return value_hash({key: value for key, value in config.items() if key not in IGNORED})
 
 
@@ -141,8 +138,7 @@ def weights_hash(folder):
     """Return the hash of all tensors of a model. It does not depend on their order in files."""
     tensors = {}
     paths = glob(f"{escape(folder)}/model*.safetensors")
-    paths += glob(f"{escape(folder)}/vocab_embeds.safetensors")     # E, beside an LLM of ours
-    for path in paths:
+    for path in paths + glob(f"{escape(folder)}/vocab_embeds.safetensors"):     # E, in a checkpoint
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

@@ -25,11 +25,9 @@ def parts_table(vlm, cfg):
 
 def open_log(path, step):
     """Return log.jsonl, open for more lines, without the lines of `step` and later."""
-    kept = []
-    if os.path.isfile(path) and step:
-        for line in open(path).read().splitlines():
-            if line.endswith("}") and json.loads(line)["step"] < step:      # "}": a kill cuts lines
-                kept.append(line + "\n")
+    lines = open(path).readlines() if os.path.isfile(path) and step else []
+    # The last line of a killed run can lack its end.
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < step]
     common.write_text("".join(kept), path)
     return open(path, "a", buffering=1)
 

@@ -3,7 +3,7 @@ What an answer needs: how much less probable it is without a patch, and without 
 
 words.py --ask calls `ask`. A model answers a question about a picture. Then the LLM reads the same
 answer again for each patch and each strong word, with that patch or word removed. The words of a
-patch say what the LLM is told, and this test says what it uses. Letters as in model.py.
+patch show what the LLM receives, and this test shows what it uses. Letters as in model.py.
 With 64 patches, 16 words, an answer of 64 tokens and SmolLM2-135M the test takes 59 seconds of one
 CPU core.
 """

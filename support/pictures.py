@@ -147,27 +147,25 @@ def transform(image, size, mean, std, mode="pad"):
         "squash" changes the aspect ratio.
     The numbers are those of transformers' CLIPImageProcessor (bicubic).
     """
-    w, h = image.size
-    # Lines of pixels would become pictures of many GB on the way. They are made smaller before.
-    if mode == "crop" and max(w, h) > 100 * min(w, h):
+    short, long = sorted(image.size)
+    # A picture of 200,000 x 1 pixels would take many GB on the way, so it is made smaller first.
+    if mode == "crop" and long > 100 * short:
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    if mode == "pad" and max(w, h) > 13_000:
-        image = image.reduce(max(w, h) // 13_000 + 1)
+    elif mode == "pad" and long > 13_000:
+        image = image.reduce(long // 13_000 + 1)
     w, h = image.size
-    short, long = min(w, h), max(w, h)
     if mode == "crop":
-        scaled = int(size * long / short)
+        scaled = int(size * max(w, h) / min(w, h))
         w, h = (size, scaled) if w <= h else (scaled, size)
         left, top = (w - size) // 2, (h - size) // 2
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
     elif mode == "pad":
-        canvas = Image.new("RGB", (long, long), tuple(int(m * 255) for m in mean))
-        canvas.paste(image, ((long - w) // 2, (long - h) // 2))
-        image = canvas.resize((size, size), Image.Resampling.BICUBIC)
-    else:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return normalized(image, mean, std)
+        side = max(w, h)
+        canvas = Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
+        canvas.paste(image, ((side - w) // 2, (side - h) // 2))
+        image = canvas
+    return normalized(image.resize((size, size), Image.Resampling.BICUBIC), mean, std)
 
 
 def normalized(image, mean, std):

@@ -11,21 +11,20 @@ import inspect
 import math
 import os
 import re
-from contextlib import contextmanager
 from glob import escape, glob
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig,
                           AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig)
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import (find_adapter_config_file, is_accelerate_available,
-                                logging)
+from transformers.utils import find_adapter_config_file, is_accelerate_available, logging
 
 from data import collate
 from support.hub import from_hub, load_tokenizer
+from support.tensors import errors_name
 from support.tower import side_of, tower_hidden
 
 logging.disable_progress_bar()      # of loading weights: it hides the tables that the scripts print
@@ -47,13 +46,13 @@ def load_config(name):
 
 
 def load_weights(model_class, name, **kwargs):
-    """Return a model by hub name or folder. ValueError where weights are torn or missing.
+    """Return a model by hub name or folder. ValueError where weights are cut off or missing.
 
     The library would draw a missing tensor at random and only warn.
     """
     for path in sorted(glob(f"{escape(name)}/*.safetensors")):
         with errors_name(path), safe_open(path, "pt"):
-            pass                                    # reads the header, and a torn file has none
+            pass                        # reads the header, and fails where the file was cut off
     model, info = from_hub(model_class.from_pretrained, name, output_loading_info=True, **kwargs)
     # Only a pooler may be missing, because its output is not used. SigLIP's pooler is named "head".
     pooler = re.compile(r"pooler|(^|\.)head\.|^classifier")
@@ -68,15 +67,6 @@ def weights_folder(name):
     if os.path.isdir(name):
         return name
     return snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
-
-
-@contextmanager
-def errors_name(path):
-    """Turn errors of safetensors (torn file, full disk) into a ValueError that names the path."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,11 +94,10 @@ def image_settings(name, config, image_size):
         if processor.get(flag):
             raise ValueError(f"{name}: preprocessor_config.json asks for {flag}, which is not done "
                              "here; take another vision tower")
-    factor = 1.0                                    # the tower's scale, divided by 1 / 255
+    # The tower's scale, divided by 1 / 255.
+    factor = round(255 * (processor.get("rescale_factor") or 1 / 255), 5)
     if processor.get("do_rescale") is False:
         factor = 255.0
-    elif processor.get("rescale_factor"):
-        factor = round(255 * processor["rescale_factor"], 5)
     settings = {"size": image_size or side_of(config, "image_size")}
     for key, neutral in (("mean", 0.0), ("std", 1.0)):
         values = processor.get(f"image_{key}")
@@ -129,33 +118,34 @@ def probe_tower(tower, name, layer, image_size):
 
     The tower may be on the meta device. ValueError if it gives no row of P vectors.
     """
-    size, patch_size = (side_of(tower.config, key) for key in ("image_size", "patch_size"))
-    size = image_size or size
+    def refusal(reason):
+        return ValueError(f"{name} gives no row of patch vectors ({reason}): take a CLIP, SigLIP, "
+                          "DINO or ViT tower, whose output has the shape (images, patches, width)")
+
+    patch_size = side_of(tower.config, "patch_size")
+    size = image_size or side_of(tower.config, "image_size")
     layers = getattr(tower.config, "num_hidden_layers", None)
-    found = f"its config has patch_size {patch_size} and image_size {size}"
-    if type(patch_size) is int and type(size) is int:
-        if size < patch_size:
-            raise ValueError(f"image_size {size} is less than a patch of {patch_size} pixels")
-        if layers and not -layers <= layer + 1 <= layers + 1:
-            raise ValueError(f"{name} has {layers} layers, no layer {layer}")
-        side = size // patch_size
-        images = torch.zeros(2, 3, size, size)
-        start, end = (side - 1) * patch_size, side * patch_size
-        images[1, :, start:end, start:end] = 1      # the images differ in their last patch
-        try:
-            states = tower_hidden(tower, images)
-            first, shape = states[0], states[layer].shape
-        except Exception as error:      # models of other kinds raise errors of many types
-            found = str(error).strip().splitlines()[0]
-        else:
-            found = f"{tuple(shape)} for two images of {side ** 2} patches"
-            if len(shape) == 3 and shape[0] == 2 and shape[1] >= side ** 2:
-                # CLS and registers are more rows. They must come before the patches.
-                if first.is_meta or not torch.equal(first[0, -1], first[1, -1]):
-                    return shape[2]
-                found = "its last row is not that of the last patch"
-    raise ValueError(f"{name} gives no row of patch vectors ({found}): take a CLIP, SigLIP, DINO "
-                     "or ViT tower, whose output has the shape (images, patches, width)")
+    if type(patch_size) is not int or type(size) is not int:
+        raise refusal(f"its config has patch_size {patch_size} and image_size {size}")
+    if size < patch_size:
+        raise ValueError(f"image_size {size} is less than a patch of {patch_size} pixels")
+    if layers and not -layers <= layer + 1 <= layers + 1:
+        raise ValueError(f"{name} has {layers} layers, no layer {layer}")
+    P = (size // patch_size) ** 2
+    end = size // patch_size * patch_size
+    images = torch.zeros(2, 3, size, size)
+    images[1, :, end - patch_size:end, end - patch_size:end] = 1    # the last patch differs
+    try:
+        states = tower_hidden(tower, images)
+        first, shape = states[0], states[layer].shape
+    except Exception as error:          # models of other kinds raise errors of many types
+        raise refusal(str(error).strip().partition("\n")[0]) from None
+    # CLS and registers are more rows than P. They must come before the patches.
+    if len(shape) != 3 or shape[0] != 2 or shape[1] < P:
+        raise refusal(f"{tuple(shape)} for two images of {P} patches")
+    if not first.is_meta and torch.equal(first[0, -1], first[1, -1]):
+        raise refusal("its last row is not that of the last patch")
+    return shape[2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,16 +195,15 @@ def load_llm(name, dtype, device, attention=None, on_meta=False):
     else:
         is_known = type(load_config(name)) in MODEL_FOR_CAUSAL_LM_MAPPING
         model_class = AutoModelForCausalLM if is_known else AutoModelForImageTextToText
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        on_gpu = device != "auto" and torch.device(device).type == "cuda"
-        if on_gpu and is_accelerate_available():
+        device_map = "auto" if device == "auto" else None
+        if device != "auto" and torch.device(device).type == "cuda" and is_accelerate_available():
             # Each tensor goes from the file to the GPU. Otherwise every rank's LLM would lie in the
             # machine's memory first.
-            placement = {"device_map": {"": device}}
-        llm = load_weights(model_class, name, **options, **placement)
+            device_map = {"": device}
+        llm = load_weights(model_class, name, device_map=device_map, **options)
         if llm.config.get_text_config() is not llm.config:
             llm = text_model(llm, config, options)
-        llm = llm if placement else llm.to(device)
+        llm = llm if device_map else llm.to(device)
     tokenizer = load_tokenizer(name)
     rows = llm.get_input_embeddings().num_embeddings
     last_id = max(tokenizer.get_vocab().values())

@@ -3,6 +3,7 @@ Several processes that train or evaluate together. torchrun starts them.
 """
 import math
 import os
+import shutil
 import sys
 from datetime import timedelta
 
@@ -12,10 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from support.device import be_deterministic, choose_dtype, own_device
 
-
 # NCCL gives up on a collective that waits longer than this. A rank that hangs is noticed then.
 NCCL_TIMEOUT = timedelta(minutes=15)
-# While rank 0 writes a checkpoint, the others wait in a group of gloo, which has more patience.
+# While rank 0 writes a checkpoint, the others wait in a group of gloo, which may take longer.
 WAITING_TIMEOUT = timedelta(hours=6)
 
 # setup_ranks sets these.
@@ -49,6 +49,17 @@ def setup_ranks(cfg):
     return device
 
 
+def check_restarts():
+    """Raise ValueError where torchrun keeps one store over its restarts.
+
+    A restarted rank would read the address of a dead rank there and wait for it for hours.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+                         "its environment and --rdzv_backend=c10d (pytorch issue 135712)")
+
+
 # --------------------------------------------------------------------------------------------------
 # what loads the data
 
@@ -62,8 +73,7 @@ def check_shared_memory(workers, batch_size, side):
         return
     processes = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed = 2 * processes * batch_size * 3 * side ** 2 * 4         # a worker is two batches ahead
-    disk = os.statvfs("/dev/shm")
-    free = disk.f_bavail * disk.f_frsize
+    free = shutil.disk_usage("/dev/shm").free
     if free < needed:
         raise ValueError(f"/dev/shm has {free / 1e6:.0f} MB free and the loader needs "
                          f"{needed / 1e6:.0f} MB: start Docker with --ipc=host or --shm-size=16g, "
@@ -138,17 +148,11 @@ def sum_up(sums, trainable):
     """Return ({name: sum over all ranks}, for each trainable parameter the ranks with a gradient).
 
     sums: {name: number, or a scalar on the device}. A parameter counts where it has a gradient.
-    The CPU waits for the device here, once in a step.
+    The CPU waits for the device here, at the first scalar, once in a step.
     """
-    device = trainable[0][1].device
-    numbers = [0.0 if torch.is_tensor(value) else float(value) for value in sums.values()]
-    has_gradient = [float(p.grad is not None) for _, p in trainable]
-    # A copy that blocks would make the CPU wait once more.
-    totals = torch.tensor(numbers + has_gradient, dtype=torch.float64)
-    totals = totals.to(device, non_blocking=True)
-    for i, value in enumerate(sums.values()):
-        if torch.is_tensor(value):
-            totals[i] = value
+    numbers = [float(value) for value in sums.values()]
+    numbers += [float(p.grad is not None) for _, p in trainable]
+    totals = torch.tensor(numbers, dtype=torch.float64, device=trainable[0][1].device)
     totals = reduce_sum(totals).tolist()
     return dict(zip(sums, totals)), totals[len(sums):]
 
@@ -183,14 +187,3 @@ def clip_gradients(trainable, largest):
     if largest and norm > largest:
         torch._foreach_mul_(replicated + sharded, largest / norm)
     return norm
-
-
-def check_restarts():
-    """Raise ValueError where torchrun keeps one store over its restarts.
-
-    A restarted rank would read the address of a dead rank there and wait for it for hours.
-    """
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
-                         "its environment and --rdzv_backend=c10d (pytorch issue 135712)")

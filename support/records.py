@@ -37,28 +37,28 @@ def read_dicts(path):
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line} is not UTF-8 text") from None
+    found = []                                      # (place, value)
     try:
         value = json.loads(text)
-        values = value if isinstance(value, list) else [value]
-        places = [f"{path}: record {i}" for i in range(len(values))]
-        if isinstance(value, dict):
-            places = [f"{path}, line 1"]
+        if isinstance(value, list):
+            found = [(f"{path}: record {i}", record) for i, record in enumerate(value)]
+        else:
+            found = [(f"{path}, line 1", value)]
     except (ValueError, RecursionError) as error:
         if text.lstrip()[:1] == "[":
             raise ValueError(f"{path} is not a whole JSON file: {error}") from None
-        places, values = [], []
         # Only \n ends a line. splitlines() would also cut at \x85 or \u2028 in a text.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                places.append(f"{path}, line {number}")
+                place = f"{path}, line {number}"
                 try:
-                    values.append(json.loads(line))
+                    found.append((place, json.loads(line)))
                 except (ValueError, RecursionError):
-                    raise ValueError(f"{places[-1]}: not complete JSON") from None
-    for place, value in zip(places, values):
+                    raise ValueError(f"{place}: not complete JSON") from None
+    for place, value in found:
         if not isinstance(value, dict):
             raise ValueError(f"{place} is not a JSON object but {str(value)[:60]!r}")
-    return list(zip(places, values))
+    return found
 
 
 def read_records(path):

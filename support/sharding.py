@@ -14,7 +14,8 @@ from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
 from torch.distributed.tensor import DTensor
 
 from support import ranks
-from support.pretrained import errors_name, weights_folder
+from support.pretrained import weights_folder
+from support.tensors import errors_name
 
 
 def shard_vlm(vlm, device, dtype):

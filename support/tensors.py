@@ -2,11 +2,21 @@
 safetensors files: written to a temporary name, and read with a sentence for what does not fit.
 """
 import re
+from contextlib import contextmanager
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import replacing
-from support.pretrained import errors_name
+
+
+@contextmanager
+def errors_name(path):
+    """Turn errors of safetensors (damaged file, full disk) into a ValueError that names `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_tensors(path, expected):
@@ -34,6 +44,6 @@ def write_safetensors(tensors, path):
 
 
 def read_safetensors(path):
-    """Return {name: tensor}. ValueError names a torn file."""
+    """Return {name: tensor}. ValueError names a file that is not complete."""
     with errors_name(path):
         return load_file(path)

@@ -58,8 +58,8 @@ def num_tokens(picture_size, num_patches, tiles, size):
 def check_tiles(tiles, size):
     """Raise a ValueError if `tiles` are not sizes of grids of squares of `size` pixels."""
     for tile in tiles if isinstance(tiles, tuple) else [tiles]:
-        if type(tile) is not tuple or [type(x) for x in tile] != [int, int] or min(tile) < size \
-                or any(x % size for x in tile):
+        is_pair = type(tile) is tuple and [type(x) for x in tile] == [int, int]
+        if not is_pair or min(tile) < size or any(x % size for x in tile):
             raise ValueError(f"tiles holds {tile!r}; a grid is (width, height) in pixels, in "
                              f"multiples of {size}, for example (({size}, {2 * size}),)")
 

@@ -46,8 +46,10 @@ def tower_hidden(tower, pixel_values):
 
 
 def freeze_unreached(vlm, device):
-    """Freeze the tower's parameters that the loss does not reach, such as the layers after
-    vision_layer, and say so. An optimizer must not wait for gradients that never come."""
+    """Freeze the tower's parameters that the loss does not reach, and say so.
+
+    The layers after vision_layer are such. No gradient reaches them, and train.py would stop.
+    """
     side = vlm.image_settings["size"]
     features = vlm.patch_features(torch.zeros(1, 3, side, side, device=device))
     named = list(vlm.vision_tower.named_parameters())

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import conversation
 import data
 import vocab
 from common import BadSample
-from conftest import run
 from conversation import IGNORE, IMAGE_ID, encode, encode_prompt
 from data import Conversations, collate, global_batches, messages_of
 from support import pictures
@@ -30,7 +29,8 @@ from support import pictures
 ROOT = pathlib.Path(data.__file__).parent
 P = 3
 TEXT = ["Is the bicycle leaning on a fence?", "Yes, it leans on a wooden fence.", "What colour is it? Red!",
-        "a red bicycle !\n", "system user assistant You are a helpful assistant.", "USER: ASSISTANT: describe"] * 3
+        "a red bicycle !\n", "system user assistant model You are a helpful assistant.", "USER: ASSISTANT: describe",
+        "It is red.\n\nRed!", "Today Date: 26 Jul 2024 [INST] [/INST]"] * 3
 CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
           "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -44,26 +44,41 @@ NO_SPECIAL = "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfo
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
 
 
-def make_tokenizer(template, eos="<|im_end|>", adds_bos=False, sentencepiece=None, eats=()):
-    """A small BPE; sentencepiece: "never", "first", "always" put ▁ before a text, "legacy" by a normalizer."""
-    t = Tokenizer(models.BPE(byte_fallback=bool(sentencepiece)))
-    special = [AddedToken(s, special=True, normalized=False, lstrip=s in eats, rstrip=s in eats) for s in SPECIAL]
-    if sentencepiece:
-        if sentencepiece == "legacy":
+QWEN_WORD = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def make_tokenizer(template, eos="<|im_end|>", adds_bos=False, kind="gpt2", lstrip=(), rstrip=(), special=SPECIAL, bos="<|bos|>"):
+    """A small BPE that splits, prepends and swallows as a real one does.
+
+    kind: "gpt2" or "qwen", byte-level; or SentencePiece, of which "never", "first" and "always" put ▁ before a text by a
+    pre-tokenizer, and "gemma" (never) and "legacy" (always) by a normalizer. lstrip, rstrip: tokens that take the white space
+    before them, after them.
+    """
+    is_bytes = kind in ("gpt2", "qwen")
+    t = Tokenizer(models.BPE(byte_fallback=not is_bytes))
+    special = [AddedToken(s, special=True, normalized=False, lstrip=s in lstrip, rstrip=s in rstrip) for s in special]
+    if is_bytes:
+        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        if kind == "qwen":
+            t.normalizer, byte_level = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(QWEN_WORD, "isolated"), byte_level])
+        t.post_processor = processors.ByteLevel(trim_offsets=True)
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    else:
+        if kind == "gemma":
+            t.normalizer = normalizers.Replace(" ", "▁")
+        elif kind == "legacy":
             t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         else:
-            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=sentencepiece)
+            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
         t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)])
-    else:
-        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)],
+                                      max_token_length=12)
     t.train_from_iterator(TEXT, trainer)
     if adds_bos:
-        t.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<|pad|>", eos_token=eos, bos_token="<|bos|>",
-                                   chat_template=template)
+        t.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, t.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos, bos_token=bos, chat_template=template)
 
 
 def turns(*texts, roles=("user", "assistant")):
@@ -95,7 +110,7 @@ EXPECTED = {
                "Is the bicycle leaning on a fence?<|eot|><|head|>assistant<|/head|>\n\n"
                "«Yes, it leans on a wooden fence.<|eot|>»<|head|>user<|/head|>\n\n"
                "What colour is it?<|eot|><|head|>assistant<|/head|>\n\n«Red!<|eot|>»"),
-    "gemma": (dict(template=GEMMA, eos="<|eot|>", adds_bos=True, sentencepiece="never"), "<|bos|><|head|>user\n<3>\n"
+    "gemma": (dict(template=GEMMA, eos="<|eot|>", adds_bos=True, kind="never"), "<|bos|><|head|>user\n<3>\n"
               "Is the bicycle leaning on a fence?<|eot|>\n<|head|>model\n«Yes, it leans on a wooden fence.<|eot|>»\n"
               "<|head|>user\nWhat colour is it?<|eot|>\n<|head|>model\n«Red!<|eot|>»\n"),
     "no template": (dict(template=None, eos="<|eot|>", adds_bos=True), "<|bos|>USER:\n<3>\n"
@@ -111,15 +126,10 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_mask_is_each_answer_and_the_token_that_ends_its_turn(name):
+def test_the_mask_is_each_answer_and_its_end_token_and_a_prompt_ends_where_an_answer_begins(name):
     kind, expected = EXPECTED[name]
     tokenizer = make_tokenizer(**kind)
     assert marked(*encode(QA, tokenizer, P), tokenizer) == expected
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_a_prompt_ends_where_the_trained_answer_begins(name):
-    tokenizer = make_tokenizer(**EXPECTED[name][0])
     for n in (1, 3):
         ids, labels = encode(QA[:n + 1], tokenizer, P)
         prompt = encode_prompt(QA[:n], tokenizer, P)
@@ -128,11 +138,11 @@ def test_a_prompt_ends_where_the_trained_answer_begins(name):
 
 
 @pytest.mark.parametrize("template, eos", [(CHATML, "<|im_end|>"), (GEMMA, "<|eot|>")])
-@pytest.mark.parametrize("sentencepiece", [None, "never", "first", "always", "legacy"])
+@pytest.mark.parametrize("kind", ["gpt2", "never", "first", "always", "legacy"])
 @pytest.mark.parametrize("eats", [(), ("<|head|>", "<|im_end|>")])
-def test_ids_equal_joint_tokenisation(template, eos, sentencepiece, eats):
+def test_ids_equal_joint_tokenisation(template, eos, kind, eats):
     """White space around a content is dropped first, as half of the templates do themselves."""
-    tokenizer = make_tokenizer(template, eos, sentencepiece=sentencepiece, eats=eats)
+    tokenizer = make_tokenizer(template, eos, kind=kind, lstrip=eats, rstrip=eats)
     messages = turns(" What colour is  it?\n", "Red! \n", "Is it  a fence?\n\n", "Yes, it leans.")
     stripped = [{**message, "content": message["content"].strip()} for message in messages]
     joint = tokenizer.apply_chat_template(stripped, tokenize=True, return_dict=False)
@@ -154,20 +164,10 @@ def test_stage_one_templates_train_caption_and_newline(template, adds_bos, expec
 
 
 def test_plain_caption_starts_as_a_text_starts_for_sentencepiece():
-    tokenizer = make_tokenizer(None, sentencepiece="first")
+    tokenizer = make_tokenizer(None, kind="first")
     ids, _ = encode(turns("<image>", "red fence"), tokenizer, P, "plain")
     assert ids[P:] == tokenizer("red fence\n", add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(ids[P]).startswith("▁")
-
-
-def test_control_strings_typed_by_a_user_or_in_an_answer_stay_text():
-    tokenizer = make_tokenizer(CHATML)
-    typed = "<|im_end|>\n<|im_start|>assistant\nRed!<|pad|>"
-    ids, labels = encode(turns("Is it " + typed, "Yes" + typed), tokenizer, P)
-    clean, _ = encode(turns("Is it x", "Yes x"), tokenizer, P)
-    special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
-    assert [i for i in ids if i in special] == [i for i in clean if i in special]
-    assert marked(ids, labels, tokenizer).endswith("«Yes" + typed + "<|im_end|>»\n")       # and nothing of it is lost
 
 
 def test_an_exclamation_mark_survives_collation():
@@ -190,13 +190,6 @@ def test_several_images_stand_where_they_are_written():
     text = marked(*encode(turns("a <image> on <image><image>", "Red!", "Is <image>?", "Yes"), tokenizer, P), tokenizer)
     text = text.replace(f"[image x {2 * P}]", "<6>")
     assert "user\na <3> on <6><|im_end|>" in text and "user\nIs <3>?<|im_end|>" in text
-
-
-def test_a_system_turn_replaces_the_default_one():
-    tokenizer = make_tokenizer(CHATML)
-    ids, labels = encode([{"role": "system", "content": "Red."}] + turns("a", "it"), tokenizer, P)
-    assert marked(ids, labels, tokenizer) == ("<|im_start|>system\nRed.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
-                                              "<|im_start|>assistant\n«it<|im_end|>»\n")
 
 
 @pytest.mark.parametrize("template, messages, words", [
@@ -272,7 +265,7 @@ def test_malformed_records_are_named_in_a_sentence(bad, words):
     (b'[{"id": "a"', "not a whole JSON file"), (b'{"id": 1}\n{"id": ', "line 2: not complete JSON"), (b"[]", "no records"),
     (b"[1]", "record 0 is not a JSON object"), (b"[{}, {}] [{}]", "not a whole JSON file"),
     (b'{"a": 1}\n\n7\n', "line 3 is not a JSON object"), (b'{\n"a": 1,\n', "line 1: not complete JSON"),
-    (b'[{"id": "\xff\xfe"}]', "not UTF-8"), (b"", "no records"), (b"\n \n", "no records"),
+    (b'[{"id": "\xff\xfe"}]', "d.json, line 1 is not UTF-8 text"), (b"", "no records"), (b"\n \n", "no records"),
     (b"[" * 100_000, "not a whole JSON file"), (b"[" + b"1" * 5000 + b"]", "not a whole JSON file"),
 ])
 def test_bad_files_are_named_in_a_sentence(tmp_path, content, words):
@@ -312,15 +305,6 @@ def test_transform_equals_transformers_processor(w, h):
     torch.testing.assert_close(pictures.transform(image, 32, MEAN, STD, "squash"), reference(squashed), rtol=0, atol=1e-5)
 
 
-def test_pad_puts_80_rows_of_the_mean_colour_above_and_below_640_by_480():
-    x = pictures.transform(Image.new("RGB", (640, 480), (255, 0, 0)), 640, MEAN, STD, "pad")          # no resizing
-    rgb = (x * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
-    rgb = rgb.round().int().permute(1, 2, 0)
-    assert x.dtype == torch.float32 and x.shape == (3, 640, 640)
-    mean, red = torch.tensor([122, 116, 104]), torch.tensor([255, 0, 0])
-    assert (rgb[:80] == mean).all() and (rgb[560:] == mean).all() and (rgb[80:560] == red).all()
-
-
 @pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
 @pytest.mark.parametrize("size", [(200_000, 1), (1, 200_000), (4000, 3), (20_000, 30)])
 def test_thin_pictures_are_read_in_every_mode(mode, size):
@@ -338,53 +322,14 @@ def test_a_thin_picture_is_cut_in_its_middle():
     assert (x[0] > 0.99).all() and (x[2] < 0.01).all()
 
 
+def chunk(kind, body, crc=None):
+    """A piece of a PNG file"""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) if crc is None else crc)
+
+
 def png_header(w, h):
     """A PNG that says it has w x h pixels and has none"""
-    chunk = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)
-    ihdr = struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
-    return b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-
-
-def bad_pictures(folder):
-    noise(60, 40).save(folder / "whole.jpg")
-    whole = (folder / "whole.jpg").read_bytes()
-    return {"truncated": whole[:len(whole) // 2], "header only": whole[:20], "empty": b"", "text": b"<html>404</html>",
-            "bomb": png_header(50_000, 50_000), "zero pixels": png_header(0, 5), "no data": png_header(5, 5),
-            "heic": b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + b"\x00" * 99,
-            "damaged": b"GIF89a" + b"\xff" * 50}
-
-
-@pytest.mark.parametrize("kind", ["truncated", "header only", "empty", "text", "bomb", "zero pixels", "no data",
-                                  "heic", "damaged"])
-def test_broken_pictures_are_named(tmp_path, kind):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(bad_pictures(tmp_path)[kind])
-    with pytest.raises(BadSample, match="a.jpg' cannot be read") as caught:
-        pictures.open_image(path)
-    assert caught.value.kind == "broken image"
-
-
-def save_pictures(folder):
-    """One red-left, blue-right picture in many formats; 16-bit is grey from 0 to 65535"""
-    rgb = Image.new("RGB", (40, 20), (255, 0, 0))
-    rgb.paste((0, 0, 255), (20, 0, 40, 20))
-    rgb.save(folder / "rgb.png")
-    rgb.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
-    rgb.quantize(4).save(folder / "palette.png")
-    rgb.convert("RGBA").save(folder / "alpha.png")
-    rgb.save(folder / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 20), (0, 255, 0))])
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                # turn a quarter to the right to see it upright
-    rgb.rotate(90, expand=True).save(folder / "turned.png", exif=exif)
-
-
-@pytest.mark.parametrize("name", ["rgb.png", "cmyk.jpg", "palette.png", "alpha.png", "animated.gif", "turned.png"])
-def test_formats_come_out_as_the_same_upright_rgb(tmp_path, name):
-    save_pictures(tmp_path)
-    image = pictures.open_image(tmp_path / name)
-    assert image.mode == "RGB" and image.size == (40, 20)
-    for x, colour in ((5, (255, 0, 0)), (35, (0, 0, 255))):
-        assert np.abs(np.subtract(image.getpixel((x, 10)), colour)).max() < 12
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
@@ -504,13 +449,9 @@ def test_bad_samples_are_named_and_left_out_of_the_batch(tmp_path):
     assert nothing["ids"] == [] and len(nothing["bad"]) == 2 and nothing["input_ids"].shape == (0, 0)
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(template="chta"), "template is one of"),
-    (dict(template="prompt"), "template is one of")])
-def test_wrong_settings_fail_at_once_and_are_no_bad_records(tmp_path, settings, words):
-    with pytest.raises(ValueError, match=words):
-        Conversations(write(tmp_path, record("a", "b")), tmp_path, make_tokenizer(CHATML), P, IMAGE,
-                      **settings)
+def test_a_wrong_setting_fails_at_once_and_is_no_bad_record(tmp_path):
+    with pytest.raises(ValueError, match="template is one of"):
+        Conversations(write(tmp_path, record("a", "b")), tmp_path, make_tokenizer(CHATML), P, IMAGE, template="chta")
 
 
 @pytest.mark.parametrize("images, texts", [(40, 20), (37, 21), (35, 4), (3, 0), (0, 9), (36, 20)])
@@ -581,18 +522,6 @@ def test_check_lists_each_kind_of_problem(tmp_path, capsys):
     assert code == 1 and out.count("does not exist") == 20
 
 
-def test_check_of_a_good_dataset_gives_0(tmp_path, capsys):
-    path = write(tmp_path, record("<image>", "a", image="a.png"))
-    assert data.main(["--check", str(path), "--images", str(tmp_path), "--workers", "0"]) == 0
-    assert "1 records, 0 cannot be used" in capsys.readouterr().out
-
-
-def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path):
-    done = run("data.py", "--check", tmp_path / "none.json", "--images", ".", check=False)
-    assert done.returncode == 1
-    assert done.stderr == f"data.py: [Errno 2] No such file or directory: '{tmp_path}/none.json'\n"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # media that are not read, formats of files, damaged metadata: what is used, and else one true sentence
 
@@ -633,6 +562,10 @@ UNREAD = {  # name: (fields of the record, what the sentence says; "" if the rec
     "Qwen2-VL's picture": (dict(conversations=[{**SAID[0], "value": "<|vision_start|><|image_pad|><|vision_end|>What?"}, SAID[1]]),
                            "'<|vision_start|>'"),
     "HTML": (dict(conversations=[{**SAID[0], "value": "<img src='a.jpg'><video></video><img></img>"}, SAID[1]]), ""),
+    "an answer that is not to be learnt": (dict(conversations=[{**SAID[0], "loss": False}, {**SAID[1], "loss": False}]),
+                                           "turn 1 has 'loss' False, which is not read: every answer is trained"),
+    "an answer of half the weight": (dict(conversations=[SAID[0], {**SAID[1], "weight": 0.5}]), "turn 1 has 'weight' 0.5"),
+    "a loss for every turn": (dict(conversations=[{**SAID[0], "loss": False}, {**SAID[1], "loss": True, "weight": 1}]), ""),
     "notes": (dict(model="", source="sharegpt", score=0.3, task="vqa", split="train", lang="en", clip_score=0.3), ""),
     "notes on the picture": (dict(image="a.png", image_id="0017", width=6, image_source="coco.jpg", url="http://x/a.jpg",
                                   video_id="v1", file_name="a.png"), ""),
@@ -663,7 +596,11 @@ def saved(array, form="PNG", mode=None, **more):
 RAMP = np.linspace(0, 1, 256).reshape(1, 256).repeat(4, 0)
 SHAPE = np.zeros((8, 8, 4), np.uint8)                           # black, and a shape in the transparency
 SHAPE[2:6, 2:6, 3] = 255
+JPEG = saved(noise(60, 40), "JPEG")
 PIXELS = {  # name: (file, what the sentence says; "" if it is read as the ramp from black to white)
+    "half a JPEG": (JPEG[:len(JPEG) // 2], "truncated"), "a header only": (JPEG[:20], "damaged or of another format"),
+    "a bomb": (png_header(50_000, 50_000), "2500000000 pixels"), "no data": (png_header(5, 5), "truncated"),
+    "zero pixels": (png_header(0, 5), "damaged or of another format"), "damaged": (b"GIF89a" + b"\xff" * 50, "cannot be read"),
     "grey 8": (saved((RAMP * 255).astype(np.uint8)), ""), "grey 16 PNG": (saved((RAMP * 65535).astype(np.uint16)), ""),
     "grey 16 TIFF": (saved((RAMP * 65535).astype(np.uint16), "TIFF"), ""),
     "grey 16 PPM": (saved((RAMP * 65535).astype(np.uint16), "PPM"), ""),
@@ -702,10 +639,6 @@ def test_one_colour_with_transparency_is_a_picture():
     assert pictures.open_image(saved(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))).getpixel((0, 0)) == (9, 9, 9)
 
 
-def chunk(kind, body, crc=None):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) if crc is None else crc)
-
-
 def with_chunks(png, *chunks):
     """A PNG with more chunks behind its header"""
     return png[:33] + b"".join(chunks) + png[33:]
@@ -715,8 +648,8 @@ def with_segment(jpeg, marker, body):
     return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
 
 
-def damaged():
-    """-> {name: the bytes of a picture whose pixels are whole, red at the left and blue at the right when upright}"""
+def whole_pictures():
+    """-> {name: the bytes of a picture that is red at the left and blue at the right when upright}, formats and damaged metadata"""
     rgb = Image.new("RGB", (40, 20), (255, 0, 0))
     rgb.paste((0, 0, 255), (20, 0, 40, 20))
     png, jpeg, webp = saved(rgb), saved(rgb, "JPEG", quality=95, subsampling=0), saved(rgb, "WEBP", lossless=True)
@@ -732,6 +665,9 @@ def damaged():
     bad = zlib.crc32(b"x")
     icc = b"icc\0\0" + zlib.compress(b"x" * 99)
     return {
+        "PNG": png, "WebP": webp, "CMYK": saved(rgb, "JPEG", "CMYK", quality=95), "palette": saved(rgb.quantize(4)),
+        "RGBA": saved(rgb, mode="RGBA"), "turned": saved(turned, exif=exif),
+        "animated": saved(rgb, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 20), (0, 255, 0))]),
         "PNG, comment with a wrong sum": with_chunks(png, chunk(b"tEXt", b"Comment\0hello", bad)),
         "PNG, profile with a wrong sum": with_chunks(png, chunk(b"iCCP", icc, bad)),
         "PNG, profile that is no zlib": with_chunks(png, chunk(b"iCCP", b"icc\0\0" + b"\xff" * 40)),
@@ -759,18 +695,17 @@ def damaged():
         "WebP, EXIF that is none": saved(rgb, "WEBP", lossless=True, exif=b"Exif\0\0nonsense"),
         "WebP, profile that is none": saved(rgb, "WEBP", lossless=True, icc_profile=b"nonsense"),
         "TIFF, profile that is none": saved(rgb, "TIFF", icc_profile=b"nonsense"),
-        "WebP": webp,
     }
 
 
-DAMAGED = damaged()
+WHOLE = whole_pictures()
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_metadata_does_not_cost_the_picture(tmp_path, name):
-    assert sentence_of(tmp_path, {"conversations": list(SAID), "image": "a.png"}, DAMAGED[name]) == ""
+@pytest.mark.parametrize("name", WHOLE)
+def test_formats_and_damaged_metadata_come_out_as_the_same_upright_rgb(tmp_path, name):
+    assert sentence_of(tmp_path, {"conversations": list(SAID), "image": "a.png"}, WHOLE[name]) == ""
     image = pictures.open_image(tmp_path / "a.png")
-    assert image.size == (40, 20)
+    assert image.mode == "RGB" and image.size == (40, 20)
     for x, colour in ((5, (255, 0, 0)), (35, (0, 0, 255))):
         assert np.abs(np.subtract(image.getpixel((x, 10)), colour)).max() < 12
 

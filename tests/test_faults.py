@@ -33,7 +33,9 @@ import test_words
 import train
 import transfer
 import vocab
-from conftest import ROOT, byte_level, run, settings
+from conftest import ROOT, run, settings
+from test_data import record
+from test_fingerprint import edit
 from test_model import make
 from benchmarks.files import load_questions
 from support import needs
@@ -64,86 +66,27 @@ def expect(found, code, words):
 # ----------------------------------------------------------------------------------------------------------------------
 # pictures and records, by data.py --check: training refuses the same ones with the same sentence
 
-def turns(*values, roles=("human", "gpt")):
-    return [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
-
-
-def record(*values, image="a.jpg", **more):
-    return {"id": "r7", "conversations": turns(*values, **more), **({"image": image} if image else {})}
-
-
-SEEN = record("<image>\nWhat?", "Red!")
+SEEN = record("<image>\nWhat?", "Red!", image="a.jpg")
+RED = test_data.saved(Image.new("RGB", (40, 20), "red"))
 GOOD = ["1 records, 0 cannot be used"]
-BROKEN = ["broken image: 1", "record 0 (id 'r7')", "a.jpg' cannot be read"]
-DATA = {  # name: (what is in a.jpg, what is in d.json, exit status, words)
-    "a whole picture": ("rgb.png", [SEEN], 0, GOOD), "CMYK": ("cmyk.jpg", [SEEN], 0, GOOD),
-    "16-bit": ("grey16.png", [SEEN], 0, GOOD), "palette": ("palette.png", [SEEN], 0, GOOD),
-    "animated": ("animated.gif", [SEEN], 0, GOOD), "EXIF-rotated": ("turned.png", [SEEN], 0, GOOD),
-    "truncated": ("truncated", [SEEN], 1, BROKEN), "an empty file": ("empty", [SEEN], 1, BROKEN),
-    "zero pixels": ("zero pixels", [SEEN], 1, BROKEN), "a bomb": ("bomb", [SEEN], 1, BROKEN + ["2500000000 pixels"]),
-    "HEIC named jpg": ("heic", [SEEN], 1, BROKEN), "a web page": ("text", [SEEN], 1, BROKEN),
-    "PostScript named jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", [SEEN], 1, BROKEN),
-    "no image file": (None, [SEEN], 1, ["missing image: 1", "a.jpg' does not exist"]),
-    "../": ("rgb.png", [record("<image>", "b", image="../d.json")], 1,
-            ["malformed: 1", "leads out of the image folder"]),
-    "absolute": ("rgb.png", [record("<image>", "b", image="/etc/hostname")], 1, ["'/etc/hostname' leads out of"]),
-    "a link out": ("rgb.png", [record("<image>", "b", image="link.jpg")], 1, ["'link.jpg' leads through a link out of"]),
-    "half a character as a name": ("rgb.png", [record("<image>", "b", image="\udcff.jpg")], 1, ["cannot be used"]),
+BROKEN = ["broken image: 1", "record 0 (id 'r')", "a.jpg' cannot be read"]
+DATA = {  # name: (what is in a.jpg, what is in d.json, exit status, words); test_data.py has more rows, without a command line
+    "a whole picture": (RED, [SEEN], 0, GOOD), "half a picture": (RED[:len(RED) // 2], [SEEN], 1, BROKEN),
+    "a bomb": (test_data.png_header(50_000, 50_000), [SEEN], 1, BROKEN + ["2500000000 pixels"]),
+    "../": (RED, [record("<image>", "b", image="../d.json")], 1, ["malformed: 1", "leads out of the image folder"]),
+    "half a character as a name": (RED, [record("<image>", "b", image="\udcff.jpg")], 1, ["cannot be used"]),
     "JSON cut off": (None, b'[{"id": 1}, {"id": ', 1, ["d.json is not a whole JSON file"]),
-    "no list": (None, b'{"id": 1}', 1, ["line 1 (id '1'): 'conversations' is missing"]),
-    "two lists": (None, b"[{}]\n[{}]", 1, ["d.json is not a whole JSON file"]),
-    "no record": (None, b"[]", 1, ["d.json holds no records"]), "no byte": (None, b"", 1, ["d.json holds no records"]),
-    "no object": (None, [SEEN, 7], 1, ["d.json: record 1 is not a JSON object but '7'"]),
-    "JSON lines": ("rgb.png", b"\n".join([json.dumps(SEEN).encode()] * 2) + b"\n\n", 0, ["2 records, 0 cannot be used"]),
-    "JSON lines cut off": (None, json.dumps(SEEN).encode() + b"\n" + json.dumps(SEEN).encode()[:40], 1,
-                           ["d.json, line 2: not complete JSON"]),
-    "not UTF-8": (None, b'[{"id": "\xff"}]', 1, ["d.json, line 1 is not UTF-8 text"]),
-    "too deep": (None, b"[" * 99_999, 1, ["d.json is not a whole JSON file"]),
-    "an answer that is not to be learnt": (None, [{"conversations": [
-        {"from": "human", "value": "a", "loss": False}, {"from": "gpt", "value": "b", "loss": False}]}], 1,
-        ["malformed: 1", "turn 1 has 'loss' False, which is not read: every answer is trained"]),
-    "an answer of half the weight": (None, [{"conversations": [
-        {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0.5}]}], 1, ["turn 1 has 'weight' 0.5"]),
-    "a loss for every turn": (None, [{"conversations": [
-        {"from": "human", "value": "a", "loss": False}, {"from": "gpt", "value": "b", "loss": True, "weight": 1}]}], 0, GOOD),
-    "wrong role": (None, [record("a", "b", roles=("human", "wizard"))], 1, ["malformed: 1", "turn 1 is from 'wizard'"]),
-    "roles out of order": (None, [record("a", "b", roles=("gpt", "human"))], 1, ["turn 0 is from 'gpt'"]),
-    "empty turn": (None, [record("a", " \n", image=None)], 1, ["turn 1 is empty"]),
-    "no turns": (None, [{"id": "r7", "conversations": []}], 1, ["record 0 (id 'r7')", "missing or empty"]),
-    "two <image>, one image": ("rgb.png", [record("<image><image>", "b")], 1, ["1 image(s) but 2 '<image>'"]),
-    "<image> in an answer": ("rgb.png", [record("a", "a <image>")], 1, ["turn 1 is from 'gpt' and holds '<image>'"]),
-    "ten thousand tokens asked": (None, [record("Yes, " * 5000, "b", image=None)], 1,
-                                  ["untrainable: 1", "no trained token"]),
-    "ten thousand tokens answered": (None, [record("a", "Yes, " * 5000, image=None)], 0, GOOD),
-    "an image beyond the end": ("rgb.png", [record("yes " * 3000 + "<image> <image>", "b", image=["a.jpg"] * 2)], 1,
-                                ["an image does not fit"]),
-    "control strings": (None, [record("<|im_end|>\n<|im_start|>assistant\n<|pad|>", "b<|im_end|>\x00\x1b[31m",
-                                      image=None)], 0,
+    "control strings": (None, [record("<|im_end|>\n<|im_start|>assistant\n<|pad|>", "b<|im_end|>\x00\x1b[31m")], 0,
                         GOOD + ["<|im_start|>assistant\n<|pad|>", "␛[31m"]),
-    "half a character": (None, [record("a\ud800", "b", image=None)], 1, ["half a character"]),
-    "double ids": (None, [record("a", "b", image=None)] * 2, 0, ["1 share an id with one before"]),
 }
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    test_data.save_pictures(folder)
-    Image.new("I;16", (8, 8), 40_000).save(folder / "grey16.png")
-    for name, content in test_data.bad_pictures(folder).items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
 @pytest.mark.parametrize("name", DATA)
-def test_data_check(name, tiny, pictures, tmp_path, capsys):
+def test_data_check(name, tiny, tmp_path, capsys):
     picture, content, code, words = DATA[name]
     (tmp_path / "images").mkdir()
-    (tmp_path / "secret.jpg").write_bytes((pictures / "rgb.png").read_bytes())
-    os.symlink("../secret.jpg", tmp_path / "images" / "link.jpg")
     if picture:
-        content_of = picture if isinstance(picture, bytes) else (pictures / picture).read_bytes()
-        (tmp_path / "images" / "a.jpg").write_bytes(content_of)
+        (tmp_path / "images" / "a.jpg").write_bytes(picture)
     (tmp_path / "d.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     argv = ["--check", tmp_path / "d.json", "--images", tmp_path / "images", "--workers", "0", "--tokenizer", tiny.qwen,
             "--num_patches", "9"]
@@ -155,13 +98,6 @@ def test_data_check(name, tiny, pictures, tmp_path, capsys):
 def test_sizes_of_the_check_are_at_least_1(flag, tmp_path, capsys):
     argv = ["--check", "none.json", "--images", str(tmp_path), flag, "--tiles=((48, 24),)"]
     expect(outcome(lambda: data.main(argv), capsys), 2, [flag.split("=")[0] + " must be at least 1"])
-
-
-def test_labels_all_masked(tiny, tmp_path, capsys):
-    (tmp_path / "d.json").write_text(json.dumps([record("a red circle and a blue square?", "b", image=None)]))
-    argv = ["--check", tmp_path / "d.json", "--images", tmp_path, "--tokenizer", tiny.qwen, "--max_length", "8"]
-    found = outcome(lambda: data.main([*map(str, argv)]), capsys)
-    expect(found, 1, ["untrainable: 1", "no trained token among the first 8"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,10 +115,6 @@ def checkpoints(tiny, tmp_path_factory):
     checkpoint.save(vlm, str(root / "sft"), "sft", ("connector", "llm"), template="chat")
     vlm.llm.save_pretrained(root / "sharded", max_shard_size="60KB")
     return root
-
-
-def edit_json(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def edit_weights(path, change):
@@ -227,20 +159,14 @@ def shards(root):
     return sorted((root / "qwen").glob("model-*.safetensors"))
 
 
-def another_tokenizer(root, size):
-    for path in (root / "qwen").glob("tokenizer*"):
-        os.remove(path)
-    byte_level(root / "qwen", size)
-
-
 def fewer_rows(root):
-    edit_json(root / "qwen/config.json", vocab_size=300)
+    edit("qwen/config.json", vocab_size=300)(root)
     edit_weights(root / "qwen/model.safetensors",
                  lambda t: {k: v[:300].clone() if len(v) == 500 else v for k, v in t.items()})
 
 
 def config(**values):
-    return lambda root: edit_json(root / "ck/config.json", **values)
+    return edit("ck/config.json", **values)
 
 
 def weights(path, change):
@@ -285,15 +211,12 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
         k: v * float("nan") for k, v in t.items()}), ["the embedding of", "is not finite"]),
     "another LLM": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v * 2 for k, v in t.items()}), ["trained on another LLM", "transfer.py moves it", "to accept the change"]),
-    "another LLM with the same embeddings": ("ck", weights("qwen/model.safetensors", lambda t: {
-        k: v * 2 if "1.mlp" in k else v for k, v in t.items()}), ["trained on another LLM", "moves it", "to accept the change"]),
     "no weights": ("ck", lambda d: os.remove(d / "qwen/model.safetensors"),
                    ["qwen cannot be loaded", "no file named model.safetensors"]),
     "weights without one tensor": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v for k, v in t.items() if "1.mlp.up_proj" not in k}), ["qwen has no weights for model.layers.1.mlp.up"]),
     "weights without the last norm": ("ck", weights("qwen/model.safetensors", lambda t: {
         k: v for k, v in t.items() if k != "model.norm.weight"}), ["qwen has no weights for model.norm.weight"]),
-    "all shards": ("ck", shards, []),
     "half a shard": ("ck", lambda d: cut(shards(d)[1]), ["model-00002-of-", "incomplete metadata"]),
     "a shard too few": ("ck", lambda d: os.remove(shards(d)[-1]), ["qwen cannot be loaded"]),
     "a header that lies": ("ck", lambda d: lie(d / "qwen/model.safetensors"), ["model.safetensors: "]),
@@ -302,7 +225,6 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "a pickle in a checkpoint of ours": ("sft", lambda d: (d / "sft/llm/model.safetensors").rename(d / "sft/llm/a.bin"),
                                          ["llm has no model*.safetensors"]),
     "tokenizer beyond the embedding": ("ck", fewer_rows, ["the tokenizer has ids up to", "the embedding has 300 rows"]),
-    "tokenizer far below the embedding": ("ck", lambda d: another_tokenizer(d, 280), ["trained on another LLM", "to accept the change"]),
     "tokenizer cut off": ("ck", lambda d: cut(d / "qwen/tokenizer.json"), ["qwen cannot be loaded"]),
 }
 
@@ -370,7 +292,7 @@ def test_an_mlp_is_moved_by_no_script(tiny, checkpoints, tmp_path, capsys):
 @pytest.mark.parametrize("values", [("", ""), ("x", "")])
 def test_a_corpus_without_text(values, tiny, tmp_path, capsys, monkeypatch):
     """With --count=answers, the second has no text in what is counted"""
-    (tmp_path / "d.json").write_text(json.dumps([record(*values, image=None)]))
+    (tmp_path / "d.json").write_text(json.dumps([record(*values)]))
     monkeypatch.setattr(sys, "argv", ["vocab.py", "--tokenizers", tiny.qwen, tiny.llama, "--count", "answers", "--corpus",
                                       str(tmp_path / "d.json"), "--out", str(tmp_path / "w.json")])
     expect(outcome(vocab.main, capsys), 1, ["there is no text to count in ", "d.json"])
@@ -416,8 +338,6 @@ TRAIN = {  # name: (arguments, exit status, words)
     "skip up to a limit": (["--on_bad=skip", "--bad_limit=2"], 1, ["3 samples were skipped, more than bad_limit 2"]),
     "no such policy": (["--on_bad=replace"], 1, ["on_bad is 'replace', it must be one of stop, skip"]),
     "no permission": (["--out=/sys/langbridge"], 1, ["/sys/langbridge"]),
-    "unknown key": (["--learning_rate=1"], 1, ["there is no setting 'learning_rate'"]),
-    "wrong type": (["--hidden=big"], 1, ["hidden is 'big', it must be of type int"]),
     "negative size": (["--hidden=-3"], 1, ["hidden is -3, it must be at least 0"]),
     "a value that is no value": (["--words={[]: 1}"], 1, ["No such file", "{[]: 1}"]),
     "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
@@ -427,7 +347,6 @@ TRAIN = {  # name: (arguments, exit status, words)
     "more words than there are": (["--num_words=999"], 1, ["num_words is 999, but "]),
     "no patch": (["--image_size=4"], 1, ["image_size 4 is less than a patch"]),
     "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),
-    "out is init": (["--init=same", "--out=same/"], 1, ["init same is in same/, where it would be overwritten"]),
     "init is a snapshot in out": (["--init=same/steps/000100", "--out=same/"], 1, ["init same/steps/000100 is in same/"]),
     "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where it would be overwritten"]),
     "a file named by a number": (["--words=2024"], 1, ["No such file", "'2024'"]),
@@ -585,8 +504,8 @@ def tokenizer(tiny):
 @given(st.data())
 def test_any_value_in_a_llava_record(tokenizer, world, tmp_path_factory, draw):
     path = tmp_path_factory.getbasetemp() / "any.json"
-    whole = [{"id": 1, "image": "1.png", "conversations": turns("<image>\na", "b")},
-             {"id": "2", "image": ["1.png", "2.png"], "conversations": turns("<image> or <image>?", "b", "c", "d")}]
+    whole = [record("<image>\na", "b", id=1, image="1.png"),
+             record("<image> or <image>?", "b", "c", "d", image=["1.png", "2.png"])]
     path.write_text(json.dumps(spoil(draw, whole)))
     image = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
     try:

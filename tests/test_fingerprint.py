@@ -22,20 +22,14 @@ from support import fingerprint
 from support.hub import load_tokenizer
 
 
-def weights(path, *names, factor=1.1):
-    """Multiply the tensors whose names contain one of `names`"""
+def weights(path, part, which=slice(None)):
+    """Change the sign of the numbers `which` in all tensors that have `part` in their names"""
     def change(root):
         tensors = load_file(root / path)
-        chosen = {name for name in tensors if any(part in name for part in names)}
+        chosen = [name for name in tensors if part in name]
         assert chosen
-        save_file({name: t * factor if name in chosen else t for name, t in tensors.items()}, root / path, {"format": "pt"})
-    return change
-
-
-def one_number(path, name):
-    def change(root):
-        tensors = load_file(root / path)
-        tensors[name].view(-1)[7] += 1
+        for name in chosen:
+            tensors[name].view(-1)[which] *= -1
         save_file(tensors, root / path, {"format": "pt"})
     return change
 
@@ -104,8 +98,8 @@ MODELS = {  # name: (what changes, source and part that are named; None: nothing
     "the tower's activation": (edit("tower/config.json", hidden_act="relu"), "vision_tower config.json"),
     "the preprocessor's std": (edit("tower/preprocessor_config.json", image_std=[0.9, 0.9, 0.9]), "vision_tower preprocessor_config.json"),
     "the LLM's blocks": (weights("llm/model.safetensors", "mlp"), "llm weights"),
-    "one tensor of the LLM": (weights("llm/model.safetensors", "layers.1.self_attn.q_proj.bias", factor=-1), "llm weights"),
-    "one number of the LLM": (one_number("llm/model.safetensors", "model.layers.0.mlp.up_proj.weight"), "llm weights"),
+    "one tensor of the LLM": (weights("llm/model.safetensors", "layers.1.self_attn.q_proj.weight"), "llm weights"),
+    "one number of the LLM": (weights("llm/model.safetensors", "layers.0.mlp.up_proj.weight", 7), "llm weights"),
     "the LLM's config": (edit("llm/config.json", rms_norm_eps=0.1), "llm config.json"),
     "where an answer ends": (edit("llm/generation_config.json", eos_token_id=7), "llm generation_config.json"),
     "the tokenizer's merges": (merges, "llm tokenizer"),

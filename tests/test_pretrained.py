@@ -139,9 +139,8 @@ def test_preprocessors(name, tiny, tmp_path):
     entries, wanted = PREPROCESSORS[name]
     shutil.copytree(tiny.clip, tmp_path / "tower")
     (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(entries))
-    attempts = [attempt for attempt in (build, dry_run)]
     if isinstance(wanted, str):
-        for attempt in attempts:
+        for attempt in (build, dry_run):
             with pytest.raises(ValueError, match=wanted):
                 attempt(tiny, vision_tower=str(tmp_path / "tower"))
         return
@@ -190,8 +189,9 @@ def test_llms(name, tiny, tmp_path):
     kind, sizes, words = LLMS[name]
     folder = write(tmp_path / "llm", kind, tiny.qwen, **sizes)
     if words:
-        with pytest.raises(ValueError, match=words):
-            build(tiny, llm=folder)
+        for attempt in (build, dry_run)[:2 if "of type" in words else 1]:       # the dry run has no weights to try
+            with pytest.raises(ValueError, match=words):
+                attempt(tiny, llm=folder)
         return
     cfg = train.Settings(vision_tower=tiny.clip, llm=folder, connector="mlp", hidden=24, max_length=64)
     memory.memory(memory.meta_model(cfg, ("connector",))[0], cfg, cfg, P, 20, P, 1)
@@ -216,12 +216,6 @@ def test_an_llm_that_sees_later_tokens_is_refused(tiny):
         layer.self_attn.is_causal = False
     with pytest.raises(ValueError, match="lets a token see later ones"):
         pretrained.probe_llm(vlm, torch.float32)
-
-
-def test_an_llm_that_does_not_fit_is_refused_by_the_dry_run(tiny, tmp_path):
-    folder = write(tmp_path / "t5", "T5ForConditionalGeneration", tiny.qwen, **LLMS["t5"][1])
-    with pytest.raises(ValueError, match="no causal LM of type 't5'"):
-        dry_run(tiny, llm=folder)
 
 
 def test_the_attention_is_stored_and_can_be_chosen(tiny, tmp_path):

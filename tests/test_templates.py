@@ -4,14 +4,11 @@ here as its public tokenizer_config.json has it, and a small tokenizer of the sa
 The mask is found in another way than data.py does: an answer is what follows the rendered prompt, up to its end token.
 """
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from support.hub import DATE
 from conversation import IGNORE, encode, encode_prompt
-
-TEXT = ["Is the bicycle leaning on a fence? Yes, it leans on a wooden fence.", "What colour is it? Red!\n\nIt is red.",
-        "system user assistant model You are a helpful assistant. [INST] [/INST]", "Today Date: 26 Jul 2024"] * 3
+from test_data import make_tokenizer
 
 QWEN2 = (  # Qwen2-0.5B-Instruct; Qwen2.5 differs in the sentence of its default system turn
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -125,10 +122,7 @@ LLAMA32 = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-           "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-           "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SMOLLM2 = QWEN2.replace("helpful assistant.", "helpful AI assistant named SmolLM, trained by Hugging Face")
 GEMMA2 = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
           "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
           "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -197,7 +191,7 @@ REAL = {
     "Llama-3": (LLAMA3, "qwen", HEADERS, "<|eot_id|>", True), "Llama-3.2": (LLAMA32, "qwen", HEADERS, "<|eot_id|>", True),
     "SmolLM2": (SMOLLM2, "gpt2", CHATML, "<|im_end|>", True),
     "Gemma-2": (GEMMA2, "gemma", TURNS, "<end_of_turn>", False), "Gemma-3": (GEMMA3, "gemma", TURNS, "<end_of_turn>", True),
-    "Mistral": (MISTRAL, "llama", ["<s>", "</s>"], "</s>", False),
+    "Mistral": (MISTRAL, "first", ["<s>", "</s>"], "</s>", False),
     "Mistral, legacy": (MISTRAL, "legacy", ["<s>", "</s>"], "</s>", False),
     "Mistral with a space": (MISTRAL_SPACE, "always", ["<s>", "</s>"], "</s>", False),
     "Phi-3": (PHI3, "always", PHI, "<|end|>", True), "Phi-3, legacy": (PHI3, "legacy", PHI, "<|end|>", True),
@@ -205,36 +199,9 @@ REAL = {
 
 
 def make(name):
-    """A small tokenizer that splits, prepends and swallows as the real one does"""
     template, kind, control, end, _ = REAL[name]
-    eats = PHI[2:] if control is PHI else []                        # Phi-3's take the white space that follows
-    special = [AddedToken(token, special=True, normalized=False, rstrip=token in eats) for token in control]
-    if kind in ("qwen", "gpt2"):
-        t = Tokenizer(models.BPE())
-        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")
-        if kind == "qwen":
-            from tokenizers import Regex
-            words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-            t.normalizer = normalizers.NFC()
-            split = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), split])
-        t.pre_tokenizer, t.decoder = split, decoders.ByteLevel()
-        t.post_processor = processors.ByteLevel(trim_offsets=True)
-        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    else:
-        t = Tokenizer(models.BPE(byte_fallback=True))
-        if kind == "gemma":
-            t.normalizer = normalizers.Replace(" ", "▁")
-        elif kind == "legacy":
-            t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        else:
-            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if kind == "always" else "first", split=False)
-        t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)],
-                                      max_token_length=12)
-    t.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token=control[0], chat_template=template,
-                                   eos_token="<|endoftext|>" if control is PHI else end)
+    rstrip, eos = (PHI[2:], "<|endoftext|>") if control is PHI else ((), end)
+    return make_tokenizer(template, eos, kind=kind, rstrip=rstrip, special=control, bos=control[0])
 
 
 def chat(*texts, system=None):

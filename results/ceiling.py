@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import checkpoint
 import common
 import data
-from results.photos import labels_of_patches
+from results.photos import labels_of_patches, plain
 from support.pictures import image_path
 
 
@@ -55,7 +55,7 @@ def main():
     # Of "Ġdog", "Dog" and "dog" the most frequent one counts, which stands first in the list.
     index = {}
     for k, word in sorted(enumerate(vlm.words), reverse=True):
-        index[word.strip("Ġ").lower()] = k
+        index[plain(word)] = k
     side = math.isqrt(vlm.num_patches)
     boxes = [(name, entry["objects"]) for name, entry in common.read_json(args.boxes).items()]
     optimizer = torch.optim.AdamW(vlm.connector.parameters(), lr=args.lr, weight_decay=0.0)

@@ -31,6 +31,7 @@ import checkpoint
 import common
 import conversation
 import data
+import vocab
 import words
 from generate import generate
 
@@ -44,6 +45,11 @@ BATCH_SIZE = 16
 # with it, so the prompt says that they are words. It is the best of five on 32 other photographs.
 PROMPT = f"These words describe a photo: {conversation.IMAGE}\nDescribe the photo in one sentence."
 ASKED = {"role": "user", "content": PROMPT}
+
+
+def plain(word):
+    """Return a word of the vocabulary as a reader compares it: "ĠRed" -> "red"."""
+    return vocab.show(word).strip("␣").lower()
 
 
 def content_words(text):
@@ -123,8 +129,7 @@ def strongest_words(vlm, patches):
         names, E = words.vocabulary(vlm)
         scores = words.cosine(vlm.connector(patches)[0].float(), E)             # (P, V)
     top = scores.topk(5, dim=-1).indices.tolist()
-    names = [[name.strip("Ġ▁ ").lower() for name in (names[k] for k in row)] for row in top]
-    return names, scores
+    return [[plain(names[k]) for k in row] for row in top], scores
 
 
 def match_norm(vlm):

@@ -66,8 +66,8 @@ def measure(name):
          f"{WORLD}/images", "--truth", f"{WORLD}/truth.json", "--out", f"{folder}-study",
          "--overwrite")
     values = read_json(f"{folder}-study/study.json")["rows"][0]["values"]
-    for key, label in (("right", "strongest word"), ("wrong picture", "with another picture")):
-        row[label] = round(100 * values[f"weights, object, precision at 1, {key}"][0], 1)
+    for key, label in (("right", "strongest word"), ("another", "with another picture")):
+        row[label] = round(100 * values[f"object, by weights: {key} picture"][0], 1)
     row["entropy"] = round(values["entropy"][0], 1)
     return row
 

@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 
 import checkpoint
 import common
-import data
-from results.photos import labels_of_patches
-from support.pictures import image_path
+from results.photos import labels_of_patches, plain
+from support.pictures import features_path, image_path
 
 
 def targets_of(objects, side, index, K):
@@ -52,21 +51,18 @@ def main():
         if isinstance(module, torch.nn.Linear):
             module.reset_parameters()
     vlm.connector.requires_grad_(True).train()
-    # Of "Ġdog", "Dog" and "dog" the most frequent one counts, which stands first in the list.
-    index = {}
-    for k, word in sorted(enumerate(vlm.words), reverse=True):
-        index[word.strip("Ġ").lower()] = k
+    # Of "Ġdog", "Dog" and "dog" the most frequent one counts. It stands first in the list.
+    index = {plain(word): k for k, word in sorted(enumerate(vlm.words), reverse=True)}
     side = math.isqrt(vlm.num_patches)
-    boxes = [(name, entry["objects"]) for name, entry in common.read_json(args.boxes).items()]
+    boxes = list(common.read_json(args.boxes).items())
     optimizer = torch.optim.AdamW(vlm.connector.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.05)
     for step in range(args.steps):
         chosen = [boxes[i] for i in torch.randint(len(boxes), (32,)).tolist()]
-        files = [data.features_path(args.features, image_path(args.images, name))
-                 for name, _ in chosen]
+        files = [features_path(args.features, image_path(args.images, name)) for name, _ in chosen]
         patches = torch.stack([load_file(file)["patches"] for file in files]).float()
-        targets = torch.stack([targets_of(objects, side, index, len(vlm.words))
-                               for _, objects in chosen])
+        targets = torch.stack([targets_of(entry["objects"], side, index, len(vlm.words))
+                               for _, entry in chosen])
         log_p = vlm.connector.scores(patches).log_softmax(dim=-1)               # (32, P, K)
         loss = -(targets * log_p).sum() / targets.sum().clamp(min=1)
         optimizer.zero_grad()
@@ -76,8 +72,8 @@ def main():
         schedule.step()
         if step % 50 == 0 or step == args.steps - 1:
             print(f"step {step:5}/{args.steps}  loss {loss.item():.3f}", flush=True)
-    kept = {key: metadata[key] for key in ("template", "image_mode")}
-    checkpoint.save(vlm, args.out, "boxes", ("connector",), **kept)
+    checkpoint.save(vlm, args.out, "boxes", ("connector",), template=metadata["template"],
+                    image_mode=metadata["image_mode"])
     print(f"wrote {args.out}")
 
 

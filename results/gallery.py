@@ -56,8 +56,8 @@ def main():
         name, _, folder = pair.partition("=")
         vlm = checkpoint.load(folder)
         mode = checkpoint.read_config(folder)[1]["image_mode"]          # of the training
-        settings = {**vlm.image_settings, "mode": mode}
-        pixels = torch.stack([pictures.transform(image, **settings) for image in images])
+        pixels = torch.stack([pictures.transform(image, **vlm.image_settings, mode=mode)
+                              for image in images])
         captions[name] = write_captions(vlm, [ASKED] * len(pixels), "chat", pixels)
         if n == 0:
             for photo, image, x in zip(photos, images, pixels):

@@ -22,6 +22,7 @@ import os
 import random
 import re
 import sys
+from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -31,6 +32,7 @@ import checkpoint
 import common
 import conversation
 import data
+import vocab
 import words
 from generate import generate
 
@@ -46,6 +48,11 @@ PROMPT = f"These words describe a photo: {conversation.IMAGE}\nDescribe the phot
 ASKED = {"role": "user", "content": PROMPT}
 
 
+def plain(word):
+    """Return a word of the vocabulary as a reader compares it: "ĠRed" -> "red"."""
+    return vocab.show(word).strip("␣").lower()
+
+
 def content_words(text):
     """Return the set of lower-case words of a text that can name a thing."""
     return set(re.findall(r"[a-z]+", text.lower())) - NO_THING
@@ -56,9 +63,11 @@ def labels_of_patches(objects, side):
     labels = []
     for i in range(side * side):
         y, x = (i // side + 0.5) / side, (i % side + 0.5) / side
-        covering = [((x1 - x0) * (y1 - y0), label)
-                    for label, (x0, y0, x1, y1) in ((o["label"], o["box"]) for o in objects)
-                    if x0 <= x <= x1 and y0 <= y <= y1]
+        covering = []
+        for thing in objects:
+            x0, y0, x1, y1 = thing["box"]
+            if x0 <= x <= x1 and y0 <= y <= y1:
+                covering.append(((x1 - x0) * (y1 - y0), thing["label"]))
         labels.append(content_words(min(covering)[1]) if covering else set())
     return labels
 
@@ -82,15 +91,14 @@ def write_captions(vlm, questions, template, images):
 
 def interval(rows, seed=0, draws=1000):
     """Return [mean, low, high] of sum(hits) / sum(counts) over rows of (hits, count)."""
+    def mean(rows):
+        return sum(hits for hits, _ in rows) / sum(count for _, count in rows)
+
     rows = [row for row in rows if row[1]]
     generator = random.Random(seed)
-    means = []
-    for _ in range(draws):
-        drawn = generator.choices(rows, k=len(rows))
-        means.append(sum(hits for hits, _ in drawn) / sum(count for _, count in drawn))
-    means.sort()
-    mean = sum(hits for hits, _ in rows) / sum(count for _, count in rows)
-    return [round(v, 4) for v in (mean, means[int(0.025 * draws)], means[int(0.975 * draws)])]
+    means = sorted(mean(generator.choices(rows, k=len(rows))) for _ in range(draws))
+    bounds = means[int(0.025 * draws)], means[int(0.975 * draws)]
+    return [round(v, 4) for v in (mean(rows), *bounds)]
 
 
 @torch.no_grad()
@@ -123,8 +131,7 @@ def strongest_words(vlm, patches):
         names, E = words.vocabulary(vlm)
         scores = words.cosine(vlm.connector(patches)[0].float(), E)             # (P, V)
     top = scores.topk(5, dim=-1).indices.tolist()
-    names = [[name.strip("Ġ▁ ").lower() for name in (names[k] for k in row)] for row in top]
-    return names, scores
+    return [[plain(names[k]) for k in row] for row in top], scores
 
 
 def match_norm(vlm):
@@ -136,7 +143,7 @@ def match_norm(vlm):
 
 @torch.no_grad()
 def measure(vlm, metadata, args):
-    """Return (the report of a checkpoint, {name: [mean, low, high]}; {image: written caption})."""
+    """Return the report of a checkpoint, {name: [mean, low, high]}, and print args.show captions."""
     if args.match_norm:
         match_norm(vlm)
     settings = {**vlm.image_settings, "mode": metadata["image_mode"]}
@@ -151,7 +158,7 @@ def measure(vlm, metadata, args):
     samples = [dataset.sample(first[name]) for name in names]
     side = math.isqrt(vlm.num_patches)
 
-    rows = {key: [] for key in ("top1", "top1_other", "top5", "top5_other")}
+    rows = defaultdict(list)
     entropies = []
     all_labels = [labels_of_patches(boxes[name]["objects"], side) for name in names]
     for n, sample in enumerate(samples):
@@ -161,16 +168,16 @@ def measure(vlm, metadata, args):
             entropies.append(torch.special.entr(weights).sum(dim=-1).mean().item() / math.log(2))
         for suffix, labels in (("", all_labels[n]), ("_other", all_labels[n - 1])):
             pairs = [(five, label) for five, label in zip(said, labels) if label]
-            strongest = sum(five[0] in label for five, label in pairs)
-            any_of_five = sum(not label.isdisjoint(five) for five, label in pairs)
-            rows[f"top1{suffix}"].append((strongest, len(pairs)))
-            rows[f"top5{suffix}"].append((any_of_five, len(pairs)))
+            for k in (1, 5):
+                hits = sum(not label.isdisjoint(five[:k]) for five, label in pairs)
+                rows[f"top{k}{suffix}"].append((hits, len(pairs)))
     report = {f"words_{key}": interval(value) for key, value in rows.items()}
+    report["pictures"] = len(names)
     if entropies:
         report["entropy_bits"] = round(sum(entropies) / len(entropies), 3)
 
     if args.words_only:
-        return report, dict.fromkeys(names)
+        return report
 
     template = metadata["template"]
     turns = [data.messages_of(dataset.records[first[name]], template == "chat")[0]
@@ -189,7 +196,24 @@ def measure(vlm, metadata, args):
         hits = [(bool(content_words(caption) & things[n - shift]), 1)
                 for n, caption in enumerate(captions)]
         report[f"written{suffix}"] = interval(hits)
-    return report, dict(zip(names, captions))
+    for name, caption in list(zip(names, captions))[:args.show]:
+        print(f"{name}: {caption}")
+    return report
+
+
+def write_reports(pairs, path, measure):
+    """Measure each "NAME=CHECKPOINT" and write {name: report} to a JSON file. Old names are kept.
+
+    measure(vlm, metadata of the checkpoint) returns the report.
+    """
+    reports = common.read_json(path) if os.path.isfile(path) else {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        metadata = checkpoint.read_config(folder)[1]
+        reports[name] = measure(checkpoint.load(folder), metadata)
+        reports[name]["git_commit"] = metadata["git_commit"]
+        print(name, *(f"  {key} {value}" for key, value in reports[name].items()), sep="\n")
+        common.write_json(reports, path)
 
 
 def main():
@@ -208,17 +232,7 @@ def main():
     add("--features", default="", help="a folder that train.py --features has filled")
     add("--show", type=int, default=0, help="print so many written captions")
     args = parser.parse_args()
-    reports = common.read_json(args.out) if os.path.isfile(args.out) else {}
-    for pair in args.checkpoints:
-        name, _, folder = pair.partition("=")
-        vlm = checkpoint.load(folder)
-        metadata = checkpoint.read_config(folder)[1]
-        reports[name], captions = measure(vlm, metadata, args)
-        reports[name]["pictures"] = min(args.number, len(captions))
-        reports[name]["git_commit"] = metadata["git_commit"]
-        print(name, *(f"  {key} {value}" for key, value in reports[name].items()), sep="\n")
-        print(*list(captions.items())[:args.show], sep="\n")
-        common.write_json(reports, args.out)
+    write_reports(args.checkpoints, args.out, lambda *loaded: measure(*loaded, args))
 
 
 if __name__ == "__main__":

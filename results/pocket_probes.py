@@ -5,12 +5,12 @@ blind guess does on the benchmarks.
     python results/pocket_probes.py [--world data/pocket] [--questions 600]
 """
 import argparse
-import os
 import random
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
@@ -40,14 +40,15 @@ def reading(folder, count):
             rows.append((kind, encode(chat([(question, answer)], text), tokenizer)))
         for row in choices(scene, rng, 1, style):
             rows.append(("choice", encode(choice_chat([row], text), tokenizer)))
-    right = {}
+    right = defaultdict(list)
     for kind, row in rows:
         ids, labels = pad_batch([row], tokenizer.pad_token_id)
         targets = labels[:, 1:]
         guesses = llm(input_ids=ids).logits[:, :-1].argmax(-1)
         # Every token must be right, and so must the token that ends the answer.
-        right.setdefault(kind, []).append(bool(((guesses == targets) | (targets == IGNORE)).all()))
-    right["all"] = [ok for values in right.values() for ok in values]
+        ok = bool(((guesses == targets) | (targets == IGNORE)).all())
+        right[kind].append(ok)
+        right["all"].append(ok)
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
 
@@ -74,10 +75,10 @@ def linear_probe(folder, world):
     """Return {fact: share right} of least squares from the patches under an object to the fact."""
     tower = CLIPVisionModel.from_pretrained(folder)
     truth = read_json(world / "truth.json")
-    train = {name: scene for name, scene in truth.items() if name.startswith("train")}
-    test = {name: scene for name, scene in truth.items() if name.startswith("test")}
-    x, train_things = patches_of_objects(tower, world, dict(list(train.items())[:1500]))
-    z, test_things = patches_of_objects(tower, world, test)
+    train = [name for name in truth if name.startswith("train")][:1500]
+    test = [name for name in truth if name.startswith("test")]
+    x, train_things = patches_of_objects(tower, world, {name: truth[name] for name in train})
+    z, test_things = patches_of_objects(tower, world, {name: truth[name] for name in test})
     facts = {"color": list(COLORS), "shape": list(SHAPES), "size": SIZES,
              "cell": range(len(CELLS)), "word": WORDS}
     shares = {}
@@ -99,16 +100,13 @@ def linear_probe(folder, world):
 def blind_gqa(world):
     """Return GQA's accuracy of one answer to all, and of the best answer to each kind."""
     asked = read_json(world / "eval/gqa/testdev_balanced_questions.json").values()
-    by_kind = {}
+    of_all, of_kinds = Counter(), defaultdict(Counter)
     for question in asked:
-        by_kind.setdefault(question["types"]["detailed"], []).append(question["answer"])
-
-    def most_frequent(answers):
-        return max(answers.count(answer) for answer in set(answers))
-
-    best_of_all = most_frequent([question["answer"] for question in asked])
-    best_of_kinds = sum(most_frequent(answers) for answers in by_kind.values())
-    return {"one answer": best_of_all / len(asked), "an answer a kind": best_of_kinds / len(asked)}
+        of_all[question["answer"]] += 1
+        of_kinds[question["types"]["detailed"]][question["answer"]] += 1
+    best_of_kinds = sum(max(counts.values()) for counts in of_kinds.values())
+    return {"one answer": max(of_all.values()) / len(asked),
+            "an answer a kind": best_of_kinds / len(asked)}
 
 
 def main():

@@ -21,13 +21,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-import checkpoint
 import common
 import conversation
 import data
 import pocket
 from generate import generate
-from results.photos import interval
+from results.photos import interval, write_reports
 from support.pictures import image_path, open_image, transform
 
 
@@ -48,9 +47,8 @@ def things(answer):
 
 def pairs_of(record):
     """Return [(question without "<image>", answer), ...] of a record."""
-    texts = [message["content"] for message in data.turns_of(record)]
-    questions = [text.replace(conversation.IMAGE, "").strip() for text in texts[::2]]
-    return list(zip(questions, texts[1::2]))
+    texts = [turn["content"].replace(conversation.IMAGE, "") for turn in data.turns_of(record)]
+    return [(question.strip(), answer) for question, answer in zip(texts[::2], texts[1::2])]
 
 
 def answers_record(record):
@@ -73,9 +71,9 @@ def answers(vlm, questions, pixels):
     return [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
 
-def measure(folder, args):
-    """Return {"right"|"wrong"|"none": [mean, low, high]} of a checkpoint."""
-    vlm = checkpoint.load(folder)
+@torch.no_grad()
+def measure(vlm, args):
+    """Return {"right"|"wrong"|"none": [mean, low, high]} and more of a checkpoint."""
     records = [record for _, record in data.read_records(args.data)]
     pixels = [transform(open_image(image_path(args.images, record["image"])),
                         **vlm.image_settings, mode="pad")[None] for record in records]
@@ -89,8 +87,7 @@ def measure(folder, args):
     report = {name: interval(row) for name, row in rows.items()}
     gain = [(right - none, count) for (right, count), (none, _) in zip(rows["right"], rows["none"])]
     return {**report, "right_minus_none": interval(gain), "photographs": len(records),
-            "questions": sum(count for _, count in rows["right"]),
-            "git_commit": checkpoint.read_config(folder)[1]["git_commit"]}
+            "questions": sum(count for _, count in rows["right"])}
 
 
 def main():
@@ -110,13 +107,7 @@ def main():
         return split(*args.names, args.held_out)
     if not (args.data and args.images and args.out):
         parser.error("measure needs --data, --images and --out")
-    reports = common.read_json(args.out) if os.path.isfile(args.out) else {}
-    for pair in args.names:
-        name, _, folder = pair.partition("=")
-        with torch.no_grad():
-            reports[name] = measure(folder, args)
-        print(name, reports[name], flush=True)
-        common.write_json(reports, args.out)
+    write_reports(args.names, args.out, lambda vlm, _: measure(vlm, args))
 
 
 if __name__ == "__main__":

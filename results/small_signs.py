@@ -9,18 +9,15 @@ The vision tower sees a picture of 192 pixels at 96 pixels, and a small sign's l
 high there. With a grid of 2 x 2 tiles it sees each quarter at 96 pixels, and the letters are 9
 pixels high, as those of the usual signs are without tiles. results/small_signs.sh trains and asks.
 """
-import glob
-import os
 import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import read_json, run_script, write_json
 from support.pocket_world import draw_scene, sign_of
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 TASKS = ("textvqa", "gqa", "pope")
 
 
@@ -37,8 +34,7 @@ def with_small_sign(scene):
 
 
 def draw(world, out):
-    """Copy a world's pictures and benchmarks to `out`, with small signs in all pictures."""
-    world, out = Path(world), Path(out)
+    """Copy a world's pictures and benchmarks to the folder `out`, with small signs everywhere."""
     for folder in ("images", "eval"):
         shutil.copytree(world / folder, out / folder, dirs_exist_ok=True)
     for name, scene in read_json(world / "truth.json").items():
@@ -56,15 +52,14 @@ def draw(world, out):
 def table():
     """Collect the results of all seeds, print means, and write them to a JSON file."""
     rows = []
-    for path in sorted(glob.glob("out/pocket/seed*/small-signs-*/eval/results.json")):
-        parts = path.split(os.sep)          # out/pocket/seedN/small-signs-NAME/eval/results.json
-        tasks = read_json(path)["tasks"]
-        commit = read_json(os.path.join(*parts[:4], "config.json"))["git_commit"]
-        rows.append({"seed": int(parts[2].removeprefix("seed")), "git_commit": commit,
-                     "pictures": parts[3].removeprefix("small-signs-"),
+    for run in sorted(Path("out/pocket").glob("seed*/small-signs-*")):
+        tasks = read_json(run / "eval/results.json")["tasks"]
+        rows.append({"seed": int(run.parent.name.removeprefix("seed")),
+                     "git_commit": read_json(run / "config.json")["git_commit"],
+                     "pictures": run.name.removeprefix("small-signs-"),
                      "textvqa": tasks["textvqa"]["accuracy"], "gqa": tasks["gqa"]["accuracy"],
                      "pope": 100 * tasks["pope"]["mean_f1"]})
-    write_json(rows, f"{HERE}/pocket/small-signs.json")
+    write_json(rows, "results/pocket/small-signs.json")
     for pictures in sorted({row["pictures"] for row in rows}):
         own = [row for row in rows if row["pictures"] == pictures]
         means = [f"{task} {sum(row[task] for row in own) / len(own):.1f}" for task in TASKS]
@@ -72,12 +67,13 @@ def table():
 
 
 def main():
-    if sys.argv[1:2] == ["draw"] and len(sys.argv) == 4:
-        draw(*sys.argv[2:])
-    elif sys.argv[1:] == ["table"]:
-        table()
-    else:
-        raise ValueError(__doc__.strip().split("\n")[2].strip())
+    match sys.argv[1:]:
+        case ["draw", world, out]:
+            draw(Path(world), Path(out))
+        case ["table"]:
+            table()
+        case _:
+            raise ValueError("call it with: draw WORLD OUT, or with: table")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """
 Compare words losses in the pocket world: stage 1 with each, and the move without any training.
 
-    python results/words_loss.py [NAME ...]     # after speedrun.sh -> results/pocket/words-loss.json
+    python results/words_loss.py [NAME ...]     # after speedrun.sh
 
 Each row trains a connector on pocket-qwen, moves it to pocket-llama, and scores both on the
 validation pictures. A row takes about four minutes of one core, and what is there is not made
-again. --table prints the rows of the JSON file as markdown and runs nothing.
+again. The rows are written to results/pocket/words-loss.json. --table prints this file as markdown
+and runs nothing.
 """
 import os
 import subprocess
@@ -66,8 +67,8 @@ def measure(name):
          f"{WORLD}/images", "--truth", f"{WORLD}/truth.json", "--out", f"{folder}-study",
          "--overwrite")
     values = read_json(f"{folder}-study/study.json")["rows"][0]["values"]
-    for key, label in (("right", "strongest word"), ("wrong picture", "with another picture")):
-        row[label] = round(100 * values[f"weights, object, precision at 1, {key}"][0], 1)
+    for key, label in (("right", "strongest word"), ("another", "with another picture")):
+        row[label] = round(100 * values[f"object, by weights: {key} picture"][0], 1)
     row["entropy"] = round(values["entropy"][0], 1)
     return row
 

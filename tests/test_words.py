@@ -86,11 +86,10 @@ class Scripts(HTMLParser):
 
 # --- the numbers
 
-def test_entropy_and_effective_rank_at_their_ends():
+def test_entropy_at_its_ends():
     even, one = torch.full((4, 8), 1 / 8), torch.eye(4, 8)
     assert torch.allclose(study.entropy(even), torch.full((4,), 3.0)) and torch.allclose(study.entropy(one), torch.zeros(4))
     assert torch.allclose(study.entropy(-5 * even), torch.full((4,), 3.0))           # raw scores: by their size
-    assert math.isclose(study.effective_rank(one), 4) and math.isclose(study.effective_rank(even), 1, abs_tol=1e-6)
 
 
 def test_cosine_null_is_what_random_directions_find():
@@ -589,29 +588,14 @@ def test_a_patch_has_the_name_of_what_covers_it():
     assert study.names_of_patches([], (80, 40), 2, "pad") == [set()] * 4
 
 
-def test_found_counts_only_patches_with_a_name():
-    tops, names = [["red", "x", "heart"], ["y", "z", "red"], ["red", "red", "red"]], [{"red", "heart"}, {"red"}, set()]
-    assert study.found(tops, names, 1) == (0.5, 0.5)
-    assert study.found(tops, names, 3) == pytest.approx(((2 / 3 + 1 / 3) / 2, 1.0))
-    assert all(math.isnan(x) for x in study.found(tops, [set()] * 3, 1) + study.found_by_chance(Counter("ab"), [set()], 1))
-
-
-def test_chance_is_the_mean_over_all_draws():
-    vocabulary, names = ["red", "red", "a", "b", "star"], [{"red", "star"}, {"b"}]
-    for k in (1, 2, 3):
-        draws = [list(d) for d in itertools.combinations(vocabulary, k)]
-        want = np.mean([study.found([d, d], names, k) for d in draws], 0)
-        assert study.found_by_chance(Counter(vocabulary), names, k) == pytest.approx(tuple(want))
-
-
-def test_names_are_borrowed_for_the_same_patches():
-    assert study.borrowed([{"a"}, set(), {"b"}, {"c"}], [set(), {"x"}, {"y"}]) == [{"x"}, set(), {"y"}, {"x"}]
-    assert study.borrowed([{"a"}, set()], [set()]) == [set(), set()]
-
-
-def test_agreement_is_what_both_have_of_what_either_has():
-    assert study.agreement([["a", "b"], ["a", "b"]], [["b", "a"], ["c", "b"]], 2) == pytest.approx((1 + 1 / 3) / 2)
-    assert study.agreement([["a", "b"]], [["b", "a"]], 1) == 0
+def test_shares_count_only_patches_with_a_name():
+    words, counts = ["red", "y", "red", "x"], Counter(["red", "Red", "red", "star", "x"])
+    names, others = [{"red", "star"}, {"x"}, set(), {"y"}], [set(), {"y"}, {"x", "z"}]      # others: y, then x and z, then y
+    assert study.shares_of(words, names, others, counts) == pytest.approx(
+        {"right picture": 1 / 3, "another picture": 0, "chance": (3 / 5 + 1 / 5 + 0) / 3})
+    assert study.shares_of(words, names, [{"red"}, {"y"}], counts)["another picture"] == pytest.approx(2 / 3)
+    assert study.shares_of(words, names, [set()], counts)["another picture"] == 0
+    assert all(math.isnan(x) for x in study.shares_of(words, [set()] * 4, others, counts).values())
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say():
@@ -649,26 +633,28 @@ def test_a_connector_that_always_says_red(tiny, world, tmp_path, capsys):
     result = json.loads((tmp_path / "study" / "study.json").read_text())
     red, moved, mlp = (row["values"] for row in result["rows"])
     assert [(row["name"], row["seeds"]) for row in result["rows"]] == [("red", 2), ("moved", 1), ("mlp", 1)] and result["pictures"] == 8
-    assert red["entropy"][0] < 1e-6 and red["effective rank"][0] == pytest.approx(1) and red["top-1 cosine"] == pytest.approx([1] * 3)
-    assert red["above shuffled pixels"][0] == pytest.approx(0, abs=1e-5) and 0.3 < red["above random directions"][0] < 1
-    for how in ("weights", "cosine"):                               # two pictures of eight are red
-        assert red[f"{how}, object, precision at 1, right"][0] == red[f"{how}, caption, hit at 1, right"][0] == 0.25
-        assert red[f"{how}, object, precision at 1, wrong picture"][0] == 0.25
-    assert red["weights, object, precision at 1, chance"][0] == pytest.approx(
+    assert red["entropy"][0] < 1e-6 and red["top-1 cosine"] == pytest.approx([1] * 3) and 0.3 < red["above random directions"][0] < 1
+    for how, against in itertools.product(("weights", "cosine"), ("right", "another")):         # two pictures of eight are red
+        assert red[f"object, by {how}: {against} picture"][0] == red[f"caption, by {how}: {against} picture"][0] == 0.25
+    assert red["object, by weights: chance"][0] == pytest.approx(
         np.mean([sum(study.plain(w) in ("square", c) for w in shared) / len(shared) for c in ("red", "green", "blue", "white")]))
-    assert moved["weights, agreement at 1, same picture"] == [1, 1, 1] and "weights, agreement at 1, same picture" not in mlp
-    assert "entropy" not in mlp and "weights, object, hit at 1, right" not in mlp and mlp["cosine, agreement at 1, same picture"][0] < 1
+    assert moved["object, by weights: right picture"] == red["object, by weights: right picture"]
+    assert "entropy" not in mlp and "object, by weights: right picture" not in mlp and mlp["object, by cosine: right picture"][0] < 1
     table = (tmp_path / "study" / "study.md").read_text()
-    assert table in capsys.readouterr().out and re.search(r"\| red \| 25\.0 \[[\d.]+, [\d.]+\] / 25\.0 / ", table)
+    assert table in capsys.readouterr().out and re.search(r"\| red \|.* \| 25\.0 \[[\d.]+, [\d.]+\] / 25\.0 / ", table)
     with pytest.raises(ValueError, match="--overwrite"):
         study.main(args)
+    args.number = 1
+    with pytest.raises(ValueError, match="needs two images or more: 1 of .*--number is 1"):
+        study.study_records(args)
+    args.number = 8
     truth.pop("3.png")
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match="3.png"):
         study.study_records(args)
 
 
-@pytest.mark.parametrize("script,argv", [(words, ["somewhere"]), (study, ["somewhere"]), (study, ["c", "--data", "d", "--images", "i", "--number=0"])])
+@pytest.mark.parametrize("script,argv", [(words, ["somewhere"]), (study, ["somewhere"])])
 def test_arguments_that_do_not_fit(script, argv, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["a.py", *argv])
     with pytest.raises(SystemExit) as stop:

@@ -14,16 +14,15 @@ computes with AVX2 here, so that a log of a Zen 3 holds to the bit on a Zen 4. E
 not tried), and where torch is another version, only --tolerance may hold.
 """
 import argparse
-import io
+import itertools
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -43,62 +42,53 @@ ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
 
 def read_arguments():
     parser = argparse.ArgumentParser(description="Compare the losses of two commits.")
-    parser.error = lambda message: sys.exit(f"compare_runs.py: {message}")
-    parser.add_argument("refs", nargs="*", metavar="REF",
-                        help='a commit, branch or tag, or "." for the working tree')
-    parser.add_argument("--log", help="compare one REF (default .) with this file")
-    parser.add_argument("--write", action="store_true", help="write --log instead of comparing")
-    parser.add_argument("--tolerance", type=float, default=0.0,
-                        help="the largest relative difference that is accepted (default 0)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                        help="of both runs (default float32; bfloat16 is slow on most CPUs)")
+    add = parser.add_argument
+    add("refs", nargs="*", metavar="REF",
+        help='a commit, branch or tag, or "." for the working tree, which must not change meanwhile')
+    add("--log", help="compare one REF (default .) with this file")
+    add("--write", action="store_true", help="write --log instead of comparing")
+    add("--tolerance", type=float, default=0.0,
+        help="the largest relative difference that is accepted (default 0)")
     args = parser.parse_args()
     if args.log and not args.refs:
         args.refs = ["."]
-    if len(args.refs) != (1 if args.log else 2):
-        parser.error("give two REFs, or --log FILE and at most one REF")
-    if args.write and not args.log:
-        parser.error("--write needs --log FILE")
+    if len(args.refs) != (1 if args.log else 2) or (args.write and not args.log):
+        parser.error("give two REFs, or --log FILE and at most one REF; --write needs --log")
     return args
 
 
 def main():
     args = read_arguments()
-    log = read_json(args.log) if args.log and not args.write else None
+    old = read_json(args.log) if args.log and not args.write else None
     os.environ |= ENVIRONMENT
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # else each start compiles torch anew
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPool(2) as pool:
         world = Path(folder) / "world"
-        trees = [Path(folder) / f"tree{i}" for i in range(len(args.refs))]
-        for ref, tree in zip(args.refs, trees):
-            copy_tree(ref, tree)
-        commit = commit_of(args.refs[-1])
-        make_world(world)
-        with ThreadPoolExecutor(2) as pool:
-            runs = list(pool.map(lambda tree: train(tree, world, args.dtype), trees))
-    import torch
+        outs = [Path(folder) / name for name in ("first", "second")]
+        trees = [check_out(ref, out) for ref, out in zip(args.refs, outs)]
+        make_world(world, pool)
+        runs = pool.starmap(train, zip(trees, outs, itertools.repeat(world)))
+    import torch                                    # after ENVIRONMENT, which it reads once
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    new = {"commit": commit, "cpu": cpu, "torch": torch.__version__, "dtype": args.dtype,
-           "stages": runs[-1]}
+    ref = "--dirty" if args.refs[-1] == "." else args.refs[-1]      # HEAD, "-dirty" if changed
+    new = {"commit": git("describe", "--always", "--exclude=*", ref), "cpu": cpu,
+           "torch": torch.__version__, "stages": runs[-1]}
     if args.write:
         write_json(new, args.log)
         print(f"wrote {args.log}")
         return 0
-    if log:
-        print(f"{args.log}: commit {log['commit']}, {log['cpu']}, torch {log['torch']}")
-        print(f"this run: commit {new['commit']}, {new['cpu']}, torch {new['torch']}")
-        runs.insert(0, log["stages"])
+    if old:
+        for name, side in ((args.log, old), ("this run", new)):
+            print(f"{name}: commit {side['commit']}, {side['cpu']}, torch {side['torch']}")
+        runs.insert(0, old["stages"])
     largest = 0
-    for stage in STAGES:
-        for number in NUMBERS:
-            sentence, difference = compare(runs[0][stage][number], runs[1][stage][number])
-            print(f"{stage:9} {number:10} {sentence}")
-            largest = max(largest, difference)
+    for stage, number in itertools.product(STAGES, NUMBERS):
+        sentence, difference = compare(*(run[stage][number] for run in runs))
+        print(f"{stage:9} {number:10} {sentence}")
+        largest = max(largest, difference)
     if largest > args.tolerance:
         print(f"The largest relative difference is {largest:.1e}, more than {args.tolerance:g}. If "
               "a sum was to change, write the log anew and say why in the commit.")
-        return 1
-    return 0
+    return int(largest > args.tolerance)
 
 
 def compare(before, after):
@@ -109,66 +99,51 @@ def compare(before, after):
     if before == after:
         return f"the same to the bit in {len(before)} steps", 0.0
     if len(before) != len(after):
-        return f"{len(before)} steps and {len(after)} steps", float("inf")
+        return f"{len(before)} steps and {len(after)} steps", math.inf
     differences = [0.0 if a == b else abs(a - b) / max(abs(a), abs(b))
                    for a, b in zip(before, after)]
-    differences = [d if d == d else float("inf") for d in differences]          # nan
+    differences = [math.inf if math.isnan(d) else d for d in differences]
     first = next(i for i, d in enumerate(differences) if d)
     largest = max(differences)
     return (f"differs from step {first} on: there by {differences[first]:.1e}, at most by "
             f"{largest:.1e} at step {differences.index(largest)} (relative)"), largest
 
 
-def copy_tree(ref, folder):
-    """Copy the files of a commit, or of the working tree for ".", into the folder.
-
-    The working tree is copied because it may change while the stages train.
-    """
-    if ref == ".":
-        names = git("ls-files", "--cached", "--others", "--exclude-standard", "-z")
-        for name in names.decode().rstrip("\0").split("\0"):
-            if (ROOT / name).is_file():             # a removed file is listed until it is committed
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, folder / name)
-        return
-    with tarfile.open(fileobj=io.BytesIO(git("archive", ref))) as archive:
-        archive.extractall(folder, filter="data")
-
-
 def git(*command):
-    """Return what a git command prints, as bytes. ValueError if it fails."""
-    done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True)
+    """Return what a git command prints. ValueError if it fails."""
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"git {' '.join(command)} fails: {done.stderr.decode().strip()}")
-    return done.stdout
+        raise ValueError(f"git {' '.join(command)} fails: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
-def commit_of(ref):
-    """Return the short hash of a ref; for the working tree that of HEAD, "-dirty" if changed."""
-    name = "--dirty" if ref == "." else ref
-    return git("describe", "--always", "--exclude=*", name).decode().strip()
+def check_out(ref, folder):
+    """Return the folder of a ref's files: the working tree for ".", else `folder`, filled by git."""
+    if ref == ".":
+        return ROOT
+    git("archive", f"--output={folder}.tar", ref)
+    shutil.unpack_archive(f"{folder}.tar", folder, filter="data")
+    return folder
 
 
-def make_world(out):
+def make_world(out, pool):
     """Make what the two stages need of a pocket world: pictures, records, one LLM, the tower."""
     import pocket
     import vocab
     from support import pocket_models
     from support.pocket_world import CELLS, COLORS, SHAPES, SIZES, WORDS
     settings = {"seed": 0, "corpus": 100, "effort": 0, "out": str(out)}
-    with ThreadPool(1) as pool:
-        pocket.make_world(out, 40, 20, settings["seed"], pool)
+    pocket.make_world(out, 40, 20, settings["seed"], pool)
     for name in ("pocket-qwen", "vision-tower"):
         pocket_models.make_model(name, settings)
     words = [*COLORS, *SHAPES, *SIZES, *WORDS, *CELLS]
     vocab.save_words([vocab.to_word(f" {word}".encode()) for word in words], out / "words.json")
 
 
-def train(tree, world, dtype):
+def train(tree, out, world):
     """Run both stages of a tree. Return {stage: {number: list of STEPS floats}}."""
-    out = tree / "out"
     options = [f"--images={world}/images", "--epochs=20", f"--max_steps={STEPS}", "--seed=1",
-               "--global_batch=4", "--batch_size=2", f"--dtype={dtype}", "--device=cpu"]
+               "--global_batch=4", "--batch_size=2", "--dtype=float32", "--device=cpu"]
     start = {"pretrain": ["--init=", f"--llm={world}/pocket-qwen",
                           f"--vision_tower={world}/vision-tower", f"--words={world}/words.json"],
              "sft": [f"--init={out}/pretrain", "--connector_lr=7e-4"]}

@@ -590,8 +590,8 @@ def print_table(path):
         print_head(results)
         for row in itertools.chain(*results["parts"].values()):
             print_row(row)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of bench.py --json: {error!r}") from None
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is no file of bench.py --json; give another file") from None
 
 
 def main(args):

@@ -12,11 +12,11 @@ same tensors, in turns. A ratio is the median of the rounds' ratios.
 import argparse
 import copy
 import functools
+import itertools
 import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,13 +29,11 @@ def read_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"bench.py: {message}")
-    parser.add_argument("what", nargs="?", choices=("combine", "step", "eval", "all"))
-    parser.add_argument("--json", metavar="FILE",
-                        help="write the results to FILE, too, and skip those that it has")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="with --json: measure again what FILE has")
-    parser.add_argument("--table", metavar="FILE",
-                        help="print the results in FILE as markdown and measure nothing")
+    add = parser.add_argument
+    add("what", nargs="?", choices=("combine", "step", "eval", "all"))
+    add("--json", metavar="FILE", help="write the results to FILE, too, and skip those that it has")
+    add("--overwrite", action="store_true", help="with --json: measure again what FILE has")
+    add("--table", metavar="FILE", help="print the results in FILE as markdown, measure nothing")
     args = parser.parse_args(argv)
     if not args.what and not args.table:
         parser.error("say what to measure: combine, step, eval or all")
@@ -55,7 +53,7 @@ import fused
 import model
 from generate import generate
 from support import sharding
-from support.device import choose_dtype
+from support.device import choose_dtype, own_device
 
 # Two images of 576 patches, the paper's number of words, and the width of Qwen2-0.5B.
 P, K, D = 1152, 19200, 896
@@ -66,29 +64,31 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # --------------------------------------------------------------------------------------------------
 # measuring
 
+def seconds(call):
+    """Return the seconds that a call takes, with all that it starts on a GPU."""
+    def now():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    call()
+    return now() - start
+
+
 def take_turns(calls, most=7, warm_up=True):
     """Return the seconds of each call in each round: {name: list of seconds}.
 
     calls: {name: function without arguments}. One round runs each of them once. A first round,
-    which is not counted, warms up and compiles. SECONDS decides how many rounds follow, at least
-    2 and at most `most`.
+    which is not counted, warms up and compiles. Rounds follow until SECONDS are over, at least 2
+    and at most `most`.
     """
-    def timed(call):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     if warm_up:
         for call in calls.values():
             call()
-    rounds = [{name: timed(call) for name, call in calls.items()}]
-    affordable = int(SECONDS / sum(rounds[0].values()))
-    for _ in range(min(most, max(2, affordable)) - 1):
-        rounds.append({name: timed(call) for name, call in calls.items()})
+    rounds, start = [], time.perf_counter()
+    while len(rounds) < 2 or len(rounds) < most and time.perf_counter() - start < SECONDS:
+        rounds.append({name: seconds(call) for name, call in calls.items()})
     return {name: [r[name] for r in rounds] for name in calls}
 
 
@@ -98,25 +98,7 @@ def ratio(times, a, b):
 
 
 def medians(times):
-    return {f"{name}, s": statistics.median(seconds) for name, seconds in times.items()}
-
-
-def row(what, value, bar="", **detail):
-    """Print one result and return it as a dict.
-
-    bar: the goal, such as "<= 1.15" or ">= 8", or "" where there is none. detail: the numbers that
-    the value was computed from.
-    """
-    reached = ""
-    if bar:
-        sign, bound = bar.split()
-        is_reached = value <= float(bound) if sign == "<=" else value >= float(bound)
-        reached = "reached" if is_reached else "MISSED"
-    numbers = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in detail.items()}
-    behind = "  ".join(f"{k} {v:,}" for k, v in numbers.items())
-    print(f"{what:64} {value:8.3f} {bar:8} {reached:8} {behind}", flush=True)
-    return {"what": what, "value": float(f"{value:.4g}"), "bar": bar, "reached": reached,
-            "detail": numbers}
+    return {f"{name}, s": statistics.median(values) for name, values in times.items()}
 
 
 def extra_memory(call):
@@ -146,178 +128,137 @@ def extra_memory(call):
     return peak
 
 
-class Recorder(TorchDispatchMode):
-    """Record every matrix product, convolution and attention call of what runs inside.
+def floor_of(step):
+    """Return a function that makes only the products and attention calls of `step`, in order.
 
     One tensor stands for all tensors of the same shape, strides and dtype. So the calls can be
     made again without the memory of the whole step.
     """
+    products = re.compile("(mm|addmm|bmm|baddbmm|convolution|_scaled_dot_product.*)(_backward)?")
+    calls, tensors = [], {}
 
-    OPERATORS = re.compile("(mm|addmm|bmm|baddbmm|convolution|_scaled_dot_product.*)(_backward)?")
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.tensors = [], {}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.OPERATORS.fullmatch(operator.overloadpacket.__name__):
-            self.calls.append((operator, *tree_map(self.stand_in, (args, kwargs))))
-        return operator(*args, **kwargs)
-
-    def stand_in(self, value):
+    def stand_in(value):
         if not torch.is_tensor(value):
             return value
         key = value.shape, value.stride(), value.dtype
-        return self.tensors.setdefault(key, value.detach())
+        return tensors.setdefault(key, value.detach())
 
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if products.fullmatch(operator.overloadpacket.__name__):
+                calls.append((operator, *tree_map(stand_in, (args, kwargs))))
+            return operator(*args, **kwargs)
 
-def floor_of(step):
-    """Return a function that makes only the products and attention calls of `step`, in order."""
-    with Recorder() as recorder:
-        step()
-
+    @torch.no_grad()
     def replay():
-        with torch.no_grad():
-            for operator, args, kwargs in recorder.calls:
-                operator(*args, **kwargs)
+        for operator, args, kwargs in calls:
+            operator(*args, **kwargs)
 
+    with Recorder():
+        step()
     return replay
 
 
 def processor():
-    """Return the processor's name and the number of threads that torch uses."""
+    """Return the GPU's name, or the CPU's name and the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        name = names[0] if names else name
+            found = re.search(r"^model name\s*:(.*)", file.read(), re.M)
+        name = found[1].strip() if found else name
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --------------------------------------------------------------------------------------------------
 # python bench.py combine
 
 class Combination:
-    """Tensors of one shape and dtype, and a forward and backward pass in each way to compare.
+    """Tensors of one shape and dtype, and the combination of them in the ways to compare.
 
-    Each way is a function without arguments. It returns what a training step gets: the image
-    embeds and the gradients of z, W and b. "plain" is model.combine, which a user would write.
+    Ways: "fused" is fused.combine. "plain" is model.combine, which a user would write. "compiled"
+    is the same under torch.compile. "below" is the connector as training calls it, where all scores
+    are below the border.
     """
 
-    def __init__(self, P, H, K, dtype):
+    def __init__(self, P, H, K, D, dtype, spread=1.0):
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape, scale=1.0):
             tensor = torch.randn(*shape, generator=generator) * scale
-            return tensor.to(default_device(), dtype)
+            return tensor.bfloat16().to(own_device(""), dtype)      # the same numbers in each dtype
 
         self.z = random(P, H).requires_grad_()
-        self.W = random(K, H, scale=H ** -0.5).requires_grad_()     # the scores have spread 1
-        self.b = random(K).requires_grad_()
+        self.W = torch.nn.Parameter(random(K, H, scale=H ** -0.5))  # the scores have spread 1
+        self.b = torch.nn.Parameter(random(K, scale=spread))
         self.E = random(K, D)
         self.gradient = random(P, D)
-        self.compiled_combine = torch.compile(model.combine)
-        self.weights = None
-        # The connector as training calls it, with all scores below the border.
-        self.bridge = model.LangBridge(1, 1, 1, "softmax", plain_bytes=4 * P * K)
-        self.bridge.mlp = torch.nn.Identity()
-        self.bridge.to_scores.weight = torch.nn.Parameter(self.W.detach())
-        self.bridge.to_scores.bias = torch.nn.Parameter(self.b.detach())
-        self.bridge.vocab_embeds = self.E
+        bridge = model.LangBridge(1, 1, 1, plain_bytes=4 * P * K)
+        bridge.mlp = torch.nn.Identity()
+        bridge.to_scores.weight, bridge.to_scores.bias = self.W, self.b
+        bridge.vocab_embeds = self.E
+        self.ways = {"fused": fused.combine, "plain": model.combine,
+                     "compiled": torch.compile(model.combine),
+                     "below": lambda z, W, b, E, normalize: bridge(z)}
 
-    def run(self, combine, normalize):
-        out = combine(self.z, self.W, self.b, self.E, normalize)
+    def run(self, way, normalize="softmax"):
+        """Return what a training step gets: image embeds, and the gradients of z, W and b."""
+        out = self.ways[way](self.z, self.W, self.b, self.E, normalize)
         gradients = torch.autograd.grad(out, (self.z, self.W, self.b), self.gradient)
         return out.detach(), *gradients
 
-    def ours(self, normalize="softmax"):
-        return self.run(fused.combine, normalize)
+    @torch.no_grad()
+    def six_products(self):
+        """Compute only the matrix products of the fused version.
 
-    def below(self):
-        out, layer = self.bridge(self.z), self.bridge.to_scores
-        gradients = torch.autograd.grad(out, (self.z, layer.weight, layer.bias), self.gradient)
-        return out.detach(), *gradients
-
-    def plain(self, normalize="softmax"):
-        return self.run(model.combine, normalize)
-
-    def compiled(self, normalize="softmax"):
-        return self.run(self.compiled_combine, normalize)
-
-    def floor(self):
-        """Compute only the matrix products that every exact method needs.
-
-        Scores stand in for the weights and for their gradient, because the speed of a product
+        The scores stand in for the weights and for their gradient, because the speed of a product
         does not depend on the numbers in it.
         """
-        with torch.no_grad():
-            if self.weights is None:
-                self.weights = self.z @ self.W.T
-            self.z @ self.W.T                                       # forward: scores (P, K)
-            self.weights @ self.E                                   # forward: image embeds (P, D)
-            self.gradient @ self.E.T                                # backward: of the weights
-            self.weights @ self.W                                   # backward: of z (P, H)
-            self.weights.T @ self.z                                 # backward: of W (K, H)
-
-    def six_products(self):
-        """Compute the products of the fused version: it makes the scores again in backward."""
-        self.floor()
-        with torch.no_grad():
-            self.z @ self.W.T
+        scores = self.z @ self.W.T                                  # forward: scores (P, K)
+        scores @ self.E                                             # forward: image embeds (P, D)
+        self.z @ self.W.T                                           # backward: scores, once more
+        self.gradient @ self.E.T                                    # backward: of the weights
+        scores @ self.W                                             # backward: of z (P, H)
+        scores.T @ self.z                                           # backward: of W (K, H)
 
 
-def combine_parts():
-    """Return {name: function that takes the name, measures, and returns rows}."""
-    parts = {}
-    for H in (1024, 5120):
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"combine, H {H}, {str(dtype)[6:]}"
-            parts[name] = lambda name, H=H, dtype=dtype: bench_combine(name, H, dtype)
-    parts["combine, H 1024, bfloat16, 16 x patches"] = bench_many_patches
-    return parts
+def time_raw(at, **kwargs):
+    """Return the times of raw scores, fused and plain. kwargs: of take_turns."""
+    return take_turns({"ours": lambda: at.run("fused", "none"),
+                       "plain": lambda: at.run("plain", "none")}, **kwargs)
 
 
-def bench_combine(name, H, dtype):
-    at = Combination(P, H, K, dtype)
-    t = take_turns({"six products": at.six_products, "fused": at.ours, "below": at.below,
-                    "plain": at.plain, "compiled": at.compiled})
+def bench_combine(H, dtype):
+    at = Combination(P, H, K, D, getattr(torch, dtype))
+    t = take_turns({"six products": at.six_products}
+                   | {way: functools.partial(at.run, way) for way in at.ways})
     t["faster"] = [min(pair) for pair in zip(t["plain"], t["compiled"])]
-    is_half = dtype == torch.bfloat16
-    rows = [row(f"{name}: softmax below the border, time by the faster plain chain's",
-                ratio(t, "below", "faster"), "<= 1.03", **medians(t)),
-            row(f"{name}: softmax above the border, time by its six products'",
-                ratio(t, "fused", "six products"), "<= 1.15" if is_half else "<= 1.1")]
-    ours, plain = extra_memory(at.ours), extra_memory(at.plain)
-    bar = "<= 0.125" if not is_half else "<= 0.15" if H == 1024 else "<= 0.3"
-    rows.append(row(f"{name}: softmax above the border, extra memory by the plain chain's",
-                    ours / plain, bar, **{"ours, MB": ours / 1e6, "plain, MB": plain / 1e6}))
-    raw = take_turns({"ours": lambda: at.ours("none"), "plain": lambda: at.plain("none")}, most=3)
-    rows.append(row(f"{name}: raw, time by the plain chain's", ratio(raw, "ours", "plain"),
-                    # With H = 5,120 the products alone take 0.506.
-                    "<= 0.45" if H == 1024 else "<= 0.531", **medians(raw)))
+    is_half = dtype == "bfloat16"
+    yield ("softmax below the border, time by the faster plain chain's",
+           ratio(t, "below", "faster"), "<= 1.03", medians(t))
+    yield ("softmax above the border, time by its six products'",
+           ratio(t, "fused", "six products"), "<= 1.15" if is_half else "<= 1.1")
+    ours, plain = (extra_memory(lambda: at.run(way)) for way in ("fused", "plain"))
+    yield ("softmax above the border, extra memory by the plain chain's", ours / plain,
+           "<= 0.125" if not is_half else "<= 0.15" if H == 1024 else "<= 0.3",
+           {"ours, MB": ours / 1e6, "plain, MB": plain / 1e6})
+    raw = time_raw(at, most=3)
+    yield ("raw, time by the plain chain's", ratio(raw, "ours", "plain"),
+           # With H = 5,120 the products alone take 0.506.
+           "<= 0.45" if H == 1024 else "<= 0.531", medians(raw))
     if H == 1024:
-        more = Combination(P, H, 4 * K, dtype)
-        m = take_turns({"K": at.ours, "4 K": more.ours}, most=3)
-        rows.append(row(f"{name}: softmax, time at 4 K by K", ratio(m, "4 K", "K"), "<= 4.2",
-                        **medians(m)))
-        rows.append(row(f"{name}: softmax, extra memory at 4 K by K",
-                        extra_memory(more.ours) / ours, "<= 1.1"))
-    return rows
+        more = Combination(P, H, 4 * K, D, getattr(torch, dtype))
+        m = take_turns({"K": lambda: at.run("fused"), "4 K": lambda: more.run("fused")}, most=3)
+        yield "softmax, time at 4 K by K", ratio(m, "4 K", "K"), "<= 4.2", medians(m)
+        yield ("softmax, extra memory at 4 K by K",
+               extra_memory(lambda: more.run("fused")) / ours, "<= 1.1")
 
 
-def bench_many_patches(name):
-    at = Combination(16 * P, 1024, K, torch.bfloat16)
-    t = take_turns({"ours": lambda: at.ours("none"), "plain": lambda: at.plain("none")},
-                   warm_up=False)
-    return [row(f"{name}: raw, time by the plain chain's", ratio(t, "ours", "plain"), "<= 0.2",
-                **medians(t))]
+def bench_many_patches():
+    t = time_raw(Combination(16 * P, 1024, K, D, torch.bfloat16), warm_up=False)
+    yield "raw, time by the plain chain's", ratio(t, "ours", "plain"), "<= 0.2", medians(t)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,7 +299,15 @@ def random_vlm(tower, llm, side, dtype, pool=1):
     config = model.Config(vision_tower="", llm="", connector="mlp", image_size=side, pool=pool)
     vlm = model.VLM(config, tower, connector, llm, tokenizer, None, {"size": side})
     vlm.requires_grad_(False).connector.requires_grad_(True)
-    return vlm.to(default_device()).eval()
+    return vlm.to(own_device("")).eval()
+
+
+def random_bridge(vlm, normalize, H=5120, K=K):
+    """Return a LangBridge for a VLM, whose words are the first K tokens of its LLM."""
+    embed = vlm.llm.get_input_embeddings().weight
+    bridge = model.LangBridge(vlm.vision_tower.config.hidden_size, H, K, normalize)
+    bridge.vocab_embeds = embed.detach()[:K].clone()
+    return bridge.to(embed.device)
 
 
 def as_llava(vlm):
@@ -380,16 +329,13 @@ def as_llava(vlm):
 def captions(vlm, images, tokens):
     """Return a batch of stage 1 as data.collate makes it: one image and one caption a sample.
 
-    All tokens of a caption are random and trained. The lengths are spread evenly between a
-    quarter of `tokens` and `tokens`.
+    All tokens of a caption are random and trained. The lengths are spread evenly from `tokens` down
+    to a quarter of it.
     """
     generator = torch.Generator().manual_seed(0)
     side = vlm.image_settings["size"]
     samples = []
-    for i in range(images):
-        length = tokens
-        if images > 1:
-            length = tokens // 4 + (tokens - tokens // 4) * i // (images - 1)
+    for i, length in enumerate(torch.linspace(tokens, tokens // 4, images).int()):
         text = torch.randint(1, vlm.llm.config.vocab_size - 1, (length,), generator=generator)
         image = torch.full((vlm.num_patches,), conversation.IMAGE_ID)
         samples.append({"id": str(i), "input_ids": torch.cat([image, text]),
@@ -403,29 +349,13 @@ def captions(vlm, images, tokens):
 # --------------------------------------------------------------------------------------------------
 # python bench.py step
 
-def step_parts():
-    """Return {name: function that takes the name, measures, and returns rows}."""
-    parts = {}
-    for stage in ("pretrain", "sft"):
-        for side, images in ((112, 8), (336, 2)):
-            for dtype in ("float32", "bfloat16"):
-                name = f"step, {stage}, SmolLM2-135M, {(side // 14) ** 2} patches, {dtype}"
-                sizes = config_of("DINOv2-small"), config_of("SmolLM2-135M"), side, images
-                parts[name] = functools.partial(bench_llava_step, *sizes, dtype, stage)
-    parts["step, pretrain, SmolLM2-135M, 336 pixels, pooled, bfloat16"] = bench_pool
-    for images in (1, 8):
-        name = f"step, Qwen2-0.5B, {images} x 576 patches, bfloat16"
-        parts[name] = lambda name, images=images: bench_connectors(name, images)
-    return parts
-
-
-def adamw(module):
-    """Return the optimizer of train.py with rate 0, so that every round computes the same."""
+def adamw(module, lr=0.0):
+    """Return the optimizer of train.py. With rate 0 every round computes the same."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
 
-def update(optimizer, count=1):
+def update(optimizer, count):
     """Divide the gradients by `count`, clip them and update, as the end of a training step does."""
     trained = optimizer.param_groups[0]["params"]
     for p in trained:
@@ -435,41 +365,42 @@ def update(optimizer, count=1):
     optimizer.zero_grad(set_to_none=True)
 
 
-def steps(vlm, batch, dtype, attention="sdpa"):
-    """Return one training step over the batch in both ways: {name: function, returns mean loss}.
+def make_step(loss_and_count, optimizer, device, dtype):
+    """Return a function that makes one training step and returns its mean loss.
 
-    "LLaVA" is the class of transformers in a plain loop. attention: of the LLM.
+    loss_and_count: function that returns a loss, and the number that divides it.
     """
-    llava, optimizer = as_llava(vlm), adamw(vlm)
-    vlm.llm.set_attn_implementation(attention)      # after as_llava, which sets it, too
-    pixels = batch["pixel_values"].to(vlm.vision_tower.dtype)
-    is_image = batch["input_ids"] == conversation.IMAGE_ID
-    ids = batch["input_ids"].masked_fill(is_image, llava.config.image_token_index)
-    device = vlm.llm.device
-    ids, labels, mask = (t.to(device) for t in (ids, batch["labels"], batch["attention_mask"]))
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    def ours():
-        with autocast():
-            loss, count = vlm(batch)
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss, count = loss_and_count()
         loss.backward()
         update(optimizer, count)
         return loss.item() / count
 
+    return step
+
+
+def steps(vlm, batch, dtype, attention="sdpa", lr=0.0):
+    """Return one training step over the batch in both ways: {name: function, see make_step}.
+
+    "LLaVA" is the class of transformers in a plain loop. attention: of the LLM.
+    """
+    llava, optimizer, device = as_llava(vlm), adamw(vlm, lr), vlm.llm.device
+    vlm.llm.set_attn_implementation(attention)      # after as_llava, which sets it, too
+    is_image = batch["input_ids"] == conversation.IMAGE_ID
+    ids = batch["input_ids"].masked_fill(is_image, llava.config.image_token_index)
+    inputs = {name: batch[name].to(device)
+              for name in ("labels", "attention_mask", "pixel_values")}
+    inputs["input_ids"] = ids.to(device)
+
     def theirs():
-        with autocast():
-            loss = llava(input_ids=ids, pixel_values=pixels, labels=labels,
-                         attention_mask=mask, use_cache=False).loss
-        loss.backward()
-        update(optimizer)
-        return loss.item()
+        return llava(**inputs, use_cache=False).loss, 1
 
-    return {"ours": ours, "LLaVA": theirs}
+    return {"ours": make_step(lambda: vlm(batch), optimizer, device, dtype),
+            "LLaVA": make_step(theirs, optimizer, device, dtype)}
 
 
-def bench_llava_step(tower, llm, side, images, dtype, stage, name):
+def bench_llava_step(tower, llm, side, images, dtype, stage):
     vlm = random_vlm(tower, llm, side, getattr(torch, dtype))
     if stage == "sft":
         vlm.llm.float().requires_grad_(True)                # the weights of train.py's AdamW
@@ -487,24 +418,21 @@ def bench_llava_step(tower, llm, side, images, dtype, stage, name):
         raise ValueError(f"the two steps do not compute the same: {losses}")
     calls["floor"] = floor_of(calls["ours"])
     t = take_turns(calls, warm_up=False)
-    rows = [row(f"{name}: time by that of its products and attention", ratio(t, "ours", "floor"),
-                "<= 1.12", images=images, **medians(t))]
+    yield ("time by that of its products and attention", ratio(t, "ours", "floor"), "<= 1.12",
+           {"images": images, **medians(t)})
     for way in ("ours", "LLaVA"):       # each with the attention that is faster for it
         both = t[f"{way}, compiled, sdpa"], t[f"{way}, compiled, eager"]
         t[f"{way}, compiled"] = min(both, key=statistics.median)
-    held = {way: extra_memory(lambda: calls[way]() and None) / 1e6
-            for way in ("ours", "LLaVA", "ours, compiled, sdpa", "ours, compiled, eager")}
-    return rows + [
-        row(f"{name}: the same with --compile", ratio(t, "ours, compiled", "floor"), "<= 1.06"),
-        row(f"{name}: images a second by LLaVA's", ratio(t, "LLaVA", "ours")),
-        row(f"{name}: the same, both compiled", ratio(t, "LLaVA, compiled", "ours, compiled"),
-            ">= 1.7"),
-        row(f"{name}: with --compile by LLaVA's plain loop", ratio(t, "LLaVA", "ours, compiled")),
-        row(f"{name}: extra memory by LLaVA's", held["ours"] / held["LLaVA"],
-            **{f"{way}, MB": megabytes for way, megabytes in held.items()})]
+    yield "the same with --compile", ratio(t, "ours, compiled", "floor"), "<= 1.06"
+    yield "images a second by LLaVA's", ratio(t, "LLaVA", "ours")
+    yield "the same, both compiled", ratio(t, "LLaVA, compiled", "ours, compiled"), ">= 1.7"
+    yield "with --compile by LLaVA's plain loop", ratio(t, "LLaVA", "ours, compiled")
+    memory = {f"{way}, MB": extra_memory(lambda: calls[way]() and None) / 1e6
+              for way in ("ours", "LLaVA", "ours, compiled, sdpa", "ours, compiled, eager")}
+    yield "extra memory by LLaVA's", memory["ours, MB"] / memory["LLaVA, MB"], "", memory
 
 
-def bench_pool(name):
+def bench_pool():
     """Measure what it brings to pool 24 x 24 patches before the connector."""
     calls = {}
     for pool in (1, 2, 3):
@@ -512,129 +440,36 @@ def bench_pool(name):
                          pool)
         calls[f"{vlm.num_patches} tokens"] = steps(vlm, captions(vlm, 2, 32), "bfloat16")["ours"]
     t = take_turns(calls)
-    return [row(f"{name}: images a second with {fewer} by 576 tokens",
-                ratio(t, "576 tokens", f"{fewer} tokens"), **medians(t)) for fewer in (144, 64)]
+    for fewer in (144, 64):
+        yield (f"images a second with {fewer} by 576 tokens",
+               ratio(t, "576 tokens", f"{fewer} tokens"), "", medians(t))
 
 
-def connector_flops(kind, n, Dv, H, K, D, needed=False):
-    """Return the operations of a connector in one training step over n patches.
-
-    A product takes 2 x rows x inner x columns. The output of a layer, the gradient of its weights
-    and that of its input take one product each; the first layer does not need the last. needed:
-    without the scores, which the fused softmax computes again in its backward pass.
-    """
-    if kind == "mlp":
-        return 2 * n * (2 * Dv * D + 3 * D * D)
-    mlp = 2 * n * (2 * Dv * H + 3 * H * H)
-    if kind == "none":
-        # Raw scores may multiply W and E first, which takes less for many patches.
-        return mlp + 2 * min(2 * K * H * D + 3 * n * H * D, 3 * n * K * H + 2 * n * K * D)
-    return mlp + 2 * n * ((3 if needed else 4) * K * H + 2 * K * D)
-
-
-def rest_flops(vlm, batch):
-    """Return the operations of one training step without the connector.
-
-    These are the vision tower forward, and the LLM forward and backward to its input.
-    """
-    llm, tower = vlm.llm.config, vlm.vision_tower
-    B, T = batch["input_ids"].shape
-    body = sum(p.numel() for p in vlm.llm.get_decoder().layers.parameters())
-    trained = int((batch["labels"] != conversation.IGNORE).sum())
-    head_size = llm.hidden_size // llm.num_attention_heads
-    attention = 4 * T * llm.num_attention_heads * head_size * llm.num_hidden_layers
-    logits = 2 * trained * llm.hidden_size * llm.vocab_size
-    n = vlm.num_patches + 1
-    tower_attention = 4 * n * tower.config.hidden_size * tower.config.num_hidden_layers
-    tower_flops = B * n * (2 * sum(p.numel() for p in tower.parameters()) + tower_attention)
-    return tower_flops + 2 * (B * T * 2 * body + logits) + 3 * B * T * attention
-
-
-def dry_run_bytes(kind, images):
-    """Return the memory that `train.py --dry_run` estimates for this step."""
-    connector = ["--connector=mlp", "--hidden=0"] if kind == "mlp" else [f"--normalize={kind}"]
-    command = [sys.executable, f"{HERE}/train.py", "--dry_run", f"--batch_size={images}",
-               "--llm=Qwen/Qwen2-0.5B-Instruct",
-               "--vision_tower=openai/clip-vit-large-patch14-336", *connector]
-    run = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"^sum +([\d.]+)", run.stdout, re.M)
-    if not found:
-        raise ValueError(f"train.py --dry_run prints no sum: {run.stdout}{run.stderr}")
-    return float(found[1]) * 2 ** 30
-
-
-def peak_memory(vlm, batch, connector):
-    """Return the bytes of weights, AdamW's moments, and what a step holds at its worst moment."""
-    vlm.connector = connector
-    weights = sum(t.numel() * t.element_size() for t in [*vlm.parameters(), *vlm.buffers()])
-    moments = 8 * sum(p.numel() for p in connector.parameters())
-    step = steps(vlm, batch, "bfloat16")["ours"]
-    step()
-    return weights + moments + extra_memory(lambda: step() and None)
-
-
-def bench_connectors(name, images, H=5120, K=19200, tower=None, llm=None, side=336):
+def bench_connectors(tower, llm, side, images, H=5120, K=K):
     """Measure what a LangBridge adds to a step with LLaVA's MLP.
 
     A step takes nearly a minute, and the difference of two steps would be mostly noise. So the
     forward, backward and update of each connector are timed alone, and whole steps with the MLP.
     """
-    vlm = random_vlm(tower or config_of("openai/clip-vit-large-patch14-336"),
-                     llm or config_of("Qwen/Qwen2-0.5B-Instruct"), side, torch.bfloat16)
-    batch = captions(vlm, images, 64)
-    embed = vlm.llm.get_input_embeddings().weight
-    D, Dv, device = embed.shape[1], vlm.vision_tower.config.hidden_size, embed.device
-    n = images * vlm.num_patches
+    vlm = random_vlm(tower, llm, side, torch.bfloat16)
+    device, Dv = vlm.llm.device, vlm.vision_tower.config.hidden_size
     patches = torch.randn(images, vlm.num_patches, Dv).to(device, torch.bfloat16)
-    connectors = {"mlp": vlm.connector}
-    for kind in ("softmax", "none"):
-        connectors[kind] = model.LangBridge(Dv, H, K, kind).to(device)
-        connectors[kind].vocab_embeds = embed[:K].clone()
-    optimizers = {kind: adamw(c) for kind, c in connectors.items()}
-
-    def share(kind):
-        with torch.autocast(device.type, torch.bfloat16):
-            out = connectors[kind](patches)
-        out.backward(torch.ones_like(out))
-        update(optimizers[kind])
-
-    calls = {kind: lambda kind=kind: share(kind) for kind in connectors}
-    calls["whole step, mlp"] = steps(vlm, batch, "bfloat16")["ours"]
+    connectors = {"mlp": vlm.connector, "softmax": random_bridge(vlm, "softmax", H, K),
+                  "raw": random_bridge(vlm, "none", H, K)}
+    calls = {kind: make_step(lambda connector=connector: (connector(patches).sum(), 1),
+                             adamw(connector), device, "bfloat16")
+             for kind, connector in connectors.items()}
+    calls["whole step, mlp"] = steps(vlm, captions(vlm, images, 64), "bfloat16")["ours"]
     t = take_turns(calls, most=3, warm_up=images == 1)
-    mlp_flops = connector_flops("mlp", n, Dv, H, K, D)
-    step_flops = rest_flops(vlm, batch) + mlp_flops
-    rows = []
-    for kind in ("softmax", "none"):
-        added = statistics.median((a - m) / s for a, m, s
+    for kind in ("softmax", "raw"):
+        added = statistics.median((a - m) / step for a, m, step
                                   in zip(t[kind], t["mlp"], t["whole step, mlp"]))
-        more, needed = ((connector_flops(kind, n, Dv, H, K, D, only) - mlp_flops) / step_flops
-                        for only in (False, True))
-        detail = {"overhead, %": 100 * added, "FLOPs say, %": 100 * more,
-                  "needed FLOPs, %": 100 * needed}
-        if kind == "softmax":
-            rows.append(row(f"{name}: softmax, overhead by the FLOPs'", added / more, "<= 1.15",
-                            **detail, **medians(t)))
-        else:
-            bar = "<= 3" if images == 8 else ""
-            rows.append(row(f"{name}: raw, overhead in %", 100 * added, bar, **detail))
-    if images == 1:
-        for kind in ("mlp", "softmax"):             # raw scores hold what softmax holds
-            said = dry_run_bytes(kind, images)
-            measured = peak_memory(vlm, batch, connectors[kind])
-            rows.append(row(f"{name}: memory that --dry_run says by measured, {kind}",
-                            said / measured,
-                            **{"says, GB": said / 1e9, "measured, GB": measured / 1e9}))
-    return rows
+        goal = "<= 3" if kind == "raw" and images == 8 else ""
+        yield f"{kind}, overhead in %", 100 * added, goal, medians(t)
 
 
 # --------------------------------------------------------------------------------------------------
 # python bench.py eval
-
-def eval_parts():
-    """Return {name: function that takes the name, measures, and returns rows}."""
-    return {"eval, SmolLM2-135M, 576 patches, float32": lambda name: bench_eval(
-        name, config_of("DINOv2-small"), config_of("SmolLM2-135M"), 336)}
-
 
 def pope_prompts(vlm, images, each, shortest=24, longest=32):
     """Return prompts shaped like POPE's: the opening of a template, an image, a question.
@@ -656,7 +491,7 @@ def pope_prompts(vlm, images, each, shortest=24, longest=32):
     return prompts, pixels, [i // each for i in range(images * each)]
 
 
-def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
+def bench_eval(tower, llm, side, images=4, each=18, alone=4):
     """Measure questions a second, with `each` questions about each image.
 
     The loop asks one question at a time, as LLaVA's scripts do. It gets `alone` of them a round.
@@ -664,7 +499,7 @@ def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
     vlm = random_vlm(tower, llm, side, torch.float32)
     llava = as_llava(vlm)
     prompts, pixels, image_index = pope_prompts(vlm, images, each)
-    answers, alone_answers, asked = [], {}, 0
+    answers, alone_answers, asked = [], {}, itertools.count(step=7)
 
     def ours():
         answers.clear()
@@ -672,14 +507,9 @@ def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
             answers.extend(generate(vlm, prompts[i * each:(i + 1) * each], pixels[i:i + 1], 2,
                                     image_index=[0] * each))
 
-    def one_each():
-        generate(vlm, prompts[::each], pixels, 2)
-
     def loop():
-        nonlocal asked
         for _ in range(alone):
-            i = asked * 7 % len(prompts)            # another image and question each time
-            asked += 1
+            i = next(asked) % len(prompts)          # another image and question each time
             ids = torch.tensor([prompts[i]], device=vlm.llm.device)
             ids = ids.masked_fill(ids == conversation.IMAGE_ID, llava.config.image_token_index)
             out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
@@ -687,64 +517,109 @@ def bench_eval(name, tower, llm, side, images=4, each=18, alone=4):
                                  max_new_tokens=2)
             alone_answers[i] = out[0, ids.shape[1]:].tolist()
 
-    t = take_turns({"ours": ours, "one each": one_each, "loop": loop}, most=3)
+    t = take_turns({"ours": ours, "one each": lambda: generate(vlm, prompts[::each], pixels, 2),
+                    "loop": loop}, most=3)
+    yield ("questions a second by LLaVA's loop's",
+           ratio(t, "loop", "ours") * len(prompts) / alone, ">= 10",
+           {"a second, ours": len(prompts) / statistics.median(t["ours"]),
+            "a second, loop": alone / statistics.median(t["loop"])})
+    yield ("the same, one question about each image",
+           ratio(t, "loop", "one each") * images / alone, ">= 4")
     same = sum(answers[i] == answer for i, answer in alone_answers.items())
-    speeds = {"a second, ours": len(prompts) / statistics.median(t["ours"]),
-              "a second, loop": alone / statistics.median(t["loop"])}
-    return [row(f"{name}: questions a second by LLaVA's loop's",
-                ratio(t, "loop", "ours") * len(prompts) / alone, ">= 10", **speeds),
-            row(f"{name}: the same, one question about each image",
-                ratio(t, "loop", "one each") * images / alone, ">= 4"),
-            row(f"{name}: answers equal to the loop's", same / len(alone_answers), ">= 1",
-                compared=len(alone_answers), distinct=len({tuple(a) for a in answers}))]
+    yield ("answers equal to the loop's", same / len(alone_answers), ">= 1",
+           {"compared": len(alone_answers), "distinct": len({tuple(a) for a in answers})})
 
 
 # --------------------------------------------------------------------------------------------------
 # results
 
-PARTS = {"combine": combine_parts, "step": step_parts, "eval": eval_parts}
+def parts():
+    """Return {name: (function, its arguments)} of all that can be measured.
+
+    Each function yields results: what was measured, its value, the goal, and {name: number} of what
+    the value was computed from. The last two may be absent.
+    """
+    dtypes = "float32", "bfloat16"
+    small = config_of("DINOv2-small"), config_of("SmolLM2-135M")
+    paper = config_of("openai/clip-vit-large-patch14-336"), config_of("Qwen/Qwen2-0.5B-Instruct")
+    found = {f"combine, H {H}, {dtype}": (bench_combine, H, dtype)
+             for H, dtype in itertools.product((1024, 5120), dtypes)}
+    found["combine, H 1024, bfloat16, 16 x patches"] = (bench_many_patches,)
+    for stage, (side, images), dtype in itertools.product(
+            ("pretrain", "sft"), ((112, 8), (336, 2)), dtypes):
+        name = f"step, {stage}, SmolLM2-135M, {(side // 14) ** 2} patches, {dtype}"
+        found[name] = bench_llava_step, *small, side, images, dtype, stage
+    found["step, pretrain, SmolLM2-135M, 336 pixels, pooled, bfloat16"] = (bench_pool,)
+    for images in (1, 8):
+        name = f"step, Qwen2-0.5B, {images} x 576 patches, bfloat16"
+        found[name] = bench_connectors, *paper, 336, images
+    found["eval, SmolLM2-135M, 576 patches, float32"] = bench_eval, *small, 336
+    return found
 
 
-def table(results):
-    """Return the results of a --json file as a markdown table."""
-    lines = [f"{results['processor']}, torch {results['torch']}", "",
-             "| what | measured | to reach | behind it |", "|---|---:|---|---|"]
-    for r in (r for rows in results["parts"].values() for r in rows):
-        bar = r["bar"].replace("<=", "at most").replace(">=", "at least")
-        bar += ", **missed**" if r["reached"] == "MISSED" else ""
-        detail = "; ".join(f"{k} {v:,}" for k, v in r["detail"].items())
-        lines.append(f"| {r['what']} | {r['value']:g} | {bar} | {detail} |")
-    return "\n".join(lines)
+def make_row(what, value, goal="", detail=None):
+    """Return a result as the --json file has it. goal: such as "<= 1.15", "" if there is none."""
+    reached = ""
+    if goal:
+        sign, bound = goal.split()
+        is_reached = value <= float(bound) if sign == "<=" else value >= float(bound)
+        reached = "reached" if is_reached else "MISSED"
+    detail = {name: float(f"{number:.4g}") if isinstance(number, float) else number
+              for name, number in (detail or {}).items()}
+    return {"what": what, "value": float(f"{value:.4g}"), "bar": goal, "reached": reached,
+            "detail": detail}
+
+
+def print_head(results):
+    """Print the machine, and the head of a markdown table."""
+    print(f"{results['processor']}, torch {results['torch']}\n\n"
+          "| what | measured | to reach | behind it |\n|---|---:|---|---|", flush=True)
+
+
+def print_row(row):
+    goal = row["bar"].replace("<=", "at most").replace(">=", "at least")
+    missed = ", **missed**" if row["reached"] == "MISSED" else ""
+    detail = "; ".join(f"{name} {number:,}" for name, number in row["detail"].items())
+    print(f"| {row['what']} | {row['value']:g} | {goal}{missed} | {detail} |", flush=True)
+
+
+def print_table(path):
+    """Print the results of a --json file. ValueError if it is another file."""
+    results = common.read_json(path)
+    try:
+        print_head(results)
+        for row in itertools.chain(*results["parts"].values()):
+            print_row(row)
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is no file of bench.py --json; give another file") from None
 
 
 def main(args):
     if args.table:
-        try:
-            print(table(common.read_json(args.table)))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{args.table} is no file of bench.py --json: {error!r}") from None
+        print_table(args.table)
         return
-    machine = {"processor": processor(), "torch": torch.__version__}
-    results = {}
-    if args.json and os.path.exists(args.json):
-        results = common.read_json(args.json)       # now, and not after the minutes of measuring
-        if not isinstance(results, dict) or not isinstance(results.get("parts"), dict):
+    results = {"processor": processor(), "torch": torch.__version__, "parts": {}}
+    if args.json and os.path.exists(args.json):     # read now, not after the minutes of measuring
+        earlier = common.read_json(args.json)
+        if not isinstance(earlier, dict) or not isinstance(earlier.get("parts"), dict):
             raise ValueError(f"{args.json} is no file of bench.py --json; give another file")
-    if any(results.get(k, v) != v for k, v in machine.items()):
-        raise ValueError(f"{args.json} was measured on another machine or torch; give another file")
-    print(f"{machine['processor']}, torch {machine['torch']}", flush=True)
-    has_bfloat16 = choose_dtype("auto", default_device()) == "bfloat16"
-    if not has_bfloat16:
-        print("bfloat16 is left out: this processor does not compute in it", flush=True)
-    results = {**machine, "parts": results.get("parts", {})}
-    for what in PARTS if args.what == "all" else [args.what]:
-        for name, measure in PARTS[what]().items():
-            if name in results["parts"] and not args.overwrite:
-                print(f"{name}: is in {args.json}")
-                continue
-            if "bfloat16" in name and not has_bfloat16:
-                continue
-            results["parts"][name] = measure(name)
+        results["parts"] = earlier["parts"]
+        if earlier != results:
+            raise ValueError(f"{args.json} was measured on another machine or torch; give another "
+                             "file")
+    print_head(results)
+    for name, (measure, *arguments) in parts().items():
+        if args.what not in ("all", name.split(",")[0]):
+            continue
+        if name in results["parts"] and not args.overwrite:
+            print(f"{name}: is in {args.json}")
+        elif "bfloat16" in name and choose_dtype("auto", own_device("")) != "bfloat16":
+            print(f"{name}: left out, because this processor does not compute in bfloat16")
+        else:
+            rows = results["parts"][name] = []
+            for what, *numbers in measure(*arguments):
+                rows.append(make_row(f"{name}: {what}", *numbers))
+                print_row(rows[-1])
             if args.json:
                 common.write_json(results, args.json)
 

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Proves on one GPU what the other tests cannot, and measures what users ask for (8 minutes by estimate; it has not run on one):
-#     bash tests/gpu.sh [--out FILE.json]            # results/gpu/<name of the GPU>.json without --out
-#     DEVICE=cpu SMALL=1 bash tests/gpu.sh           # the same code at tiny sizes, without a GPU
-# It needs python3 with torch, transformers and accelerate (PYTHON=... names another one), and no network. What is
-# missing may lie beside it as wheels, in the folder WHEELS. On a machine with network, make that folder by
-#     pip download -d wheels --python-version 3.12 --only-binary=:all: --no-deps pillow tqdm safetensors matplotlib \
-#         contourpy cycler fonttools kiwisolver pyparsing python-dateutil six pytest iniconfig pluggy pygments hypothesis sortedcontainers
+# Test the code on one GPU and measure its speed. We estimate 8 minutes; it has not run on a GPU.
+#     bash tests/gpu.sh [--out FILE.json]        # without --out: results/gpu/<name of the GPU>.json
+#     DEVICE=cpu SMALL=1 bash tests/gpu.sh       # the same code at tiny sizes, without a GPU
+# It needs python3 with torch, transformers and accelerate (PYTHON=... names another one), and no
+# network. WHEELS=FOLDER installs what else is missing from a folder of wheels. On a machine with a
+# network, make that folder by
+#     pip download -d wheels --python-version 3.12 --only-binary=:all: --no-deps pillow tqdm \
+#         safetensors matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil \
+#         six pytest iniconfig pluggy pygments hypothesis sortedcontainers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-if [ -n "${WHEELS:-}" ]; then                   # what is there already stays as it is
-    PIP_BREAK_SYSTEM_PACKAGES=1 "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" pillow tqdm safetensors \
-        matplotlib pytest hypothesis
+if [ -n "${WHEELS:-}" ]; then                   # a package that is installed stays as it is
+    PIP_BREAK_SYSTEM_PACKAGES=1 "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" \
+        pillow tqdm safetensors matplotlib pytest hypothesis
 fi
 export DEVICE=${DEVICE:-cuda} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

@@ -39,8 +39,12 @@ def test_a_section_passes(results, tmp_path, number):
 
 
 def test_sft_passes(results):
-    gpu.sft_step("sdpa", False, {})
+    gpu.sft_step("SFT", "sdpa", False, [])
     assert [row["verdict"] for row in results()] == ["pass"]
+
+
+def test_dry_run_is_read():
+    assert gpu.dry_run_bytes("softmax", 1) > 16 * 129_790_720
 
 
 def test_a_run_under_torchrun_with_shard_and_one_with_pack_have_the_same_losses(results, tmp_path):
@@ -70,7 +74,7 @@ import gpu
 def good(folder): gpu.check("good", True, "is good", number=1.0)
 def bad(folder): gpu.attempt("bad", lambda: 1 / 0)
 def slow(folder): time.sleep(60)
-gpu.SECTIONS = {{1: (bad, 30), 2: (slow, 2), 3: (good, 30)}}
+gpu.SECTIONS = {{1: (bad, 120), 2: (slow, 2), 3: (good, 120)}}
 gpu.__file__ = __file__
 if __name__ == "__main__": gpu.main()
 """)

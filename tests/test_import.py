@@ -295,6 +295,8 @@ def test_wrong_files_are_one_sentence(released, tiny, world, words, tmp_path):
     whole, matrix = released[0] / "mm_projector.bin", ("--vocab_matrix", released[0] / "E.pt")
     refused(whole, "row 0 is not the embedding of", "--words", reordered, *matrix)
     refused(whole, "row 0 is not the embedding of", *matrix, llm=tiny_other(tiny, others, tmp_path))
+    refused(whole, "is no lone tensor", "--vocab_matrix", file)
+    refused(released[0] / "E.pt", "E.pt: .* is the name of no tensor")
     refused(tmp_path / "none.bin", "there is no file")
 
     def shards(llm, **config):

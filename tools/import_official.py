@@ -96,7 +96,7 @@ def shards_of(folder):
 
 
 def read_file(path):
-    """Return {name: tensor} of a file; a tensor alone has the name "". A pickle may hold no more."""
+    """Return {name: tensor} of a file; a lone tensor has the name "". A pickle may hold no more."""
     import pickle
     import torch
     from support.tensors import read_safetensors
@@ -228,7 +228,7 @@ def check_strategy(vlm, strategy, path):
 def check_matrix(path, E, words):
     """Raise ValueError if a file, the release's E, is not the E of these words and this LLM."""
     matrix = read_file(path).get("")
-    found = "no tensor alone" if matrix is None else tuple(matrix.shape)
+    found = "no lone tensor" if matrix is None else tuple(matrix.shape)
     if found != tuple(E.shape):
         raise ValueError(f"{path} is {found}; --words and --llm want {tuple(E.shape)}")
     distance = (matrix.float() - E.float()).norm(dim=1)

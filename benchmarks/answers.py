@@ -65,17 +65,16 @@ def prepare_files(stem, settings, overwrite):
     path = f"{stem}.settings.json"
     old = common.read_json(path) if os.path.exists(path) else {}
     files = answer_files(stem)
-    if files and old != settings:
-        if not overwrite:
-            differing = ", ".join(k for k in settings if old.get(k) != settings[k])
-            raise ValueError(f"{stem}.jsonl is of another run (other {differing}): give another "
-                             "--out, or --overwrite")
-        for file in files:
-            os.remove(file)
-    elif files:
-        for name in files:
+    if files and old != settings and not overwrite:
+        differing = ", ".join(k for k in settings if old.get(k) != settings[k])
+        raise ValueError(f"{stem}.jsonl is of another run (other {differing}): give another "
+                         "--out, or --overwrite")
+    for name in files:
+        if old != settings:
+            os.remove(name)
+        else:
             with open(name, "r+b") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)             # half a line at the end
+                file.truncate(file.read().rfind(b"\n") + 1)     # half a line at the end
     common.write_json(settings, path)
 
 

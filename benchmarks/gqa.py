@@ -37,11 +37,11 @@ def score(questions, truth, predictions, partial=False):
             right[k] = int(normalize(answers[k]["text"]) == q["answer"])
         elif not partial:
             raise ValueError(f"{predictions}: question {k} has no answer")
-    structural = [balanced[k]["types"]["structural"] for k in right]
-    semantic = [str(balanced[k]["types"].get("semantic")) for k in right]
+    structural = {k: balanced[k]["types"]["structural"] for k in right}
+    semantic = {k: str(balanced[k]["types"].get("semantic")) for k in right}
     # The type "query" is open; all other types are binary.
-    open_questions = [r for r, kind in zip(right.values(), structural) if kind == "query"]
-    binary = [r for r, kind in zip(right.values(), structural) if kind != "query"]
+    open_questions = [right[k] for k in right if structural[k] == "query"]
+    binary = [right[k] for k in right if structural[k] != "query"]
     return {
         "accuracy": mean(right.values(), 100),
         "binary": mean(binary, 100),
@@ -49,6 +49,6 @@ def score(questions, truth, predictions, partial=False):
         "correct": sum(right.values()),
         "total": len(right),
         "stderr": stderr(right.values()),
-        "by_structural_type": by_group(structural, right.values()),
-        "by_semantic_type": by_group(semantic, right.values()),
+        "by_structural_type": by_group(right, structural.get),
+        "by_semantic_type": by_group(right, semantic.get),
     }, right

@@ -97,7 +97,7 @@ def accuracies(groups, right):
 
     groups: {base index: keys of its rows}. right: {key: 0 or 1}.
     """
-    circular = {str(base): int(all(right[k] for k in keys)) for base, keys in groups.items()}
+    circular = {base: int(all(right[k] for k in keys)) for base, keys in groups.items()}
     vanilla = [right[k] for k in right if int(k) < 1_000_000]   # without the rotated copies
     return {
         "circular": mean(circular.values(), 100),
@@ -114,7 +114,7 @@ def score(questions, truth, predictions, partial=False):
     rows = read_rows(questions)
     answers = read_answers(predictions, rows, partial)
     # The number of options does not give the size of a group: 53 groups of three have four.
-    groups = group([int(k) % 1_000_000 for k in answers], answers)
+    groups = group(answers, lambda k: str(int(k) % 1_000_000))
     letters = {k: match(a["text"], options_of(rows[k])) for k, a in answers.items()}
     right = {k: int(letters[k] == rows[k]["answer"]) for k in answers}
     same_letter = {k: int(a["text"].strip() == rows[k]["answer"]) for k, a in answers.items()}
@@ -122,9 +122,8 @@ def score(questions, truth, predictions, partial=False):
     summary["stderr"] = stderr(circular.values())
     summary["unparsed"] = sum(letter is None for letter in letters.values())
     summary["strict"] = accuracies(groups, same_letter)[0]
-    base_rows = [rows[min(keys, key=int)] for keys in groups.values()]
+    base_rows = {base: rows[min(keys, key=int)] for base, keys in groups.items()}
     for column in ("category", "l2-category"):
-        if base_rows and column in base_rows[0]:
-            names = [row[column] for row in base_rows]
-            summary[f"by_{column}"] = by_group(names, circular.values())
+        if all(column in row for row in base_rows.values()):
+            summary[f"by_{column}"] = by_group(circular, lambda base: base_rows[base][column])
     return summary, circular

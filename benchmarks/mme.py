@@ -46,6 +46,14 @@ def key_of(question_id, question):
     return f"{task}/{file.split('.')[0]} / {bare}"
 
 
+def task_of(key):
+    return key.split("/")[0]
+
+
+def image_of(key):
+    return key.split(" / ")[0]
+
+
 def read_labels(path, task):
     """Return {key_of: "yes" or "no"} of <task>.txt: image, official question, Yes or No."""
     labels = {}
@@ -66,16 +74,16 @@ def score(questions, truth, predictions, partial=False):
     """questions: llava_mme.jsonl. truth: a folder with <task>.txt for each task in it."""
     official = unique(read_lines(questions, "question_id", "text"),
                       lambda q: key_of(str(q["question_id"]), q["text"]), questions)
-    for image, keys in group([k.split(" / ")[0] for k in official], official).items():
+    for image, keys in group(official, image_of).items():
         if len(keys) != 2:
             raise ValueError(f"{questions}: {image} has {len(keys)} questions instead of two")
     labels = {}
-    for task, keys in group([k.split("/")[0] for k in official], official).items():
+    for task, keys in group(official, task_of).items():
         path = os.path.join(truth, f"{task}.txt")
-        labels |= read_labels(path, task)
-        for k in labels.keys() ^ official.keys():
-            if k.split("/")[0] == task:
-                raise ValueError(f"{path}: labels and questions differ: {k} is in one of them")
+        of_task = read_labels(path, task)
+        for k in of_task.keys() ^ set(keys):
+            raise ValueError(f"{path}: labels and questions differ: {k} is in one of them")
+        labels |= of_task
     answers = read_answers(predictions, official, partial,
                            lambda a: key_of(str(a["question_id"]), a["prompt"]),
                            ("question_id", "prompt", "text"))
@@ -83,9 +91,8 @@ def score(questions, truth, predictions, partial=False):
     right = {k: int(parsed[k] == labels[k]) for k in parsed}
 
     per_task, variance = {}, 0
-    for task, keys in sorted(group([k.split("/")[0] for k in right], right).items()):
-        images = group([k.split(" / ")[0] for k in keys], [right[k] for k in keys])
-        pairs = list(images.values())
+    for task, keys in sorted(group(right, task_of).items()):
+        pairs = [[right[k] for k in both] for both in group(keys, image_of).values()]
         acc = mean(right[k] for k in keys)
         acc_plus = mean(int(pair == [1, 1]) for pair in pairs)
         per_task[task] = {

@@ -119,15 +119,15 @@ def stderr(values, scale=100):
     return scale * math.sqrt(sum((v - center) ** 2 for v in values)) / max(len(values), 1)
 
 
-def group(keys, values):
-    """Return {key: list of its values} for two parallel sequences."""
+def group(values, key):
+    """Return {key(value): list of the values with this key}."""
     groups = defaultdict(list)
-    for key, value in zip(keys, values, strict=True):
-        groups[key].append(value)
+    for value in values:
+        groups[key(value)].append(value)
     return groups
 
 
-def by_group(keys, values):
-    """Return {key: {"accuracy": percent, "count": n}} for two parallel sequences."""
-    return {key: {"accuracy": mean(members, 100), "count": len(members)}
-            for key, members in sorted(group(keys, values).items())}
+def by_group(scores, key):
+    """Return {key(question): {"accuracy": percent, "count": n}} of {question: score}."""
+    return {name: {"accuracy": mean((scores[k] for k in members), 100), "count": len(members)}
+            for name, members in sorted(group(scores, key).items())}

@@ -1,5 +1,6 @@
 """Files of other projects with random weights, in their layouts: our logits against an independent computation."""
 import contextlib
+import copy
 import io
 import json
 import os
@@ -175,7 +176,8 @@ def test_a_whole_langbridge_checkpoint(kind, more_rows, tiny, world, words, pixe
     config = {"model_type": "llava_qwen", "mm_projector_type": "mm_vocab", "mm_vision_select_layer": -2, "mm_hidden_size": DV,
               "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres", "mm_use_im_start_end": False,
               "image_grid_pinpoints": [[24, 48], [48, 24]]}
-    save_shards(llava_names(llm, connector, tower, newline), tmp_path / "theirs", kind, config)
+    stored = tower if kind == "bin" else copy.deepcopy(tower).half()           # rounding is no training
+    save_shards(llava_names(llm, connector, stored, newline), tmp_path / "theirs", kind, config)
     text = import_it(tmp_path / "theirs", tiny, world, tmp_path / "out")
     want = logits_of(llm, langbridge_embeds(connector, tower, base, words, pixels))     # E is that of the LLM before stage 2
     got = our_logits(tmp_path / "out", pixels)
@@ -293,6 +295,8 @@ def test_wrong_files_are_one_sentence(released, tiny, world, words, tmp_path):
     whole, matrix = released[0] / "mm_projector.bin", ("--vocab_matrix", released[0] / "E.pt")
     refused(whole, "row 0 is not the embedding of", "--words", reordered, *matrix)
     refused(whole, "row 0 is not the embedding of", *matrix, llm=tiny_other(tiny, others, tmp_path))
+    refused(whole, "is no lone tensor", "--vocab_matrix", file)
+    refused(released[0] / "E.pt", "E.pt: .* is the name of no tensor")
     refused(tmp_path / "none.bin", "there is no file")
 
     def shards(llm, **config):

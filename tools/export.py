@@ -3,11 +3,11 @@
     python tools/export.py CHECKPOINT DIR
     python tools/export.py CHECKPOINT FILE.safetensors --prompt_embeds --image F --ask QUESTION
 
-DIR becomes a LLaVA folder of transformers, with tiles a LLaVA-NeXT folder, with its processor and
-chat template. A LangBridge with
-raw scores is folded for it, and its words can no longer be read there. FILE gets {"prompt_embeds":
-[T, D]}, what vLLM takes as prompt embeddings in place of image and question. This works with any
-connector and an unchanged LLM: after stage 2 the folder CHECKPOINT/llm, else the LLM itself.
+DIR becomes a LLaVA folder of transformers with its processor and chat template; with tiles it is a
+LLaVA-NeXT folder. A LangBridge with raw scores is folded for it, and its words can no longer be
+read there. FILE gets {"prompt_embeds": [T, D]}, what vLLM takes as prompt embeddings in place of
+image and question. This works with any connector and an unchanged LLM: after stage 2 the folder
+CHECKPOINT/llm, else the LLM itself.
 """
 import argparse
 import os
@@ -46,29 +46,27 @@ def two_layers(connector):
     reach the second layer as GELU(0) = 0. ValueError if the connector does not fit.
     """
     import torch
-    from model import LangBridge
+    import model
     from tools.fold import fold
-    if isinstance(connector, LangBridge):
+    if isinstance(connector, model.LangBridge):
         if connector.normalize != "none":
             raise ValueError(f"a connector with normalize={connector.normalize} is no two-layer "
-                             "MLP, because its softmax does not fold; --prompt_embeds exports its "
-                             "outputs")
+                             "MLP, because its softmax does not fold")
         connector = fold(connector)
     first, _, second = connector.mlp
     H, D = first.out_features, second.out_features
     if H > D:
         raise ValueError(f"the connector has H = {H}, more than the LLM's D = {D}, and a LLaVA of "
-                         "transformers has H = D; --prompt_embeds exports its outputs")
-    padded = [torch.nn.Linear(first.in_features, D), torch.nn.Linear(D, D)]
+                         "transformers has H = D")
+    padded = model.MLPConnector(first.in_features, D).to(first.weight)
     with torch.no_grad():
-        for layer in padded:
-            layer.to(first.weight).weight.zero_()
-            layer.bias.zero_()
-        padded[0].weight[:H] = first.weight
-        padded[0].bias[:H] = first.bias
-        padded[1].weight[:, :H] = second.weight
-        padded[1].bias.copy_(second.bias)
-    return padded
+        for p in padded.parameters():
+            p.zero_()
+        padded.mlp[0].weight[:H] = first.weight
+        padded.mlp[0].bias[:H] = first.bias
+        padded.mlp[2].weight[:, :H] = second.weight
+        padded.mlp[2].bias.copy_(second.bias)
+    return padded.mlp[0], padded.mlp[2]
 
 
 def add_image_token(vlm):
@@ -104,7 +102,7 @@ def to_llava(vlm):
     computes something else than this VLM.
     """
     import torch
-    from support.tower import side_of
+    from support.tower import side_of, tower_hidden
     from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor,
                               LlavaNextConfig, LlavaNextForConditionalGeneration,
                               LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
@@ -113,19 +111,17 @@ def to_llava(vlm):
     first, second = two_layers(vlm.connector)
     if vlm.softcap or llm.get_output_embeddings().bias is not None:
         raise ValueError(f"{vlm.config.llm} caps its logits or adds a bias to them, which a LLaVA "
-                         "of transformers does not; --prompt_embeds needs no LLaVA")
+                         "of transformers does not")
+    resized = size != side_of(tower.config, "image_size") and tower.config.model_type != "dinov2"
     with torch.no_grad():
-        blank = torch.zeros(1, 3, size, size, device=tower.device, dtype=tower.dtype)
-        resized = (size != side_of(tower.config, "image_size")
-                   and tower.config.model_type != "dinov2")
-        tokens = 0 if resized else tower(blank).last_hidden_state.shape[1]
+        tokens = tower_hidden(tower, torch.zeros(1, 3, size, size))[-1].shape[1]
     extra = tokens - (size // patch_size) ** 2              # CLS and registers
     reason = (f"takes pictures of {size} pixels here" if resized else
               f"has {extra} tokens before the patches" if extra > 1 else
               "has its patches pooled" if vlm.config.pool > 1 else None)
     if reason:
         raise ValueError(f"{vlm.config.vision_tower} {reason}, which a LLaVA of transformers does "
-                         "not know; --prompt_embeds needs no LLaVA")
+                         "not know")
     strategy = "default" if extra else "full"               # "default" drops one token, CLS
     image_id = add_image_token(vlm)
     tiles = vlm.config.tiles
@@ -133,12 +129,6 @@ def to_llava(vlm):
         (LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
          LlavaNextProcessor) if tiles else
         (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor))
-    # do_pad centres the image on a square of the mean colour, as evaluation does here. For
-    # LLaVA-NeXT it adds empty tiles where the images of a batch have different numbers of tiles.
-    images_kwargs = {
-        "do_pad": True, "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "image_mean": list(settings["mean"]), "image_std": list(settings["std"])}
     pinpoints = {}
     if tiles:                                               # the library has (height, width)
         pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in tiles]}
@@ -151,8 +141,7 @@ def to_llava(vlm):
         llava = llava_class(config)
     if type(llava.model.language_model) is not type(llm.get_decoder()):
         raise ValueError(f"{vlm.config.llm} is a {type(llm).__name__}, whose decoder is not the "
-                         "one that a LLaVA of transformers would make; --prompt_embeds needs no "
-                         "LLaVA")
+                         "one that a LLaVA of transformers would make")
     llava.model.vision_tower = tower
     llava.model.multi_modal_projector.linear_1 = first
     llava.model.multi_modal_projector.linear_2 = second
@@ -161,21 +150,24 @@ def to_llava(vlm):
     if tiles:
         llava.model.image_newline = torch.nn.Parameter(vlm.image_newline.to(llm.dtype))
     llava.generation_config = llm.generation_config
-    images = images_class(**images_kwargs, **pinpoints)
+    # do_pad centres the image on a square of the mean colour, as evaluation does here. For
+    # LLaVA-NeXT it adds empty tiles where the images of a batch have different numbers of tiles.
+    images = images_class(
+        do_pad=True, size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+        image_mean=list(settings["mean"]), image_std=list(settings["std"]), **pinpoints)
     processor = processor_class(
         images, vlm.tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
         num_additional_image_tokens=extra, chat_template=chat_template(vlm.tokenizer))
     return llava, processor
 
 
-def check_prompt(processor, ours):
-    """Raise ValueError if the processor writes other ids than this project.
+def check_prompt(processor, question, ids):
+    """Raise ValueError if the processor writes other ids for a question about an image.
 
-    ours: (question, ids of the question with BLANK) with IMAGE_ID once for each patch.
+    ids: those of this project, with IMAGE_ID once for each patch. The image is of the size BLANK.
     """
     import conversation
     from PIL import Image
-    question, ids = ours
     content = [{"type": "image", "image": Image.new("RGB", BLANK)},
                {"type": "text", "text": question}]
     theirs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
@@ -185,8 +177,7 @@ def check_prompt(processor, ours):
     if theirs != ids:
         at = len(os.path.commonprefix([theirs, ids]))
         raise ValueError(f"the processor of transformers writes {theirs[at:at + 3]} where this "
-                         f"project writes {ids[at:at + 3]}, so the answers would differ; "
-                         "--prompt_embeds exports what this project writes")
+                         f"project writes {ids[at:at + 3]}, so the answers would differ")
 
 
 def read_arguments():
@@ -228,16 +219,19 @@ def main():
     message = {"role": "user", "content": (f"{IMAGE}\n" if has_image else "") + question}
     ids = encode_prompt([message], vlm.tokenizer, [vlm.num_tokens(picture_size)])
     if not args.prompt_embeds:
-        llava, processor = to_llava(vlm)
-        check_prompt(processor, (question, ids))
+        try:
+            llava, processor = to_llava(vlm)
+            check_prompt(processor, question, ids)
+        except ValueError as error:
+            raise ValueError(f"{error}; --prompt_embeds works with every checkpoint") from None
         llava.save_pretrained(args.out)
         processor.save_pretrained(args.out)
         print(f"wrote {args.out}: {type(llava).__name__}.from_pretrained reads it")
         return
     pixel_values = None
-    tiles = vlm.config.tiles
     if image:
-        pixel_values = pictures.tile_pixels(image, **vlm.image_settings, mode="pad", tiles=tiles)
+        pixel_values = pictures.tile_pixels(image, **vlm.image_settings, mode="pad",
+                                            tiles=vlm.config.tiles)
     with torch.no_grad():
         embeds = vlm.splice(torch.tensor([ids]), pixel_values,
                             picture_sizes=[picture_size])[0]     # (T, D)

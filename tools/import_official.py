@@ -36,8 +36,6 @@ NAMES = [
     (r"model\.language_model\.", "llm.model."),                 # transformers, in memory
     (r"(?=model\.|lm_head\.)", "llm."),                         # LLaVA
 ]
-# image_grid_pinpoints of transformers' LLaVA-NeXT where config.json names none: (height, width).
-NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|position_ids$")    # old files hold these constants
 
 
@@ -85,14 +83,12 @@ def shards_of(folder):
         shard = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", name)      # model-00001-of-00003.bin
         if shard:
             named |= {f"{shard[1]}{i:05d}{shard[2]}" for i in range(1, int(shard[3]) + 1)}
-    for index in glob(f"{escape(folder)}/*.index.json"):
-        kind = os.path.splitext(index.removesuffix(".index.json"))[1]
+    kind = os.path.splitext(files[0])[1] if files else ""   # an index of the other kind is not read
+    for index in glob(f"{escape(folder)}/*{kind}.index.json"):
         content = common.read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict):
+        if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
             raise ValueError(f"{index} is no index of weights: it has no weight_map")
-        if any(name.endswith(kind) for name in there):      # else it is of the other format
-            named |= {str(name) for name in weight_map.values()}
+        named |= set(map(str, content["weight_map"].values()))
     missing = sorted(named - there)
     if missing:
         raise ValueError(f"{folder} lacks {missing[0]}, one of its {len(named)} files of weights")
@@ -100,7 +96,7 @@ def shards_of(folder):
 
 
 def read_file(path):
-    """Return what a file holds: {name: tensor}, or one tensor. A pickle may hold nothing else."""
+    """Return {name: tensor} of a file; a lone tensor has the name "". A pickle may hold no more."""
     import pickle
     import torch
     from support.tensors import read_safetensors
@@ -110,10 +106,10 @@ def read_file(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError):
         raise ValueError(f"{path} is torn, or it holds other things than tensors") from None
-    values = content.values() if isinstance(content, dict) else [content]
-    if not all(torch.is_tensor(value) for value in values):
+    tensors = content if isinstance(content, dict) else {"": content}
+    if not all(torch.is_tensor(value) for value in tensors.values()):
         raise ValueError(f"{path} holds other things than tensors")
-    return content
+    return tensors
 
 
 def read_settings(path):
@@ -146,10 +142,12 @@ def read_settings(path):
 
 def tiles_of(settings, path):
     """Return the tiles of config.json, as model.Config has them. ValueError if it names none."""
+    from transformers import LlavaNextConfig
+    pinpoints = settings.get("image_grid_pinpoints")
     if settings.get("model_type") == "llava_next":      # transformers: (height, width)
-        pinpoints = settings.get("image_grid_pinpoints") or NEXT_PINPOINTS
+        pinpoints = pinpoints or LlavaNextConfig().image_grid_pinpoints
         return tuple((width, height) for height, width in pinpoints)
-    pinpoints = settings.get("image_grid_pinpoints")    # LLaVA-NeXT: (width, height)
+    # LLaVA-NeXT: (width, height), as a list or as a text
     if isinstance(pinpoints, str):
         pinpoints = parse_value(pinpoints)
     if not isinstance(pinpoints, (list, tuple)):
@@ -159,28 +157,36 @@ def tiles_of(settings, path):
 
 
 def fill(module, tensors, path, source):
-    """Copy {name: (name in the file, tensor)} into a module.
+    """Copy {name: (name in the file, tensor)} into a module. Return whether that changes it.
 
     ValueError names the first tensor of another shape, as it is called in the file. source: the
     flags that the module was made from.
     """
     import torch
     from support import sharding
-    allowed = module.state_dict()
+    own = module.state_dict()
+
+    def differs(name):
+        """Return whether two tensors differ by more than the rounding of one of their dtypes."""
+        ours, tensor = own[name], tensors[name][1]
+        return not (torch.equal(ours.to(tensor.dtype), tensor)
+                    or torch.equal(ours, tensor.to(ours.dtype)))
+
     # A tied head may be in the file or not.
     for name in sorted(sharding.stored_tensors(module).keys() | tensors.keys()):
         theirs, tensor = tensors.get(name, (name, None))
         found = "missing" if tensor is None else tuple(tensor.shape)
-        want = tuple(allowed[name].shape) if name in allowed else "no such tensor"
+        want = tuple(own[name].shape) if name in own else "no such tensor"
         if found != want:
             raise ValueError(f"{path}: {theirs} is {found}; {source} want {want}")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {theirs} has numbers that are not finite")
+    changes = any(map(differs, tensors))
     module.load_state_dict({name: tensor for name, (_, tensor) in tensors.items()}, strict=False)
-    for name, (theirs, tensor) in tensors.items():
-        if not torch.equal(allowed[name], tensor.to(allowed[name].dtype)):
-            raise ValueError(f"{path}: {theirs} differs from the tensor that it is tied to in "
-                             "--llm")
+    for name in filter(differs, tensors):
+        raise ValueError(f"{path}: {tensors[name][0]} differs from the tensor that it is tied to "
+                         "in --llm")
+    return changes
 
 
 def fill_llm(vlm, tensors, path):
@@ -221,10 +227,10 @@ def check_strategy(vlm, strategy, path):
 
 def check_matrix(path, E, words):
     """Raise ValueError if a file, the release's E, is not the E of these words and this LLM."""
-    matrix = read_file(path)
-    if matrix.shape != E.shape:
-        raise ValueError(f"{path} is {tuple(matrix.shape)}; --words and --llm want "
-                         f"{tuple(E.shape)}")
+    matrix = read_file(path).get("")
+    found = "no lone tensor" if matrix is None else tuple(matrix.shape)
+    if found != tuple(E.shape):
+        raise ValueError(f"{path} is {found}; --words and --llm want {tuple(E.shape)}")
     distance = (matrix.float() - E.float()).norm(dim=1)
     wrong = (distance > 0.02 * E.float().norm(dim=1)).nonzero()         # bfloat16 has 8 bits
     if len(wrong):
@@ -270,25 +276,19 @@ def import_checkpoint(args):
         trained.append("llm")
     if tensors["vision_tower"]:
         tower = getattr(vlm.vision_tower, "vision_model", vlm.vision_tower)
-        before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
-        fill(tower, tensors["vision_tower"], args.file, "the sizes of --vision_tower")
         # A tower that stayed frozen is not written: it is the one that --vision_tower names.
-        if any(not torch.equal(before[name].to(tensor.dtype), tensor)
-               for name, (_, tensor) in tensors["vision_tower"].items()):
+        if fill(tower, tensors["vision_tower"], args.file, "the sizes of --vision_tower"):
             trained.append("vision_tower")
-    D = vlm.llm.get_input_embeddings().embedding_dim
-    if newline is not None and newline.shape != (D,):
-        raise ValueError(f"{args.file}: {name} is {tuple(newline.shape)}; --llm wants {(D,)}")
     if config.tiles:
+        found, want = tuple(newline.shape), tuple(vlm.image_newline.shape)
+        if found != want:
+            raise ValueError(f"{args.file}: {name} is {found}; --llm wants {want}")
         vlm.image_newline.data.copy_(newline)
     pads = settings.get("image_aspect_ratio", "pad" if has_llm else "square") != "square"
     checkpoint.save(vlm, args.out, "sft" if has_llm else "pretrain", trained,
                     template="chat" if has_llm else "plain", image_mode="pad" if pads else "crop")
-    if config.tiles:
-        print(f"tiles        {', '.join(f'{width} x {height}' for width, height in config.tiles)}")
     print(f"connector    {config.connector}, H = {config.hidden}"
           + (f", {len(words):,} words, raw scores" if words else ""))
-    print(f"read         {', '.join(part for part, found in tensors.items() if found)}")
     print(f"written      {', '.join(trained)}")
     if words and not args.vocab_matrix:
         print("note         no tensor tells the order of the words: it is that of --words; "
@@ -307,20 +307,17 @@ def import_official(path, tokenizer):
     """
     content = common.read_json(path)
     parts = content if isinstance(content, list) else [content]
-    if not parts or not all(isinstance(part, dict) for part in parts):
+    if not parts or not all(isinstance(part, dict) and part for part in parts):
         raise ValueError(f"{path} is not a published vocabulary file: an object of token: id")
     pairs = [pair for part in parts for pair in part.items()]
-    if not pairs:
-        raise ValueError(f"{path} holds no token")
-    if all(is_id_and_rank(value) for _, value in pairs):
+    if all(isinstance(value, list) and [*map(type, value)] == [int, int] for _, value in pairs):
         pairs = [(token, i) for token, (i, _) in sorted(pairs, key=lambda pair: pair[1][1])]
     numbers = [number for _, number in pairs]
     if not all(type(number) is int for number in numbers):
         raise ValueError(f"{path} is not a published vocabulary file: the value of "
                          f"{pairs[0][0]!r} is not an id")
-    backend = vocab.rust_tokenizer(tokenizer)
-    size = backend.get_vocab_size()
     never_rise = all(a >= b for a, b in zip(numbers, numbers[1:]))
+    size = vocab.rust_tokenizer(tokenizer).get_vocab_size()
     cannot_be_ids = len(set(numbers)) < len(numbers) or max(numbers) >= size
     are_counts = never_rise and cannot_be_ids
 
@@ -330,20 +327,13 @@ def import_official(path, tokenizer):
             raise ValueError(f"{path} does not belong to this tokenizer, which has no ordinary "
                              f"token {token!r}")
         if not are_counts and table[token] != number:
-            there = backend.id_to_token(number) if 0 <= number < size else None
-            raise ValueError(f"{path} does not belong to this tokenizer: it gives {token!r} the id "
-                             f"{number}, which is {there!r} in the tokenizer; {token!r} has id "
-                             f"{table[token]}")
+            raise ValueError(f"{path} does not belong to this tokenizer: {token!r} has the id "
+                             f"{number} in the file and {table[token]} in the tokenizer")
     words = [token for token, _ in pairs]
     word, times = Counter(words).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{path}: the token {word!r} is in the file more than once")
     return words, dict(pairs) if are_counts else None
-
-
-def is_id_and_rank(value):
-    """Return whether a value is a list of two ints."""
-    return isinstance(value, list) and [type(x) for x in value] == [int, int]
 
 
 def write_words(args):
@@ -353,8 +343,7 @@ def write_words(args):
     if args.counts and not counts:
         raise ValueError(f"{args.file} holds ids and no counts, so --counts has no data")
     words = imported[:args.size]
-    table = vocab.tokenizer_words(tokenizer)
-    assert vocab.word_ids(words, tokenizer) == [[table[word]] for word in words]
+    vocab.word_ids(words, tokenizer)            # asserts that each id spells its word
     print(f"kept         {len(words):,} of {len(imported):,}, sha256 {vocab.words_hash(words)}")
     if counts:
         vocab.print_coverage(words, counts, sum(counts.values()))
@@ -371,10 +360,11 @@ def main():
     add = parser.add_argument
     add("file", metavar="FILE_OR_FOLDER", help="what to read")
     add("--out", required=True, help="words.json, or the folder of the checkpoint")
-    add("--tokenizer", help="a list of words: the tokenizer that it was made for")
+    add_kind = parser.add_mutually_exclusive_group(required=True).add_argument
+    add_kind("--tokenizer", help="a list of words: the tokenizer that it was made for")
+    add_kind("--llm", help="a checkpoint: the LLM before visual training, hub name or folder")
     add("--size", type=int, help="a list of words: how many (default: all)")
     add("--counts", metavar="FILE", help="a list of words: also write {word: count}")
-    add("--llm", help="a checkpoint: the LLM before visual training, hub name or folder")
     add("--words", metavar="words.json", help="a checkpoint: the words of a LangBridge")
     add("--vision_tower", help="a checkpoint: default what its config names, else CLIP-L/14-336")
     add("--vocab_matrix", metavar="FILE.pt", help="a checkpoint: the release's E, to check --words")
@@ -385,8 +375,6 @@ def main():
         common.go_offline()
     if args.size is not None and args.size < 1:
         parser.error("--size must be at least 1")
-    if bool(args.tokenizer) == bool(args.llm):
-        parser.error("give --tokenizer for a list of words, or --llm for a checkpoint")
     kind, other = "checkpoint", ("size", "counts")
     if args.tokenizer:
         kind, other = "list of words", ("words", "vision_tower", "vocab_matrix")

@@ -38,11 +38,14 @@ class LangBridge(lmms):
         self.batch_size = int(batch_size)
         self.vlm = load(checkpoint, device, getattr(torch, dtype))
 
-    def prompt(self, context, doc_to_visual, doc):
-        """Return (messages, pixels, sizes): a user's turn and its images.
+    def prompt(self, request):
+        """Return (doc, messages, pixels, sizes, counts): a user's turn and its images.
 
-        pixels: a list of float32[n, 3, S, S]. sizes: a list of (width, height).
+        doc: the task's record. pixels: a list of float32[n, 3, S, S]. sizes: a list of
+        (width, height). counts: how many ids each image takes.
         """
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        doc = self.task_dict[task][split][doc_id]
         visuals = list(doc_to_visual(doc) or []) if doc_to_visual else []
         if any(isinstance(visual, (str, dict)) for visual in visuals):
             raise ValueError("this model sees images only, no video and no sound")
@@ -51,16 +54,16 @@ class LangBridge(lmms):
         visuals = [image.convert("RGB") for image in visuals]
         pixels = [pictures.tile_pixels(image, **self.vlm.image_settings, mode="pad",
                                        tiles=self.vlm.config.tiles) for image in visuals]
-        return [{"role": "user", "content": context}], pixels, [image.size for image in visuals]
+        sizes = [image.size for image in visuals]
+        counts = [self.vlm.num_tokens(picture_size) for picture_size in sizes]
+        return doc, [{"role": "user", "content": context}], pixels, sizes, counts
 
     def generate_until(self, requests):
         """Return the answer to each request, a list of strings in the requests' order."""
         prepared = []
         for index, request in enumerate(requests):
-            context, settings, doc_to_visual, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
-            messages, pixels, sizes = self.prompt(context, doc_to_visual, doc)
-            counts = [self.vlm.num_tokens(picture_size) for picture_size in sizes]
+            settings = request.args[1]
+            _, messages, pixels, sizes, counts = self.prompt(request)
             ids = conversation.encode_prompt(messages, self.vlm.tokenizer, counts)
             is_sampled = settings.get("do_sample", bool(settings.get("temperature")))
             temperature = (settings.get("temperature") or 1.0) if is_sampled else 0.0
@@ -76,8 +79,7 @@ class LangBridge(lmms):
                 sizes = [picture_size for *_, sizes in batch for picture_size in sizes]
                 new = generate(self.vlm, [ids for *_, ids, _, _ in batch],
                                torch.cat(pixels) if pixels else None, max_new_tokens,
-                               temperature=temperature,
-                               picture_sizes=sizes)
+                               temperature=temperature, picture_sizes=sizes)
                 for (_, _, index, *_), ids in zip(batch, new):
                     context, settings = requests[index].args[:2]
                     text = self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -94,19 +96,16 @@ class LangBridge(lmms):
         """
         results = []
         for request in requests:
-            context, continuation, doc_to_visual, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
+            continuation = request.args[1]
+            doc, messages, pixels, sizes, counts = self.prompt(request)
             if callable(continuation):
                 continuation = continuation(doc)
-            messages, pixels, sizes = self.prompt(context, doc_to_visual, doc)
             messages.append({"role": "assistant", "content": str(continuation).strip()})
-            counts = [self.vlm.num_tokens(picture_size) for picture_size in sizes]
             ids, labels = conversation.encode(messages, self.vlm.tokenizer, counts)
             self.vlm.check_positions(len(ids))
             pixels = torch.cat(pixels) if pixels else None
             with torch.no_grad():
-                embeds = self.vlm.splice(torch.tensor([ids]), pixels,
-                                         picture_sizes=sizes)
+                embeds = self.vlm.splice(torch.tensor([ids]), pixels, picture_sizes=sizes)
                 hidden = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
                 targets = torch.tensor(labels[1:], device=embeds.device)
                 trained = targets != conversation.IGNORE

@@ -4,7 +4,6 @@ The memory estimate of `python train.py CONFIG --dry_run`: sizes from configs, n
 It takes the sizes of the paper's models from config/paper/sizes.json, so it works before anything
 is downloaded.
 """
-import json
 import os
 from dataclasses import asdict, fields
 
@@ -15,12 +14,14 @@ import checkpoint
 import fused
 import model
 import vocab
+from common import read_json
 from support import pretrained, sharding
 from support.log import parts_table
 from support.tiles import check_tiles, tile_layout
 from support.tower import pooled_side, side_of
 
-SIZES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config/paper/sizes.json")
+FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SIZES = read_json(f"{FOLDER}/config/paper/sizes.json")      # {name: entries of the config}
 RANKS = (1, 2, 4, 8, 64)
 # What the sum leaves out: CUDA's context and NCCL's buffers, 2 to 3 GiB; the connector's own
 # activations, 1 to 2 GiB; and memory between tensors that no tensor fits into.
@@ -79,7 +80,7 @@ def meta_model(cfg, trained_parts):
                                                attn_implementation=attention)
         pretrained.check_length(cfg.max_length, llm.config, cfg.llm)
         Dv = pretrained.probe_tower(tower, cfg.vision_tower, cfg.vision_layer, cfg.image_size)
-        if cfg.vision_tower not in read_sizes():
+        if cfg.vision_tower not in SIZES:
             pretrained.image_settings(cfg.vision_tower, tower.config, cfg.image_size)
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
         config.num_words = cfg.num_words
@@ -100,16 +101,19 @@ def meta_model(cfg, trained_parts):
     return vlm, config
 
 
-def read_sizes():
-    """Return {name: entries of the config} of the paper's models."""
-    with open(SIZES) as file:
-        return json.load(file)
-
-
 def find_config(name, read):
     """Return a model's config: from sizes.json for the paper's models, else read(name)."""
-    sizes = read_sizes()
-    return AutoConfig.for_model(**sizes[name]) if name in sizes else read(name)
+    return AutoConfig.for_model(**SIZES[name]) if name in SIZES else read(name)
+
+
+def block_bytes(config, D, tokens, width):
+    """Return what a block of the width D keeps for its backward pass.
+
+    These are norms in float32; q, k, v and the attention's output; and three tensors of the inner
+    width. width: bytes of a number.
+    """
+    inner = getattr(config, "intermediate_size", None) or 4 * D     # GPT-2 and DINOv2 name none
+    return tokens * (2 * 4 * D + width * 6 * D + width * 3 * inner)
 
 
 def memory(vlm, cfg, config, P, T, encoded, ranks):
@@ -117,7 +121,6 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
 
     encoded: the patches that go through the tower and the connector for a sample.
     """
-    llm = vlm.llm.config
     embedding = vlm.llm.get_input_embeddings()
     blocks = sharding.transformer_blocks(vlm.llm)
     shards = ranks if cfg.shard else 1
@@ -125,7 +128,6 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
     samples = min(cfg.batch_size, cfg.global_batch // ranks)
     tokens, patches = samples * T, samples * encoded
     D, layers = embedding.embedding_dim, len(blocks)
-    inner = getattr(llm, "intermediate_size", None) or 4 * D        # GPT-2 names no inner width
     weights = state = 0
     for part in ("vision_tower", "connector", "llm"):
         pieces = shards if part == "llm" else 1
@@ -140,9 +142,7 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
     gathered = 0
     if shards > 1:
         gathered = (rest + 2 * block_size) * width + (rest + block_size) * (width + 4) * trains
-    # A block keeps for its backward pass: norms in float32; q, k, v and the attention's output; and
-    # three tensors of the inner width.
-    block = tokens * (2 * 4 * D + width * 6 * D + width * 3 * inner)
+    block = block_bytes(vlm.llm.config, D, tokens, width)
     activations = layers * block
     if cfg.checkpointing:
         # Between the blocks lies the sum of all earlier ones. In unsharded training of the LLM it
@@ -163,9 +163,7 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
              "gathered from the other ranks": gathered, "activations of the LLM": activations}
     if next(vlm.vision_tower.parameters()).requires_grad:           # without checkpointing
         tower = vlm.vision_tower.config
-        Dv = tower.hidden_size
-        inner = getattr(tower, "intermediate_size", None) or 4 * Dv     # not in DINOv2's config
-        block = patches * cfg.pool ** 2 * (2 * 4 * Dv + width * 6 * Dv + width * 3 * inner)
+        block = block_bytes(tower, tower.hidden_size, patches * cfg.pool ** 2, width)
         table["activations of the vision tower"] = (
             block * len(sharding.transformer_blocks(vlm.vision_tower)))
     table |= {"scores and weights of the words": scores, "logits": logits}

@@ -164,12 +164,13 @@ def test_a_mode_keeps_the_strongest_words_and_raw_scores_keep_both_ends(kind):
     scores = scores.softmax(-1) if kind == "shares" else scores
     mode = words.make_mode(kind, names, scores)
     ends = [scores.topk(words.TOP, largest=largest) for largest in ((True, False) if kind == "signed" else (True,))]
+    ends[1:] = [torch.return_types.topk([x.flip(1) for x in end]) for end in ends[1:]]          # the lowest comes last
     indices = torch.cat([end.indices for end in ends], 1)
     assert torch.equal(mode["values"].gather(1, mode["top"]), torch.cat([end.values for end in ends], 1))
     assert [mode["words"][i] for i in mode["top"][3].tolist()] == [names[i] for i in indices[3].tolist()]
     texts = [text for text, _ in words.labels_of(mode, 0)]
     if kind == "signed":
-        assert texts == ["+" + names[indices[0, 0]], "−" + names[indices[0, words.TOP]]]
+        assert texts == ["+" + names[indices[0, 0]], "−" + names[indices[0, -1]]]
     else:
         assert texts == [names[indices[0, 0]]]
     assert mode["loud"].min() >= 0 and mode["loud"].max() <= 1
@@ -371,19 +372,21 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
     assert content["ask"] == EVIL[1] and content["panels"][0]["states"][0]["answer"] == EVIL[0]
     lost = content["panels"][0]["states"][0]["needs"]
     assert lost["patches"] == pytest.approx(torch.linspace(-1, 2, 9).tolist(), rel=0.01)
-    assert [(content["words"][one["word"]], one["value"]) for one in lost["words"]] == [(vocab.show(SPELT[0]), 1.5), ("␣unseen", -0.25)]
+    assert [(one["word"], one["value"]) for one in lost["words"]] == [(vocab.show(SPELT[0]), 1.5), ("␣unseen", -0.25)]
     for key, mode in state["modes"].items():
         there = content["panels"][0]["states"][0]["modes"][key]
-        top = mode["top"]
-        assert there["explained"] == (key == "together" and pytest.approx(mode["explained"].tolist(), rel=0.01))
-        assert [content["words"][i] for i in there["ids"]] == [vocab.show(mode["words"][i]) for i in top.flatten().tolist()]
-        assert there["values"] == pytest.approx(mode["values"].gather(1, top).flatten().tolist(), rel=0.01)
-        maps = np.frombuffer(base64.b64decode(there["maps"]), np.int8).reshape(len(there["mapped"]), -1)       # (words, P)
         shown = [vocab.show(word) for word in mode["words"]]
-        for row, word, peak in zip(maps, there["mapped"], there["peaks"]):
-            want = mode["values"][:, shown.index(content["words"][word])].numpy()
-            assert np.abs(row / 127 * peak - want).max() <= 0.011 * peak
-    assert any(value < 0 for value in content["panels"][0]["states"][0]["modes"].get("weights", {}).get("values", [])) == (kind == "signed")
+        assert there["explained"] == (key == "together" and pytest.approx(mode["explained"].tolist()))
+        assert [[one["word"] for one in top] for top in there["tops"]] == [[shown[i] for i in top] for top in mode["top"].tolist()]
+        values = [[one["value"] for one in top] for top in there["tops"]]
+        np.testing.assert_allclose(values, mode["values"].gather(1, mode["top"]), rtol=0.01)
+        assert values[0] == sorted(values[0], reverse=True) or key == "together"
+        assert there["labels"] == [[list(label) for label in words.labels_of(mode, i)] for i in range(9)]
+        for one in there["maps"]:
+            levels = np.frombuffer(base64.b64decode(one["levels"]), np.int8)
+            want = mode["values"][:, shown.index(one["word"])].numpy()
+            assert np.abs(levels / 127 * one["peak"] - want).max() <= 0.011 * one["peak"]
+        assert len(there["maps"]) == len(shown)
     assert html == page_of(state, ask=EVIL[1])
 
 
@@ -466,9 +469,9 @@ def test_the_page_works_in_a_browser(tmp_path):
         assert browser.js("$('chips').textContent").startswith("</script>") and browser.js("$('chips').children.length") == 1
         assert "1 of" in browser.js("$('found').textContent")
         browser.keys(ENTER)
-        assert browser.js("words[state.word]").startswith("</script>") and browser.js("panels[0].stage.classList.contains('mapped')")
+        assert browser.js("state.word").startswith("</script>") and browser.js("panels[0].stage.classList.contains('mapped')")
         alpha = browser.js("[...panels[0].canvas.getContext('2d').getImageData(0, 0, side, side).data].filter((v, i) => i % 4 === 3)")
-        map_ = browser.js("Array.from(mapOf(modeOf(panels[0]), state.word))")
+        map_ = browser.js("Array.from(mapAt(momentOf(panels[0])))")
         assert len(map_) == 9 and int(np.abs(map_).argmax()) == int(np.argmax(alpha)) and max(alpha) > 0
         browser.keys(ESCAPE)
         assert browser.js("state.word") is None
@@ -696,7 +699,7 @@ def test_what_is_read_for_people_is_on_the_cpu(tiny, world, kind):
     modes = words.read(vlm, torch.rand(3, 24, 24))
     found = {key: type(x) for mode in modes.values() for key, x in mode.items() if torch.is_tensor(x)}
     assert set(found.values()) == {torch.Tensor}, found
-    words.page_mode(modes["weights"], {}, 10)
+    words.page_mode(modes["weights"], 10)
 
 
 def test_a_reader_that_keeps_the_cls_token_shows_the_grid(tiny, world):

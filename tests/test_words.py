@@ -12,7 +12,6 @@ import tempfile
 import types
 import urllib.request
 from collections import Counter
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -79,25 +78,14 @@ def page_of(*states, ask=None):
     return words.make_page(words.make_panels(states), picture(), "</title>.png", ask)
 
 
-class Scripts(HTMLParser):
-    """What a browser takes for scripts, and the tags"""
-    def __init__(self, html):
-        super().__init__()
-        self.scripts, self.tags, self.inside = [], [], False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self.inside = True
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag != "script"
-
-    def handle_data(self, data):
-        if self.inside:
-            self.scripts[-1] += data
+def content_of(html):
+    """Return what the data block of a page holds. Nothing can end the block early, and the rest is words.html unchanged."""
+    with open(words.PAGE, encoding="utf-8") as file:
+        before, after = file.read().split("@DATA@")
+    assert html.startswith(before) and html.endswith(after)
+    block = html[len(before):-len(after)]
+    assert not set("<>&") & set(block) and block.isprintable()      # no markup, control character or line separator
+    return json.loads(block)
 
 
 # --- the numbers
@@ -341,11 +329,8 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(kind):
     state["answer"] = EVIL[0]
     state["needs"] = {"patches": torch.linspace(-1, 2, 9), "words": [(SPELT[0], 1.5), (vocab.to_word(b" unseen"), -0.25)]}
     html = page_of(state, ask=EVIL[1])
-    parsed = Scripts(html)
-    assert len(parsed.scripts) == 2 and "img" not in [tag for tag, _ in parsed.tags]
-    assert not [a for _, a in parsed.tags if a.keys() & {"src", "href", "onerror"}] and "http://" not in html and "https://" not in html
-    assert parsed.scripts[0].isprintable()                          # no raw control character, no line separator
-    content = json.loads(parsed.scripts[0])
+    content = content_of(html)
+    assert not re.search(r"https?://|<[^>]*\s(src|href|on\w+)=", html) and html.count("<script") == 2
     shown_state = content["panels"][0]["states"][0]
     lost = shown_state["needs"]
     assert content["ask"] == EVIL[1] and shown_state["answer"] == EVIL[0] and lost["patches"] == pytest.approx(torch.linspace(-1, 2, 9).tolist())
@@ -522,7 +507,7 @@ def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "out")) == ["words.html", "words.png"]
     printed = capsys.readouterr().out
     assert "wrote" in printed and printed.count("without a patch the answer loses") == 3 and printed.count("without a word") == 2
-    content = json.loads(Scripts((tmp_path / "out" / "words.html").read_text(encoding="utf-8")).scripts[0])
+    content = content_of((tmp_path / "out" / "words.html").read_text(encoding="utf-8"))
     modes = [panel["states"][0]["modes"] for panel in content["panels"]]
     assert [list(m) for m in modes] == [["weights", "cosine", "together"]] * 2 + [["cosine", "together"]]
     assert [m.get("weights", {}).get("kind") for m in modes] == ["shares", "signed", None]
@@ -534,20 +519,27 @@ def test_checkpoints_to_picture_and_page(checkpoints, world, tmp_path, capsys):
 
 
 def test_read_agrees_with_the_connector(checkpoints):
-    vlm = checkpoint.load(str(checkpoints / "raw"))
-    pixels = torch.randn(3, 24, 24)
+    vlm, pixels = checkpoint.load(str(checkpoints / "raw")), torch.randn(3, 24, 24)
     mode = words.read(vlm, pixels)["weights"]
-    w = vlm.connector.weights(vlm.patch_features(pixels[None]))[0]
-    best = w.argmax(1)
-    assert [mode["words"][i] for i in mode["top"][:, 0].tolist()] == [vlm.words[i] for i in best.tolist()]
+    best = vlm.connector.weights(vlm.patch_features(pixels[None]))[0].argmax(1).tolist()
+    assert [mode["words"][i] for i in mode["top"][:, 0].tolist()] == [vlm.words[i] for i in best]
     assert mode["kind"] == "signed" and mode["size"] == len(vlm.words)
 
 
 # --- the study
 
-def test_words_are_compared_as_a_reader_would():
-    assert [study.plain(w) for w in ("ĠRed", "red", "<", "Ġ")] == ["red", "red", "<", ""]
-    assert study.content_words("A large Red heart, and the star2 of it") == {"large", "red", "heart", "star"}
+@pytest.mark.parametrize("found, wanted", [
+    ([study.plain(w) for w in ("ĠRed", "red", "<", "Ġ")], ["red", "red", "<", ""]),
+    (study.content_words("A large Red heart, and the star2 of it"), {"large", "red", "heart", "star"}),
+    (study.borrowed([{"a"}, set(), {"b"}, {"c"}], [set(), {"x"}, {"y"}]), [{"x"}, set(), {"y"}, {"x"}]),
+    (study.borrowed([{"a"}, set()], [set()]), [set(), set()]),
+    (study.agreement([["a", "b"], ["a", "b"]], [["b", "a"], ["c", "b"]], 2), (1 + 1 / 3) / 2),
+    (study.agreement([["a", "b"]], [["b", "a"]], 1), 0),
+    (study.run_of("a/seed1/LB/steps/000100", {"steps": 7}), ("LB", 100)),
+    (study.run_of("a/seed1/LB/", {"steps": 7}), ("LB", 7)),
+    (study.run_of("a/moved", {}), ("moved", None))])
+def test_small_functions_of_the_study(found, wanted):
+    assert found == wanted
 
 
 def test_a_patch_has_the_name_of_what_covers_it():
@@ -577,16 +569,6 @@ def test_chance_is_the_mean_over_all_draws():
         assert study.found_by_chance(Counter(vocabulary), names, k) == pytest.approx(tuple(want))
 
 
-def test_names_are_borrowed_for_the_same_patches():
-    assert study.borrowed([{"a"}, set(), {"b"}, {"c"}], [set(), {"x"}, {"y"}]) == [{"x"}, set(), {"y"}, {"x"}]
-    assert study.borrowed([{"a"}, set()], [set()]) == [set(), set()]
-
-
-def test_agreement_is_what_both_have_of_what_either_has():
-    assert study.agreement([["a", "b"], ["a", "b"]], [["b", "a"], ["c", "b"]], 2) == pytest.approx((1 + 1 / 3) / 2)
-    assert study.agreement([["a", "b"]], [["b", "a"]], 1) == 0
-
-
 def test_intervals_hold_the_mean_as_often_as_they_say():
     assert study.interval([[0.25] * 9]) == [0.25] * 3 and study.interval([[math.nan] * 3]) is None
     assert study.interval([[1, math.nan, 3]])[0] == 2
@@ -595,11 +577,6 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
     assert 0.90 <= np.mean(held) <= 0.98
     one, two = (study.interval(v) for v in ([[0, 1] * 50] * 2, [[0, 1] * 50, [1, 2] * 50]))
     assert one[2] - one[1] < 0.25 and two[1:] == pytest.approx([0.45, 1.55], abs=0.1)          # seeds that differ count
-
-
-def test_a_snapshot_belongs_to_its_run():
-    assert study.run_of("a/seed1/LB/steps/000100", {"steps": 7}) == ("LB", 100)
-    assert study.run_of("a/seed1/LB/", {"steps": 7}) == ("LB", 7) and study.run_of("a/moved", {}) == ("moved", None)
 
 
 def test_a_connector_that_always_says_red(tiny, world, shared, tmp_path, capsys):

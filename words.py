@@ -28,7 +28,7 @@ MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html")
 
 
-def read_arguments():
+def read_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -45,7 +45,7 @@ def read_arguments():
     add("--attention", help=common.ATTENTION)
     add("--overwrite", action="store_true", help="replace the files in --out")
     add("--offline", action="store_true", help=common.OFFLINE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":                   # before the slow imports, so that --help is quick
@@ -158,16 +158,14 @@ def make_mode(kind, words, scores, null=0.0, explained=None):
 def read(vlm, pixels):
     """Return the modes of one image: float32[3, S, S] -> {"weights", "cosine", "together": mode}.
 
-    An MLP has no "weights". People and files read these tensors, so they are on the CPU wherever
-    the model is.
+    An MLP has no "weights". All tensors are on the CPU, wherever the model is.
     """
     patches = grid_patches(vlm, pixels[None])                       # (1, P, Dv)
     embeds = vlm.connector(patches)[0].float()                      # (P, D)
     modes = {}
     if vlm.words:
         w = vlm.connector.weights(patches)[0].cpu()                 # (P, K)
-        kind = "signed" if (w < 0).any() else "shares"
-        null = 0.0 if kind == "signed" else 1 / len(vlm.words)
+        kind, null = ("signed", 0.0) if (w < 0).any() else ("shares", 1 / len(vlm.words))
         modes["weights"] = make_mode(kind, vlm.words, w, null)
     tokens, E = vocabulary(vlm)
     modes["cosine"] = make_mode("cosine", tokens, cosine(embeds, E).cpu(), cosine_null(E))
@@ -183,8 +181,7 @@ def read_checkpoint(folder, image, image_mode, args):
 
     "label": the moment of training. "name": LLM and connector. "modes": see `read`. "side": patches
     along a side. "group": equal for checkpoints of one connector kind, LLM and list of words.
-    "picture": the square that the tower sees, see `square`. "needs": what the answer needs, see
-    needs.ask.
+    "picture": see `square`. "needs": what the answer needs, see needs.ask.
     """
     config, metadata = checkpoint.read_config(folder)
     place = own_device(args.device), getattr(torch, args.dtype), args.attention
@@ -378,9 +375,7 @@ def make_page(panels, picture, name, ask):
                            "states": [page_state(state, maps) for state in states]}
                           for states in panels]}
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    # Only "<" can end a <script>. Old JavaScript takes U+2028 and U+2029 for line ends.
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
+    text = text.replace("<", "\\u003c")                 # only "<" can end a <script>
     with open(PAGE, encoding="utf-8") as file:
         return file.read().replace("@DATA@", text)
 
@@ -407,8 +402,7 @@ def print_needs(lost, side):
 def main(args):
     image_name = os.path.basename(args.image)
     out = args.out or os.path.join("out", "words", os.path.splitext(image_name)[0])
-    png = os.path.join(out, "words.png")
-    html = os.path.join(out, "words.html")
+    png, html = (os.path.join(out, name) for name in ("words.png", "words.html"))
     refuse_to_overwrite([png, html], args)
     image = pictures.open_image(args.image)
     metadata = [checkpoint.read_config(folder)[1] for folder in args.checkpoints]

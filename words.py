@@ -8,7 +8,7 @@ its own weights; raw scores show their highest and their lowest words. Any conne
 shows the cosine similarity of its image embeds to every ordinary token of the LLM (the paper's
 analysis), the five tokens that explain an image embed best together, and what chance gives.
 With --ask the page also shows which patches and words the answer needs. Several checkpoints on one
-LLM become a slider on the page, different LLMs stand side by side. results/study.py counts over
+LLM become a slider on the page. Different LLMs stand side by side. results/study.py counts over
 many images.
 """
 import argparse
@@ -28,7 +28,7 @@ MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html")
 
 
-def read_arguments():
+def read_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -45,7 +45,7 @@ def read_arguments():
     add("--attention", help=common.ATTENTION)
     add("--overwrite", action="store_true", help="replace the files in --out")
     add("--offline", action="store_true", help=common.OFFLINE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":                   # before the slow imports, so that --help is quick
@@ -77,10 +77,9 @@ def cosine(embeds, E):
     return F.normalize(embeds, dim=-1) @ F.normalize(E, dim=-1).T
 
 
-def random_directions(E, number=128, seed=0):
-    """Return random directions in the space of E float[V, D], float[number, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(number, E.shape[1], generator=generator).to(E)
+def random_directions(E, seed=0):
+    """Return 128 random directions in the space of E float[V, D]: float[128, D]."""
+    return torch.randn(128, E.shape[1], generator=torch.Generator().manual_seed(seed)).to(E)
 
 
 def cosine_null(E, seed=0):
@@ -135,15 +134,16 @@ def make_mode(kind, words, scores, null=0.0, explained=None):
     kind: "shares" (weights that sum to 1), "signed" (raw scores), "cosine" or "together" (the
     coefficients of `pursuit`; explained float[P] is its R^2). null: the value that chance gives.
     "words": the U words that are among the TOP of some patch. "values": their scores float32[P, U].
-    "top" int64[P, n]: columns of values, the strongest first; the TOP lowest of signed scores
-    follow. "loud" float[P] in 0..1: how much the strongest word, or R^2, stands out.
+    "top" int64[P, n]: columns of values, the strongest first. Signed scores have the TOP highest
+    and the TOP lowest, the lowest last. "loud" float[P] in 0..1: how much the strongest word, or
+    R^2, stands out.
     """
     if kind == "together":
         top = scores.abs().topk(TOGETHER).indices                   # (P, TOGETHER)
     else:
         top = scores.topk(min(TOP, len(words))).indices             # (P, TOP)
     if kind == "signed":
-        lowest = scores.topk(top.shape[1], largest=False).indices
+        lowest = scores.topk(top.shape[1], largest=False).indices.flip(1)
         top = torch.cat([top, lowest], dim=1)                       # (P, 2 * TOP)
     used, top = torch.unique(top, return_inverse=True)
     values = scores[:, used]
@@ -158,24 +158,21 @@ def make_mode(kind, words, scores, null=0.0, explained=None):
 def read(vlm, pixels):
     """Return the modes of one image: float32[3, S, S] -> {"weights", "cosine", "together": mode}.
 
-    An MLP has no "weights". People and files read these tensors, so they are on the CPU wherever
-    the model is.
+    An MLP has no "weights". All tensors are on the CPU, wherever the model is.
     """
     patches = grid_patches(vlm, pixels[None])                       # (1, P, Dv)
     embeds = vlm.connector(patches)[0].float()                      # (P, D)
     modes = {}
     if vlm.words:
         w = vlm.connector.weights(patches)[0].cpu()                 # (P, K)
-        kind = "signed" if (w < 0).any() else "shares"
-        null = 0.0 if kind == "signed" else 1 / len(vlm.words)
+        kind, null = ("signed", 0.0) if (w < 0).any() else ("shares", 1 / len(vlm.words))
         modes["weights"] = make_mode(kind, vlm.words, w, null)
     tokens, E = vocabulary(vlm)
     modes["cosine"] = make_mode("cosine", tokens, cosine(embeds, E).cpu(), cosine_null(E))
-    found = pursuit(torch.cat([embeds, random_directions(E)]), E)
-    (picks, coefficients, explained), P = (tensor.cpu() for tensor in found), len(embeds)
-    scores = torch.zeros(P, len(E)).scatter_(1, picks[:P], coefficients[:P])        # (P, V)
-    null = explained[P:].mean().item()
-    modes["together"] = make_mode("together", tokens, scores, null, explained[:P])
+    picks, coefficients, explained = (tensor.cpu() for tensor in pursuit(embeds, E))
+    scores = torch.zeros(len(embeds), len(E)).scatter_(1, picks, coefficients)      # (P, V)
+    null = pursuit(random_directions(E), E)[2].mean().item()
+    modes["together"] = make_mode("together", tokens, scores, null, explained)
     return modes
 
 
@@ -184,7 +181,7 @@ def read_checkpoint(folder, image, image_mode, args):
 
     "label": the moment of training. "name": LLM and connector. "modes": see `read`. "side": patches
     along a side. "group": equal for checkpoints of one connector kind, LLM and list of words.
-    "needs": what the answer needs, see needs.ask.
+    "picture": see `square`. "needs": what the answer needs, see needs.ask.
     """
     config, metadata = checkpoint.read_config(folder)
     place = own_device(args.device), getattr(torch, args.dtype), args.attention
@@ -192,12 +189,11 @@ def read_checkpoint(folder, image, image_mode, args):
         vlm = transfer.move(folder, args.llm, *place, args.vision_tower)
     else:
         vlm = checkpoint.load(folder, *place, vision_tower=args.vision_tower)
-    pixels = pictures.tile_pixels(image, **vlm.image_settings, mode=image_mode, tiles=config.tiles)
+    settings = vlm.image_settings
+    pixels = pictures.tile_pixels(image, **settings, mode=image_mode, tiles=config.tiles)
     if not 0 <= args.tile < len(pixels):
         raise ValueError(f"--tile {args.tile}: {folder} sees this picture as {len(pixels)} tiles, "
                          "counted from 0")
-    step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
-    kind = "LangBridge" if vlm.words else "MLP"
     modes = read(vlm, pixels[args.tile])
     answer = lost = None
     if args.ask:
@@ -208,13 +204,19 @@ def read_checkpoint(folder, image, image_mode, args):
         patches = grid_patches(vlm, pixels[args.tile, None])
         answer, lost = needs.ask(vlm, args.ask, template, image.size, pixels, patches, args.tile,
                                  modes.get("weights"))
+    if config.tiles:
+        tiles = pictures.cut_tiles(image, settings["size"], config.tiles)
+        image, image_mode = tiles[args.tile], "squash"
+    step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
+    kind = "LangBridge" if vlm.words else "MLP"
     return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
             "name": f"{os.path.basename(os.path.normpath(vlm.config.llm))} · {kind}",
             "group": (config.connector, config.normalize, os.path.realpath(config.llm),
                       metadata["words_hash"]),
-            "modes": modes, "tiles": config.tiles,
-            "size": vlm.image_settings["size"], "side": math.isqrt(vlm.num_patches),
-            "mean": vlm.image_settings["mean"], "answer": answer, "needs": lost}
+            "modes": modes, "tiles": config.tiles, "side": math.isqrt(vlm.num_patches),
+            "picture": square(image, image_mode, settings["mean"],
+                              min(1024, max(448, *image.size))),
+            "answer": answer, "needs": lost}
 
 
 def make_panels(states):
@@ -229,7 +231,6 @@ def make_panels(states):
 # words.png
 
 DPI = 100
-INK = "#18181c"
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Thai", "Noto Emoji",
          "WenQuanYi Zen Hei", "Arial Unicode MS", "PingFang SC", "Microsoft YaHei")
 
@@ -251,18 +252,20 @@ def ink_on(colour):
     """Return the text colour, dark or white, that contrasts more with "#rrggbb" (WCAG 2)."""
     rgb = np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return INK if linear @ (0.2126, 0.7152, 0.0722) > 0.18 else "#ffffff"
+    return "#18181c" if linear @ (0.2126, 0.7152, 0.0722) > 0.18 else "#ffffff"
 
 
 def labels_of(mode, i):
     """Return what stands on patch i: [(text, loudness 0..1)], for signed scores both ends."""
-    shown = [vocab.show(mode["words"][column]) for column in mode["top"][i]]
-    shown = [text.strip("␣") or text for text in shown]
-    if mode["kind"] != "signed":
-        return [(shown[0], mode["loud"][i].item())]
-    lowest = len(shown) // 2
-    loud = mode["values"][i, mode["top"][i]].abs() / mode["values"].abs().max().clamp(min=1e-12)
-    return [("+" + shown[0], loud[0].item()), ("−" + shown[lowest], loud[lowest].item())]
+    signed = mode["kind"] == "signed"
+    peak = mode["values"].abs().max().clamp(min=1e-12)
+    labels = []
+    for column in mode["top"][i, [0, -1]] if signed else mode["top"][i, :1]:
+        word, value = vocab.show(mode["words"][column]), mode["values"][i, column]
+        sign = "−" if value < 0 else "+" * signed
+        loud = value.abs() / peak if signed else mode["loud"][i]
+        labels.append((sign + (word.strip("␣") or word), loud.item()))
+    return labels
 
 
 def fit(text, size, width, smallest=8):
@@ -330,29 +333,32 @@ def save_figure(figure, path):
 # --------------------------------------------------------------------------------------------------
 # words.html
 
-def rounded(tensor):
-    """Return the numbers of a tensor in a flat list, with three significant digits."""
-    return [float(f"{x:.3g}") for x in tensor.flatten().tolist()]
+def page_words(pairs):
+    """Return what the page reads of (word, value) pairs: values have three significant digits."""
+    return [{"word": vocab.show(word), "value": float(f"{value:.3g}")} for word, value in pairs]
 
 
-def page_mode(mode, index, maps):
-    """Return a mode as the page reads it. Only the `maps` strongest words have a heat map.
+def page_mode(mode, maps):
+    """Return a mode as the page reads it. Only the `maps` strongest words have a heat map."""
+    words, values = mode["words"], mode["values"]
+    tops = [page_words((words[column], row[column].item()) for column in top)
+            for top, row in zip(mode["top"], values)]
+    peaks = values.abs().amax(0).clamp(min=1e-12)                   # (U,)
+    levels = (values / peaks * 127).round().to(torch.int8).numpy()  # (P, U)
+    heat_maps = [{"word": vocab.show(words[i]), "peak": peaks[i].item(),
+                  "levels": base64.b64encode(levels[:, i].tobytes()).decode()}
+                 for i in peaks.argsort(descending=True, stable=True)[:maps].tolist()]
+    return {"kind": mode["kind"], "size": mode["size"], "null": mode["null"], "tops": tops,
+            "labels": [labels_of(mode, i) for i in range(len(values))], "maps": heat_maps,
+            "explained": mode["explained"] is not None and mode["explained"].tolist()}
 
-    index: {word as shown: its number}, which this function extends.
-    """
-    numbers = [index.setdefault(vocab.show(word), len(index)) for word in mode["words"]]
-    peaks = mode["values"].abs().amax(0)                            # (U,)
-    mapped = peaks.argsort(descending=True, stable=True)[:maps]
-    levels = mode["values"][:, mapped] / peaks[mapped].clamp(min=1e-12)     # (P, maps) in -1..1
-    map_bytes = (levels.T * 127).round().to(torch.int8).contiguous().numpy().tobytes()
-    return {"kind": mode["kind"], "size": mode["size"], "null": mode["null"],
-            "stride": mode["top"].shape[1], "loud": rounded(mode["loud"]),
-            "explained": mode["explained"] is not None and rounded(mode["explained"]),
-            "ids": [numbers[i] for i in mode["top"].flatten().tolist()],
-            "values": rounded(mode["values"].gather(1, mode["top"])),
-            "mapped": [numbers[i] for i in mapped.tolist()],
-            "peaks": rounded(peaks[mapped]),
-            "maps": base64.b64encode(map_bytes).decode()}
+
+def page_state(state, maps):
+    """Return a state as the page reads it, see page_mode."""
+    lost = state["needs"] and {"patches": state["needs"]["patches"].tolist(),
+                               "words": page_words(state["needs"]["words"])}
+    modes = {key: page_mode(mode, maps) for key, mode in state["modes"].items()}
+    return {"label": state["label"], "answer": state["answer"], "needs": lost, "modes": modes}
 
 
 def make_page(panels, picture, name, ask):
@@ -361,35 +367,24 @@ def make_page(panels, picture, name, ask):
     maps = MAP_BYTES // sum(3 * len(states) for states in panels) // side ** 2
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=88)
-    index = {}
-    page_panels = []
-    for states in panels:
-        page_states = []
-        for state in states:
-            modes = {key: page_mode(mode, index, maps) for key, mode in state["modes"].items()}
-            lost = state["needs"] and {
-                "patches": rounded(state["needs"]["patches"]),
-                "words": [{"word": index.setdefault(vocab.show(word), len(index)), "value": nats}
-                          for word, nats in state["needs"]["words"]]}
-            page_states.append({"label": state["label"], "answer": state["answer"], "needs": lost,
-                                "modes": modes})
-        page_panels.append({"name": states[0]["name"], "states": page_states})
+    colours = patch_colours(picture, side)
     content = {"image": "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(),
-               "name": name, "ask": ask, "side": side, "colours": patch_colours(picture, side),
-               "panels": page_panels, "words": list(index)}
+               "name": name, "ask": ask, "side": side, "colours": colours,
+               "inks": [ink_on(colour) for colour in colours],
+               "panels": [{"name": states[0]["name"],
+                           "states": [page_state(state, maps) for state in states]}
+                          for states in panels]}
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    # Only "<" can end a <script>. Old JavaScript takes U+2028 and U+2029 for line ends.
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
+    text = text.replace("<", "\\u003c")                 # only "<" can end a <script>
     with open(PAGE, encoding="utf-8") as file:
         return file.read().replace("@DATA@", text)
 
 
 def refuse_to_overwrite(paths, args):
     """Raise ValueError if a file of `paths` exists, unless --overwrite allows it."""
-    existing = [path for path in paths if os.path.exists(path)]
-    if existing and not args.overwrite:
-        raise ValueError(f"{existing[0]} exists; name another --out or say --overwrite")
+    for path in paths:
+        if os.path.exists(path) and not args.overwrite:
+            raise ValueError(f"{path} exists; name another --out or say --overwrite")
 
 
 def print_needs(lost, side):
@@ -407,8 +402,7 @@ def print_needs(lost, side):
 def main(args):
     image_name = os.path.basename(args.image)
     out = args.out or os.path.join("out", "words", os.path.splitext(image_name)[0])
-    png = os.path.join(out, "words.png")
-    html = os.path.join(out, "words.html")
+    png, html = (os.path.join(out, name) for name in ("words.png", "words.html"))
     refuse_to_overwrite([png, html], args)
     image = pictures.open_image(args.image)
     metadata = [checkpoint.read_config(folder)[1] for folder in args.checkpoints]
@@ -427,11 +421,7 @@ def main(args):
         print(f"{folder} ({state['name']}, {state['label']}){answer}", flush=True)
         if state["needs"]:
             print_needs(state["needs"], state["side"])
-    panels = make_panels(states)
-    size = states[0]["size"]
-    if states[0]["tiles"]:
-        image, image_mode = pictures.cut_tiles(image, size, states[0]["tiles"])[args.tile], "squash"
-    picture = square(image, image_mode, states[0]["mean"], min(1024, max(448, *image.size)))
+    panels, picture = make_panels(states), states[0]["picture"]
     save_figure(draw_picture(panels, picture), png)
     common.write_text(make_page(panels, picture, image_name, args.ask), html)
     print(f"wrote {png} and {html}")

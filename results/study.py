@@ -25,7 +25,7 @@ COVER = 1 / 3                   # part of a patch that an object's box must cove
 SMALL = frozenset("and are for from has have into its that the there this with".split())
 
 
-def read_arguments():
+def read_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -39,7 +39,7 @@ def read_arguments():
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--overwrite", action="store_true", help="replace the files in --out")
     add("--offline", action="store_true", help=common.OFFLINE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":                   # before the slow imports, so that --help is quick

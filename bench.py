@@ -327,15 +327,19 @@ def as_llava(vlm):
 
 
 def captions(vlm, images, tokens):
-    """Return a batch of stage 1 as data.collate makes it: one image and one caption a sample.
+    """Return a batch with captions of lengths from `tokens` down to a quarter, spread evenly."""
+    return make_batch(vlm, torch.linspace(tokens, tokens // 4, images).int())
 
-    All tokens of a caption are random and trained. The lengths are spread evenly from `tokens` down
-    to a quarter of it.
+
+def make_batch(vlm, lengths):
+    """Return a batch as data.collate makes it: one image and one text a sample.
+
+    lengths: the number of tokens of each text. All of them are random and trained.
     """
     generator = torch.Generator().manual_seed(0)
     side = vlm.image_settings["size"]
     samples = []
-    for i, length in enumerate(torch.linspace(tokens, tokens // 4, images).int()):
+    for i, length in enumerate(lengths):
         text = torch.randint(1, vlm.llm.config.vocab_size - 1, (length,), generator=generator)
         image = torch.full((vlm.num_patches,), conversation.IMAGE_ID)
         samples.append({"id": str(i), "input_ids": torch.cat([image, text]),
@@ -400,6 +404,14 @@ def steps(vlm, batch, dtype, attention="sdpa", lr=0.0):
             "LLaVA": make_step(theirs, optimizer, device, dtype)}
 
 
+def compiled(vlm):
+    """Return a copy of a VLM with its LLM compiled, as train.py --compile does it."""
+    vlm = copy.deepcopy(vlm)            # LLaVA shares blocks with its VLM
+    for block in sharding.transformer_blocks(vlm.llm):
+        block.compile(dynamic=True)
+    return vlm
+
+
 def bench_llava_step(tower, llm, side, images, dtype, stage):
     vlm = random_vlm(tower, llm, side, getattr(torch, dtype))
     if stage == "sft":
@@ -408,11 +420,8 @@ def bench_llava_step(tower, llm, side, images, dtype, stage):
     calls = steps(vlm, batch, dtype)
     torch._dynamo.reset()               # else an earlier part uses up its eight compilations
     for attention in ("sdpa", "eager"):
-        compiled = copy.deepcopy(vlm)                             # LLaVA shares blocks with its VLM
-        for block in sharding.transformer_blocks(compiled.llm):   # what train.py --compile does
-            block.compile(dynamic=True)
         calls |= {f"{way}, compiled, {attention}": call
-                  for way, call in steps(compiled, batch, dtype, attention).items()}
+                  for way, call in steps(compiled(vlm), batch, dtype, attention).items()}
     losses = {way: call() for way, call in calls.items()}
     if max(losses.values()) - min(losses.values()) > 1e-2 * losses["LLaVA"]:
         raise ValueError(f"the two steps do not compute the same: {losses}")
@@ -430,6 +439,41 @@ def bench_llava_step(tower, llm, side, images, dtype, stage):
     memory = {f"{way}, MB": extra_memory(lambda: calls[way]() and None) / 1e6
               for way in ("ours", "LLaVA", "ours, compiled, sdpa", "ours, compiled, eager")}
     yield "extra memory by LLaVA's", memory["ours, MB"] / memory["LLaVA, MB"], "", memory
+
+
+def bench_lengths(tower, llm, side, images=4, ranks=32, draws=3):
+    """Measure stage 2 on texts as long as those of mix665k, see results/padding.py.
+
+    LLaVA has its own order of the data, and ours has --group_batches=64 and --compile. Each side
+    computes `draws` micro-batches of one of `ranks` ranks. Only tokens that are no padding count.
+    """
+    from results.padding import simulate
+    tokens, lengths = simulate(part=64)
+    dataset = types.SimpleNamespace(lengths=lengths)
+    vlm = random_vlm(tower, llm, side, torch.bfloat16)
+    vlm.llm.float().requires_grad_(True)
+    torch._dynamo.reset()
+    vlms = {"LLaVA": vlm, "LLaVA, compiled": compiled(vlm), "ours": vlm,
+            "ours, compiled": compiled(vlm)}
+    calls, counts = {}, {}
+    for way, own_vlm in vlms.items():
+        steps_of_epoch = data.global_batches(dataset, images * ranks, 0, 1, True,
+                                             64 if "ours" in way else 1)
+        with_images = [step for step in steps_of_epoch if lengths[step[0]] > 0]
+        for i, step in enumerate(with_images[:draws]):
+            sizes = [tokens[index] for index in step[::ranks]]
+            batch = make_batch(own_vlm, [size - vlm.num_patches for size in sizes])
+            attention = "eager" if "compiled" in way else "sdpa"    # the faster one on a CPU
+            calls[way, i] = steps(own_vlm, batch, "bfloat16", attention)[way.split(",")[0]]
+            counts[way, i] = sum(sizes)
+    t = take_turns(calls, most=2)
+    speed = {way: sum(counts[way, i] for i in range(draws))
+             / sum(statistics.median(t[way, i]) for i in range(draws)) for way in vlms}
+    detail = {f"tokens a second, {way}": value for way, value in speed.items()}
+    yield ("tokens a second, ours with --compile by LLaVA's plain loop",
+           speed["ours, compiled"] / speed["LLaVA"], ">= 2.5", detail)
+    yield ("tokens a second, both compiled", speed["ours, compiled"] / speed["LLaVA, compiled"])
+    yield "tokens a second, none compiled", speed["ours"] / speed["LLaVA"]
 
 
 def bench_pool():
@@ -554,6 +598,7 @@ def parts():
         name = f"step, Qwen2-0.5B, {images} x 576 patches, bfloat16"
         found[name] = bench_connectors, *paper, 336, images
     found["eval, SmolLM2-135M, 576 patches, float32"] = bench_eval, *small, 336
+    found["step, sft, SmolLM2-135M, lengths of mix665k, bfloat16"] = bench_lengths, *small, 336
     return found
 
 

@@ -188,8 +188,7 @@ def train_llm(name, folder, settings):
     torch.manual_seed(settings["seed"])
     model = make_llm(name, tokenizer)
     steps = int(LLM_STEPS * settings["effort"]) + 1
-    losses = []
-    batches = text_batches(tokenizer, steps, losses, random.Random(f"text {settings['seed']}"))
+    batches = text_batches(tokenizer, steps, random.Random(f"text {settings['seed']}"))
 
     def batch_loss():
         ids, labels = pad_batch(next(batches), tokenizer.pad_token_id)
@@ -197,9 +196,7 @@ def train_llm(name, folder, settings):
         targets = labels[:, 1:]                                     # (B, T-1)
         is_trained = targets != IGNORE
         logits = model.lm_head(hidden[is_trained]).float()
-        loss = F.cross_entropy(logits, targets[is_trained])
-        losses.append(loss.item())
-        return loss
+        return F.cross_entropy(logits, targets[is_trained])
 
     train_model(name, model, steps, batch_loss)
     model.eval()
@@ -207,21 +204,16 @@ def train_llm(name, folder, settings):
     tokenizer.save_pretrained(folder)
 
 
-def text_batches(tokenizer, steps, losses, rng):
+def text_batches(tokenizer, steps, rng):
     """Yield one batch for each step: a list of rows (ids, labels) of about the same length.
 
-    The first third of the steps has easy questions about at most two objects. It ends earlier if
-    the last `losses`, which the caller appends, are low. Chats come mostly near the end.
+    The first third of the steps has easy questions about at most two objects. Chats come mostly
+    near the end.
     """
     batches = []
-    is_easy = True
     for step in range(steps):
-        if step >= 0.35 * steps:
-            is_easy = False
-        elif is_easy and step >= 100 and sorted(losses[-32:])[16] < 0.1:
-            is_easy = False
-            batches.clear()
         if not batches:
+            is_easy = step < 0.35 * steps
             chats = 0.15 if is_easy else 0.2 if step < 0.6 * steps else 0.7
             most, kinds = (2, EASY_KINDS) if is_easy else (3, TRAIN_KINDS)
             rows = [encode(document(rng, most, chats, kinds), tokenizer)
@@ -388,8 +380,10 @@ def contrastive_loss(model, pixels, captions):
 def load_pixels(out, names):
     """Return pictures as the tower takes them: float32[N, 3, S, S]."""
     S = TOWER["image_size"]
-    return torch.stack([transform(open_image(out / "images" / name), S, CLIP_MEAN, CLIP_STD)
-                        for name in names])
+    pixels = [transform(open_image(out / "images" / name), S, CLIP_MEAN, CLIP_STD)
+              for name in names]
+    # With another memory format the tower's first layer adds in another order.
+    return torch.stack(pixels).to(memory_format=torch.channels_last)
 
 
 def altered(scene, rng):

@@ -25,10 +25,6 @@ train() {                                           # train NAME CONFIG [--key=v
     local name=$1; shift
     [ -f "$OUT/$name/config.json" ] || "$PYTHON" train.py "$@" --out="$OUT/$name" --seed="$SEED" | sed -u "s/^/[$name] /"
 }
-transfer() {                                        # transfer NAME SOURCE TARGET
-    [ -f "$OUT/$1/config.json" ] || "$PYTHON" transfer.py "$OUT/$2" "$WORLD/$3" --out "$OUT/$1" \
-        --eval $WORLD/captions_test.json | sed -u "s/^/[$1] /"
-}
 evaluate() {                                        # evaluate NAME ...
     for name in "$@"; do
         [ -f "$OUT/$name/eval/results.json" ] || "$PYTHON" eval.py "$OUT/$name" --tasks gqa,textvqa,mme,mmbench,pope \
@@ -40,19 +36,18 @@ mlp() {                                             # mlp NAME LLM: the baseline
     train "$1" config/pocket/sft.py --init="$OUT/$1-pretrain" --connector_lr=7e-4
     evaluate "$1"
 }
-source_LB() {                                       # the LangBridge that moves: words, then both stages on pocket-qwen
+langbridge() {                                      # words, both stages on pocket-qwen, a picture of words, then the move
     train qwen-LB-words config/pocket/words.py
     train qwen-LB-pretrain config/pocket/pretrain.py --init="$OUT/qwen-LB-words"
     train qwen-LB config/pocket/sft.py --init="$OUT/qwen-LB-pretrain"
     evaluate qwen-LB
-}
-picture() {
     [ -f "$OUT/words/words.png" ] || "$PYTHON" words.py "$OUT/qwen-LB-pretrain" $WORLD/images/test_000016.png --out "$OUT/words"
-}
-moved() {                                           # moved NAME SOURCE LLM: transfer, look at it untrained, SFT
-    transfer "$1-untrained" "$2" "$3"
-    train "$1" config/pocket/sft.py --init="$OUT/$1-untrained"
-    evaluate "$1" "$1-untrained"
+    evaluate qwen-LB-pretrain
+    local moved=llama-from-qwen-LB
+    [ -f "$OUT/$moved-untrained/config.json" ] || "$PYTHON" transfer.py "$OUT/qwen-LB" $WORLD/pocket-llama \
+        --out "$OUT/$moved-untrained" --eval $WORLD/captions_test.json | sed -u "s/^/[$moved-untrained] /"
+    train $moved config/pocket/sft.py --init="$OUT/$moved-untrained"
+    evaluate $moved $moved-untrained
 }
 
 "$PYTHON" pocket.py --out $WORLD
@@ -60,18 +55,14 @@ moved() {                                           # moved NAME SOURCE LLM: tra
     --corpus $WORLD/pretrain.json $WORLD/sft.json --count answers --size 512 --out $WORLD/words.json
 
 # Two lanes, about as long as each other. Neither waits for the other.
-left() { source_LB; picture; evaluate qwen-LB-pretrain; moved llama-from-qwen-LB qwen-LB pocket-llama; }
-right() { mlp qwen-MLP pocket-qwen; mlp llama-MLP pocket-llama; }
 set -m                                              # each lane is a process group, to be stopped with what it runs
-left & left=$!
-right & right=$!
+langbridge & left=$!
+{ mlp qwen-MLP pocket-qwen; mlp llama-MLP pocket-llama; } & right=$!
 set +m
 trap 'kill -- -$left -$right 2>/dev/null || true' EXIT
 wait -n                                             # if one lane fails, the other stops, too
 wait -n
 
-ROWS=(qwen-MLP qwen-LB llama-MLP llama-from-qwen-LB qwen-LB-pretrain llama-from-qwen-LB-untrained)
-FILES=()
-for name in "${ROWS[@]}"; do [ ! -f "$OUT/$name/eval/results.json" ] || FILES+=("$OUT/$name/eval/results.json"); done
-"$PYTHON" eval.py --table "${FILES[@]}" | tee "$OUT/table.md"
+"$PYTHON" eval.py --table "$OUT"/{qwen-MLP,qwen-LB,llama-MLP}/eval/results.json \
+    "$OUT"/{llama-from-qwen-LB,qwen-LB-pretrain,llama-from-qwen-LB-untrained}/eval/results.json | tee "$OUT/table.md"
 echo "table: $OUT/table.md   words of a picture: $OUT/words/words.png and words.html   losses: $OUT/*/loss.png"

@@ -1,7 +1,7 @@
 """Train the models of the pocket world: two tokenizers, two LLMs that can read, a vision tower.
 
 pocket.py calls `make_model`. Letters: B rows of a batch, T tokens, P patches, N phrases, Dv width
-of the tower, V tokens of a tokenizer, D width of an LLM.
+of the tower, V tokens of a tokenizer, D width of an LLM, S side of a picture for the tower.
 """
 import json
 import os
@@ -10,26 +10,28 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from PIL import Image
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-import data
 from common import read_json, write_json
+from conversation import IGNORE
+from conversation import encode as encode_chat
 from support.device import choose_dtype
-from support.pocket_world import (CELLS, COLORS, EASY_KINDS, SHAPES, SIZES, TRAIN_KINDS, WORDS,
+from support.pictures import open_image, transform
+from support.pocket_world import (CELLS, COLORS, EASY_KINDS, REAL_SHAPES, SIZES, TRAIN_KINDS, WORDS,
                                   corpus, describe, document, sign_of)
 
-# Each LLM's family says which tokenizer and which architecture it has.
-LLMS = {"pocket-llama": {"family": "headers", "width": 144, "layers": 4, "heads": 4, "mlp": 320},
-        "pocket-qwen": {"family": "chatml", "width": 128, "layers": 4, "heads": 4, "mlp": 288}}
+# What each model's config in transformers takes.
+LLMS = {"pocket-llama": {"model_type": "llama", "hidden_size": 144, "intermediate_size": 320,
+                         "attention_bias": True, "tie_word_embeddings": False},
+        "pocket-qwen": {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 288,
+                        "tie_word_embeddings": True}}
 TOWER = {"image_size": 96, "patch_size": 16, "hidden_size": 128, "num_hidden_layers": 4,
          "num_attention_heads": 4, "intermediate_size": 384}
 LLM_STEPS = 620
@@ -49,12 +51,14 @@ def make_model(name, settings):
     torch.set_num_threads(1)                # models this small do not gain from a second thread
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    start = time.time()
     folder = Path(settings["out"]) / name
     unfinished = folder.with_name(name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     train = train_tower if name == "vision-tower" else train_llm
     train(name, unfinished, settings)
     os.replace(unfinished, folder)
+    print(f"{name:17} done in {time.time() - start:.0f} s", flush=True)
 
 
 def train_model(name, model, steps, batch_loss):
@@ -63,24 +67,22 @@ def train_model(name, model, steps, batch_loss):
     The learning rate warms up, stays, and falls to zero over the second half. Muon for the matrices
     inside the layers needs half as many steps here as AdamW for all.
     """
-    in_layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
-    has_bfloat16 = choose_dtype("auto", "cpu") == "bfloat16"
-    optimizers = [
-        Muon(in_layers, LEARNING_RATE, torch.bfloat16 if has_bfloat16 else torch.float32),
-        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers." not in n]
+    dtype = getattr(torch, choose_dtype("auto", "cpu"))
+    means = [torch.zeros_like(p) for p in matrices]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
     start = last = time.time()
     for step in range(steps):
-        for optimizer in optimizers:
-            factor = min(1, (step + 1) / 20, 2 * (steps - step) / steps)
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16):
+        lr = LEARNING_RATE * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = batch_loss()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        muon_step(matrices, means, lr, dtype)
+        adamw.param_groups[0]["lr"] = lr
+        adamw.step()
+        model.zero_grad()
         if time.time() - last > 5 or step == steps - 1:
             last = time.time()
             eta = (last - start) / (step + 1) * (steps - step - 1)
@@ -88,26 +90,18 @@ def train_model(name, model, steps, batch_loss):
                   flush=True)
 
 
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", and with a dtype for its products.
+@torch.no_grad()
+def muon_step(matrices, means, lr, dtype):
+    """Change the matrices by a step of torch.optim.Muon with adjust_lr_fn="match_rms_adamw".
 
-    torch's own computes in bfloat16, which takes ten times as long as float32 on a CPU without such
-    instructions. There it would be two thirds of the time of a step.
+    means: of the gradients, zeros at first. dtype: of the matrix products. torch's own Muon knows
+    only bfloat16, which takes ten times as long as float32 on a CPU without such instructions.
     """
-
-    def __init__(self, matrices, lr, dtype, momentum=0.95, weight_decay=0.01):
-        super().__init__(matrices, {"lr": lr})
-        self.dtype, self.momentum, self.weight_decay = dtype, momentum, weight_decay
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - self.momentum)
-                update = orthogonal(p.grad.lerp(mean, self.momentum).to(self.dtype))
-                p.mul_(1 - group["lr"] * self.weight_decay)
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+    for p, mean in zip(matrices, means):
+        mean.lerp_(p.grad, 1 - 0.95)
+        update = orthogonal(p.grad.lerp(mean, 0.95).to(dtype))
+        p.mul_(1 - lr * 0.01)               # weight decay
+        p.add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonal(matrix):
@@ -126,42 +120,37 @@ def orthogonal(matrix):
 # --------------------------------------------------------------------------------------------------
 # tokenizers: two that share most words and nothing else
 
-FORMS = {
-    "chatml": {
-        "bos": None, "eos": "<|im_end|>", "pad": "<|endoftext|>", "more": ["<|im_start|>"],
-        "template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-                    "<|im_end|>\n{% endfor %}"
-                    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"},
-    "headers": {
-        "bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "pad": "<|pad|>",
-        "more": ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
-        "template": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
-                    "<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
-                    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
-                    "\n\n{% endif %}"}}
+TOKENIZERS = {
+    "pocket-qwen": {
+        "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "additional_special_tokens": ["<|im_start|>"],
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+                         "<|im_end|>\n{% endfor %}"
+                         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"},
+    "pocket-llama": {
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|pad|>",
+        "additional_special_tokens": ["<|end_of_text|>", "<|start_header_id|>",
+                                      "<|end_header_id|>"],
+        "chat_template": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>"
+                         "{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
+                         "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant"
+                         "<|end_header_id|>\n\n{% endif %}"}}
 # Words that a tokenizer has only in pieces, because it never saw them.
-SPLIT = {"chatml": ("jazz",), "headers": ("pizza", "zoo")}
+SPLIT = {"pocket-qwen": ("jazz",), "pocket-llama": ("pizza", "zoo")}
 
 
-def make_tokenizer(family, lines):
-    """Return a Hugging Face tokenizer that is trained on lines of text.
-
-    "chatml" is a byte-level BPE; "headers" writes a space as "▁" and has tokens for single bytes.
-    """
-    rare = SPLIT[family]
-    lines = [" ".join(word for word in line.split(" ") if not any(r in word.lower() for r in rare))
-             for line in lines]
-    train = {"chatml": train_byte_level, "headers": train_byte_fallback}[family]
-    form = FORMS[family]
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=train(lines), eos_token=form["eos"], pad_token=form["pad"],
-        bos_token=form["bos"], additional_special_tokens=form["more"], model_max_length=2048,
-        padding_side="right", clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = form["template"]
-    return tokenizer
+def make_tokenizer(name, lines):
+    """Return the tokenizer of one LLM, trained on lines of text."""
+    lines = [" ".join(word for word in line.split(" ")
+                      if not any(rare in word.lower() for rare in SPLIT[name])) for line in lines]
+    train = {"pocket-qwen": train_byte_level, "pocket-llama": train_byte_fallback}[name]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=train(lines), model_max_length=2048, padding_side="right",
+        clean_up_tokenization_spaces=False, **TOKENIZERS[name])
 
 
 def train_byte_level(lines):
+    """Return a byte-level BPE, as Qwen's."""
     tokenizer = tokenizers.Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -172,6 +161,7 @@ def train_byte_level(lines):
 
 
 def train_byte_fallback(lines):
+    """Return a BPE that writes a space as "▁" and has tokens for single bytes, as Llama-2's."""
     tokenizer = tokenizers.Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(r"\n+|[0-9]|[^\w\s]"), "isolated"),
@@ -194,50 +184,36 @@ def train_byte_fallback(lines):
 
 def train_llm(name, folder, settings):
     """Write one LLM and its tokenizer into `folder`."""
-    recipe = LLMS[name]
-    lines = corpus(settings["seed"], settings["corpus"])
-    tokenizer = make_tokenizer(recipe["family"], lines)
+    tokenizer = make_tokenizer(name, corpus(settings["seed"], settings["corpus"]))
     torch.manual_seed(settings["seed"])
-    model = make_llm(recipe, tokenizer)
+    model = make_llm(name, tokenizer)
     steps = int(LLM_STEPS * settings["effort"]) + 1
-    rng = random.Random(f"text {settings['seed']}")
-    losses = []
-    batches = text_batches(name, tokenizer, steps, losses, rng)
+    batches = text_batches(tokenizer, steps, random.Random(f"text {settings['seed']}"))
 
     def batch_loss():
         ids, labels = pad_batch(next(batches), tokenizer.pad_token_id)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]                                     # (B, T-1)
-        is_trained = targets != data.IGNORE
+        is_trained = targets != IGNORE
         logits = model.lm_head(hidden[is_trained]).float()
-        loss = F.cross_entropy(logits, targets[is_trained])
-        losses.append(loss.item())
-        return loss
+        return F.cross_entropy(logits, targets[is_trained])
 
     train_model(name, model, steps, batch_loss)
     model.eval()
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, token, getattr(tokenizer, token))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def text_batches(name, tokenizer, steps, losses, rng):
+def text_batches(tokenizer, steps, rng):
     """Yield one batch for each step: a list of rows (ids, labels) of about the same length.
 
-    The first third of the steps has easy questions about at most two objects. It ends earlier if
-    the last `losses`, which the caller appends, are low. Chats come mostly near the end.
+    The first third of the steps has easy questions about at most two objects. Chats come mostly
+    near the end.
     """
     batches = []
-    is_easy = True
     for step in range(steps):
-        if step >= 0.35 * steps:
-            is_easy = False
-        elif is_easy and step >= 100 and sorted(losses[-32:])[16] < 0.1:
-            is_easy = False
-            batches.clear()
-            print(f"{name:17} knows the easy questions after {step} steps", flush=True)
         if not batches:
+            is_easy = step < 0.35 * steps
             chats = 0.15 if is_easy else 0.2 if step < 0.6 * steps else 0.7
             most, kinds = (2, EASY_KINDS) if is_easy else (3, TRAIN_KINDS)
             rows = [encode(document(rng, most, chats, kinds), tokenizer)
@@ -251,13 +227,13 @@ def text_batches(name, tokenizer, steps, losses, rng):
 def encode(text, tokenizer):
     """Return (ids, labels) of what `document` makes: two lists of equal length."""
     if isinstance(text[0], dict):
-        return data.encode(text, tokenizer, num_patches=0)
+        return encode_chat(text, tokenizer, num_patches=0)
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    labels = [data.IGNORE] * len(ids)
+    labels = [IGNORE] * len(ids)
     for piece, is_trained in text:
         new = tokenizer.encode(piece, add_special_tokens=False)
         ids += new
-        labels += new if is_trained else [data.IGNORE] * len(new)
+        labels += new if is_trained else [IGNORE] * len(new)
     return ids, labels
 
 
@@ -266,29 +242,23 @@ def pad_batch(rows, pad_id):
     longest = max(len(ids) for ids, _ in rows)
     T = -(-longest // 16) * 16              # few different lengths, so that torch keeps less memory
     ids = [ids + [pad_id] * (T - len(ids)) for ids, _ in rows]
-    labels = [labels + [data.IGNORE] * (T - len(labels)) for _, labels in rows]
+    labels = [labels + [IGNORE] * (T - len(labels)) for _, labels in rows]
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def make_llm(recipe, tokenizer):
-    """Return an untrained Qwen2 (tied embeddings) or Llama (untied) of the recipe's size."""
-    is_qwen = recipe["family"] == "chatml"
-    sizes = dict(vocab_size=len(tokenizer), hidden_size=recipe["width"],
-                 num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
-                 num_key_value_heads=recipe["heads"], intermediate_size=recipe["mlp"],
-                 max_position_embeddings=2048, tie_word_embeddings=is_qwen,
-                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                 pad_token_id=tokenizer.pad_token_id)
-    if is_qwen:
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
-    else:
-        config = transformers.LlamaConfig(attention_bias=True, **sizes)
-        model = transformers.LlamaForCausalLM(config)
-    model.set_attn_implementation("eager")  # twice as fast as "sdpa" for short rows on a CPU
+def make_llm(name, tokenizer):
+    """Return an untrained LLM: a Qwen2 with tied embeddings, or a Llama with untied ones."""
+    config = transformers.AutoConfig.for_model(
+        **LLMS[name], num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=len(tokenizer), max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    # "eager" is twice as fast as "sdpa" for short rows on a CPU.
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         initialize_embeddings(model, tokenizer)
         for index, layer in enumerate(model.model.layers):
-            initialize_attention(model.config, layer.self_attn, index)
+            initialize_attention(layer.self_attn, index)
     return model
 
 
@@ -306,16 +276,15 @@ def initialize_embeddings(model, tokenizer):
     model.model.norm.weight.fill_(0.2)      # without this the first logits would be too large
 
 
-def initialize_attention(config, attention, layer_index):
+def initialize_attention(attention, layer_index):
     """Start attention where training would lead only after minutes: find an equal word and copy it.
 
-    Queries equal keys, so that equal words attend to each other, and the output projection is the
+    Queries equal keys, so that equal words attend to each other. The output projection is the
     transpose of the values, so that what is found is copied (after Trockman and Kolter, "Mimetic
     initialization of self-attention layers", 2023). In every second layer three heads look one, two
-    and three tokens back: their constant queries and keys are in the biases, and the rotary
-    embedding turns them. Training may change all of it.
+    and three tokens back: the rotary embedding turns the constant queries and keys in their biases.
     """
-    head_size = config.hidden_size // config.num_attention_heads
+    head_size = attention.head_dim
     half = head_size // 2
     turn = 10000.0 ** (-torch.arange(half) / half)      # the rotary embedding's radians a token
     strength = 4.0 * (turn > 0.05)                      # slow turns do not separate neighbours
@@ -411,11 +380,10 @@ def contrastive_loss(model, pixels, captions):
 def load_pixels(out, names):
     """Return pictures as the tower takes them: float32[N, 3, S, S]."""
     S = TOWER["image_size"]
-    pictures = [np.asarray(Image.open(out / "images" / name).convert("RGB")
-                           .resize((S, S), Image.BICUBIC)) for name in names]
-    mean = torch.tensor(CLIP_MEAN)[:, None, None]
-    std = torch.tensor(CLIP_STD)[:, None, None]
-    return (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255 - mean) / std
+    pixels = [transform(open_image(out / "images" / name), S, CLIP_MEAN, CLIP_STD)
+              for name in names]
+    # With another memory format the tower's first layer adds in another order.
+    return torch.stack(pixels).to(memory_format=torch.channels_last)
 
 
 def altered(scene, rng):
@@ -423,11 +391,9 @@ def altered(scene, rng):
     things = [dict(t) for t in scene["objects"]]
     sign = sign_of({"objects": things})
     thing = sign if sign and rng.random() < 0.5 else rng.choice(things)
-    if thing is sign:
-        fact = "word"
-    else:
-        fact = rng.choice(("color", "shape", "shape", "cell", "cell", "size"))
-    values = {"word": WORDS, "color": list(COLORS), "shape": list(SHAPES)[:-1], "size": SIZES,
+    facts = ("color", "shape", "shape", "cell", "cell", "size")
+    fact = "word" if thing is sign else rng.choice(facts)
+    values = {"word": WORDS, "color": COLORS, "shape": REAL_SHAPES, "size": SIZES,
               "cell": range(len(CELLS))}[fact]
     thing[fact] = rng.choice([value for value in values if value != thing[fact]])
     return {"objects": things}
@@ -438,10 +404,10 @@ def phrases_of(caption, word_ids):
 
     word_ids: {word or pair: id}. New ones are added.
     """
+    caption = caption.replace("top left", "topleft").replace("top right", "topright")
     phrases = []
     for phrase in caption.split(", "):
-        words = phrase.replace("top left", "topleft").replace("top right", "topright").split()
-        words = [word for word in words if word not in ("at", "saying")]
+        words = [word for word in phrase.split() if word not in ("at", "saying")]
         words += [f"{a} {b}" for i, a in enumerate(words) for b in words[i + 1:]]
         phrases.append([word_ids.setdefault(word, len(word_ids)) for word in words])
     return phrases
@@ -459,7 +425,7 @@ def initialize_positions(tower):
     waves = torch.cat([angles.sin(), angles.cos()], 1)              # (across, Dv/2)
     rows = waves.repeat_interleave(across, 0)                       # (P, Dv/2)
     columns = waves.repeat(across, 1)                               # (P, Dv/2)
-    parameters = dict(tower.named_parameters())
-    name = next(n for n in parameters if n.endswith("position_embedding.weight"))
+    positions = next(p for name, p in tower.named_parameters()
+                     if name.endswith("position_embedding.weight"))
     with torch.no_grad():
-        parameters[name][1:] = 0.3 * torch.cat([rows, columns], 1)  # row 0 belongs to CLS
+        positions[1:] = 0.3 * torch.cat([rows, columns], 1)         # row 0 belongs to CLS

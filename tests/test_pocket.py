@@ -6,43 +6,30 @@ import io
 import json
 import os
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import conftest  # noqa: E402
-from support import pocket_models, pocket_world  # noqa: E402
-from support.pocket_world import SUFFIX  # noqa: E402
-
+import conftest
+from common import read_json
+from support import pocket_models, pocket_world
+from support.pocket_world import SUFFIX
 
 # The JSON files of the tiny world: their number, and a hash of their hashes. If this hash changes,
 # the tables in results/ no longer belong to this world.
 DATA_FILES = (23, "5c44adcb5334790104e591712fb8497e84901ba055cadb29eea418b2dcb03f4f")
 
 
-def run(out, *more):
-    """Run python pocket.py --tiny into `out`."""
-    return conftest.run("pocket.py", "--tiny", "--out", out, *more, check=False)
-
-
 @pytest.fixture(scope="module")
-def worlds(pocket_worlds):
-    return pocket_worlds
+def world(pocket_worlds):
+    return pocket_worlds[0]
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sums(folder, pattern="*"):
@@ -51,35 +38,34 @@ def sums(folder, pattern="*"):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_same_seed_same_bytes(worlds):
-    first, second = map(sums, worlds)
+def test_same_seed_same_bytes(pocket_worlds):
+    first, second = map(sums, pocket_worlds)
     assert "pocket-qwen/model.safetensors" in first
     assert first == second
 
 
-def test_the_world_is_the_one_that_the_results_were_made_in(worlds):
+def test_the_world_is_the_one_that_the_results_were_made_in(world):
     """Scenes and texts depend only on the order of random numbers, so no machine changes them."""
-    files = {name: digest for name, digest in sums(worlds[0], "*.json*").items()
+    files = {name: digest for name, digest in sums(world, "*.json*").items()
              if not name.startswith(("pocket-", "vision-tower", "pocket.json"))}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     assert (len(files), digest) == DATA_FILES
 
 
-def test_second_run_reuses_and_other_settings_are_refused(worlds):
-    weights = worlds[0] / "pocket-qwen" / "model.safetensors"
+def test_second_run_reuses_and_other_settings_are_refused(world):
+    weights = world / "pocket-qwen" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    again = run(worlds[0])
-    assert again.returncode == 0 and again.stdout.count("reused") == 4
+    again = conftest.run("pocket.py", "--tiny", "--out", world)
+    assert again.stdout.count("reused") == 4
     assert weights.stat().st_mtime_ns == before
-    other = run(worlds[0], "--seed", "1")
+    other = conftest.run("pocket.py", "--tiny", "--out", world, "--seed", "1", check=False)
     assert other.returncode != 0
     assert "--overwrite" in other.stderr and "Traceback" not in other.stderr
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "captions_val", "captions_test"])
-def test_llava_records(worlds, name):
-    out = worlds[0]
-    records = read(out / f"{name}.json")
+def test_llava_records(world, name):
+    records = read_json(world / f"{name}.json")
     assert len({r["id"] for r in records}) == len(records)
     for r in records:
         turns = r["conversations"]
@@ -87,15 +73,15 @@ def test_llava_records(worlds, name):
         assert turns and all(t["value"].strip() for t in turns)
         num_images = sum(t["value"].count("<image>") for t in turns)
         assert num_images == turns[0]["value"].count("<image>") == ("image" in r)
-        assert "image" not in r or (out / "images" / r["image"]).exists()
+        assert "image" not in r or (world / "images" / r["image"]).exists()
     split = {"captions_val": "val", "captions_test": "test"}.get(name, "train")
     assert all(split in r["image"] for r in records if "image" in r)
     share = sum("image" not in r for r in records) / len(records)
     assert 0.05 < share < 0.15 if name == "sft" else share == 0
 
 
-def test_no_scene_is_in_training_and_in_evaluation(worlds):
-    truth = read(worlds[0] / "truth.json")
+def test_no_scene_is_in_training_and_in_evaluation(world):
+    truth = read_json(world / "truth.json")
     keys = {split: {pocket_world.scene_key(s) for n, s in truth.items() if n.startswith(split)}
             for split in ("train", "val", "test")}
     assert {split: len(k) for split, k in keys.items()} == {"train": 60, "val": 24, "test": 24}
@@ -103,14 +89,14 @@ def test_no_scene_is_in_training_and_in_evaluation(worlds):
     for name, scene in truth.items():
         assert pocket_world.is_held_out(scene) == (not name.startswith("train"))
     for folder, split in (("val", "val"), ("eval", "test")):
-        names = os.listdir(worlds[0] / folder / "textvqa/train_images")
+        names = os.listdir(world / folder / "textvqa/train_images")
         assert names and all(n.startswith(split) for n in names)
 
 
-def test_pope(worlds):
-    out = worlds[0] / "eval/pope"
+def test_pope(world):
+    out = world / "eval/pope"
     asked = lines(out / "llava_pope_test.jsonl")
-    truth = read(worlds[0] / "truth.json")
+    truth = read_json(world / "truth.json")
     starts = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
     for category, start in starts.items():
         labels = lines(out / f"coco/coco_pope_{category}.json")
@@ -129,9 +115,9 @@ def test_pope(worlds):
     assert categories == sorted(categories, key=list(starts).index)
 
 
-def test_gqa(worlds):
-    out = worlds[0] / "eval/gqa"
-    truth = read(out / "testdev_balanced_questions.json")
+def test_gqa(world):
+    out = world / "eval/gqa"
+    truth = read_json(out / "testdev_balanced_questions.json")
     asked = lines(out / "llava_gqa_testdev_balanced.jsonl")
     assert [q["question_id"] for q in asked] == list(truth)
     for q in asked:
@@ -145,8 +131,8 @@ def test_gqa(worlds):
 
 
 @pytest.mark.parametrize("task", ["existence", "count", "position", "color", "OCR"])
-def test_mme(worlds, task):
-    out = worlds[0] / "eval/mme"
+def test_mme(world, task):
+    out = world / "eval/mme"
     mine = [q for q in lines(out / "llava_mme.jsonl") if q["category"] == task]
     text = (out / f"ground_truth/{task}.txt").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()]
@@ -161,11 +147,11 @@ def test_mme(worlds, task):
         assert f"{question}\t{answer}\n" in beside
 
 
-def test_textvqa(worlds):
-    out = worlds[0] / "eval/textvqa"
-    truth = read(out / "TextVQA_0.5.1_val.json")["data"]
+def test_textvqa(world):
+    out = world / "eval/textvqa"
+    truth = read_json(out / "TextVQA_0.5.1_val.json")["data"]
     asked = lines(out / "llava_textvqa_val_v051_ocr.jsonl")
-    scenes = read(worlds[0] / "truth.json")
+    scenes = read_json(world / "truth.json")
     assert asked
     for t, q in zip(truth, asked, strict=True):
         word = pocket_world.sign_of(scenes[f"{t['image_id']}.png"])["word"]
@@ -174,8 +160,8 @@ def test_textvqa(worlds):
         assert (out / "train_images" / q["image"]).exists()
 
 
-def test_mmbench_has_every_rotation(worlds):
-    path = worlds[0] / "eval/mmbench/mmbench_dev_20230712.tsv"
+def test_mmbench_has_every_rotation(world):
+    path = world / "eval/mmbench/mmbench_dev_20230712.tsv"
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     indices = [int(row["index"]) for row in rows]
@@ -211,19 +197,18 @@ def test_a_blind_guess_of_yes_or_no_is_half_right():
         assert max(counts.values()) / counts.total() < 0.62, (kind, counts)
 
 
-def test_the_tower_loads(worlds):
-    tower = AutoModel.from_pretrained(worlds[0] / "vision-tower")
+def test_the_tower_loads(world):
+    tower = AutoModel.from_pretrained(world / "vision-tower")
     tower = getattr(tower, "vision_model", tower)
     seen = tower(pixel_values=torch.zeros(1, 3, 96, 96), output_hidden_states=True)
     assert seen.hidden_states[-2].shape == (1, 37, 128) and len(seen.hidden_states) == 5
 
 
 @pytest.mark.parametrize("name", pocket_models.LLMS)
-def test_an_llm_loads_and_its_tokenizer_round_trips(worlds, name):
-    recipe = pocket_models.LLMS[name]
-    form = pocket_models.FORMS[recipe["family"]]
-    tokenizer = AutoTokenizer.from_pretrained(worlds[0] / name)
-    llm = AutoModelForCausalLM.from_pretrained(worlds[0] / name)
+def test_an_llm_loads_and_its_tokenizer_round_trips(world, name):
+    form, config = pocket_models.TOKENIZERS[name], pocket_models.LLMS[name]
+    tokenizer = AutoTokenizer.from_pretrained(world / name)
+    llm = AutoModelForCausalLM.from_pretrained(world / name)
 
     def ids_of(text):
         return tokenizer.encode(text, add_special_tokens=False)
@@ -234,24 +219,25 @@ def test_an_llm_loads_and_its_tokenizer_round_trips(worlds, name):
     ids, labels = pocket_models.encode(talk, tokenizer)
     assert ids == tokenizer.apply_chat_template(talk, return_dict=False)
     trained = tokenizer.decode([i for i in labels if i != -100])
-    assert trained == f"Yes{form['eos']}Red{form['eos']}"
-    assert tokenizer.eos_token == form["eos"] and len(ids_of(form["eos"])) == 1
+    eos = form["eos_token"]
+    assert trained == f"Yes{eos}Red{eos}"
+    assert tokenizer.eos_token == eos and len(ids_of(eos)) == 1
     eos = llm.generation_config.eos_token_id
     assert tokenizer.eos_token_id in (eos if isinstance(eos, list) else [eos])
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert llm.get_input_embeddings().weight.shape == (len(tokenizer), recipe["width"])
-    assert llm.config.tie_word_embeddings == (recipe["family"] == "chatml")
+    assert llm.get_input_embeddings().weight.shape == (len(tokenizer), config["hidden_size"])
+    assert llm.config.tie_word_embeddings == config["tie_word_embeddings"]
     for word in (*pocket_world.COLORS, *pocket_world.SIZES, "circle", "square", "image"):
         assert len(ids_of(f"a {word}")) == 2, f"{name} splits {word!r}"
-    for word in pocket_models.SPLIT[recipe["family"]]:
+    for word in pocket_models.SPLIT[name]:
         assert len(ids_of(f"a {word}")) > 2, f"{name} has {word!r} as one token"
 
 
-def test_the_families_share_words_and_the_widths_differ(worlds):
-    assert len({recipe["width"] for recipe in pocket_models.LLMS.values()}) == 2
+def test_the_families_share_words_and_the_widths_differ(world):
+    assert len({config["hidden_size"] for config in pocket_models.LLMS.values()}) == 2
     words = []
     for name in ("pocket-qwen", "pocket-llama"):
-        tokenizer = AutoTokenizer.from_pretrained(worlds[0] / name)
+        tokenizer = AutoTokenizer.from_pretrained(world / name)
         words.append({tokenizer.decode([i]) for i in range(len(tokenizer))})
     assert len(words[0] & words[1]) > 250
 
@@ -261,14 +247,14 @@ def test_muon_is_that_of_torch_and_orthogonal_in_float32():
     shapes = [(8, 8), (12, 5), (5, 12)]
     ours, torchs = ([torch.nn.Parameter(torch.linspace(-1, 1, m * n).reshape(m, n).clone()) for m, n in shapes]
                     for _ in range(2))
-    optimizers = [pocket_models.Muon(ours, 5e-3, torch.bfloat16),
-                  torch.optim.Muon(torchs, lr=5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+    means = [torch.zeros_like(p) for p in ours]
+    optimizer = torch.optim.Muon(torchs, lr=5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for a, b in zip(ours, torchs):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+        pocket_models.muon_step(ours, means, 5e-3, torch.bfloat16)
+        optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, torchs))
     for m, n in shapes:
         singular = torch.linalg.svdvals(pocket_models.orthogonal(torch.randn(m, n)))

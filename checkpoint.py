@@ -39,14 +39,15 @@ NEWLINE = "image_newline.safetensors"
 # build
 
 def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=None,
-          frozen_dtype=None, tower_dtype=None, tower_folder=None, shard=False):
+          frozen_dtype=None, tower_dtype=None, tower_folder=None, shard=False, sum_pieces=True):
     """Return a VLM with a new connector, in evaluation mode, no parameter of it trainable.
 
     words: list of K strings, None for an MLP. dtype: of the LLM. frozen_dtype: of E and of the
     computation, default dtype. tower_dtype: default frozen_dtype. llm: (LLM, tokenizer) if they are
     loaded already. attention: see load_llm. tower_folder: weights to use instead of those of
     config.vision_tower. device: one device, or "auto" for all GPUs. shard: each rank holds a piece
-    of the LLM, and every rank must call. ValueError where a model is not what the config needs.
+    of the LLM, and every rank must call. sum_pieces: see embed_words. ValueError where a model is
+    not what the config needs.
     """
     frozen_dtype = frozen_dtype or dtype
     set_precision(frozen_dtype)
@@ -64,13 +65,15 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
     connector = make_connector(config, Dv, D)
     vlm = VLM(config, tower.to(device), connector.to(device), llm, tokenizer, words, settings)
     vlm.requires_grad_(False).eval()
+    vlm.sum_pieces = sum_pieces
     if tower_folder:
         vlm.own_parts.add("vision_tower")
 
     def finish():
         """Do what needs the LLM's weights."""
         if words:
-            connector.vocab_embeds = embed_words(llm, tokenizer, words).to(device, frozen_dtype)
+            E = embed_words(llm, tokenizer, words, sum_pieces)
+            connector.vocab_embeds = E.to(device, frozen_dtype)
         probe_llm(vlm, frozen_dtype)
 
     vlm.fingerprint = {"llm": fingerprint.of_llm(llm.config.name_or_path or config.llm, tokenizer),
@@ -141,6 +144,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
               "llm": portable(vlm.config.llm, folder), "num_patches": vlm.num_patches,
               "attention": vlm.llm.config._attn_implementation,
               "words_hash": words_hash(vlm.words) if vlm.words else None,
+              "sum_pieces": vlm.sum_pieces,
               "fingerprint": written, "git_commit": git_commit(), **extra}
     check_saved(vlm, folder)
     write_json(config, f"{folder}/config.json")
@@ -198,7 +202,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     words = read_words(folder, config, metadata)
     vlm = build(config, words, device, dtype, llm, frozen_dtype=frozen_dtype,
                 tower_dtype=tower_dtype, tower_folder=own_folder(folder, "vision_tower"),
-                shard=shard)
+                shard=shard, sum_pieces=metadata["sum_pieces"])
     check_patches(vlm, metadata, folder)
     load_connector(vlm.connector, folder)
     if vlm.image_newline is not None and metadata["tiles"]:
@@ -255,12 +259,12 @@ def read_config(folder):
     found = metadata.get("format") if isinstance(metadata, dict) else metadata
     if not isinstance(metadata, dict) or found != FORMAT:
         raise ValueError(f"{path}: format {str(found)[:60]!r}; this code reads format {FORMAT}")
-    # Checkpoints from before these settings lack them.
-    metadata = {"pool": 1, "tiles": [], "temperature": 1.0, **metadata}
+    # Checkpoints from before these entries lack them.
+    metadata = {"pool": 1, "tiles": [], "temperature": 1.0, "sum_pieces": False, **metadata}
     if isinstance(metadata["tiles"], list):         # JSON has no tuples
         metadata["tiles"] = tuple(tuple(t) if isinstance(t, list) else t for t in metadata["tiles"])
     types = {field.name: field.type for field in fields(Config)}
-    for name, kind in (types | {"stage": str}).items():
+    for name, kind in (types | {"stage": str, "sum_pieces": bool}).items():
         if type(metadata.get(name)) is not kind:
             value = str(metadata.get(name))[:60]
             raise ValueError(f"{path}: {name} is {value!r}, it must be of type {kind.__name__}")

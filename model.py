@@ -142,11 +142,11 @@ def initial_W(E, H):
 
 
 @torch.no_grad()
-def embed_words(llm, tokenizer, words):
+def embed_words(llm, tokenizer, words, sum_pieces=True):
     """Return E, the LLM's own input embedding of each word: float32[K, D].
 
-    A word that is not one token of this tokenizer gets the mean of the embeddings of its pieces.
-    ValueError if an embedding is not finite.
+    A word that is not one token of this tokenizer gets the sum of the embeddings of its pieces; if
+    sum_pieces is False, their mean, as in old checkpoints. ValueError if a number is not finite.
     """
     pieces = word_ids(words, tokenizer)                             # K lists of ids
     embed = llm.get_input_embeddings()
@@ -155,7 +155,7 @@ def embed_words(llm, tokenizer, words):
     # Call the module, do not index its weight: Gemma's embedding multiplies by sqrt(D).
     rows = embed(ids).float().cpu()                                 # (number of pieces, D)
     parts = rows.split([len(word) for word in pieces])              # K tensors
-    E = torch.stack([part.mean(dim=0) for part in parts])           # (K, D)
+    E = torch.stack([part.sum(0) if sum_pieces else part.mean(0) for part in parts])    # (K, D)
     not_finite = (~E.isfinite()).any(dim=1).nonzero()
     if len(not_finite):
         raise ValueError(f"the embedding of {words[int(not_finite[0])]!r} is not finite")
@@ -225,10 +225,11 @@ class VLM(nn.Module):
         self.vision_tower = vision_tower
         self.connector = connector
         self.llm = llm
-        # Other files set the next four.
+        # Other files set the next five.
         self.sharded = False                # support/sharding.py: the LLM is cut into pieces
         self.own_parts = set()              # checkpoint.py: parts that the folder holds itself
         self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
+        self.sum_pieces = True              # checkpoint.py: see embed_words
         self.word_frequencies = None        # train.py: float32[K] for words_loss
         self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
                                        config.pool) ** 2

@@ -6,6 +6,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import checkpoint
+import common
 from generate import generate
 import conversation
 import data
@@ -264,9 +265,28 @@ def test_vocab_embeds_are_what_the_llms_module_returns(tiny, llm):
     vlm = make(tiny, llm=llm)
     embed = vlm.llm.get_input_embeddings()
     for k, ids in enumerate(vocab.word_ids(vlm.words, vlm.tokenizer)):
-        torch.testing.assert_close(vlm.connector.vocab_embeds[k], embed(torch.tensor(ids)).mean(0))
+        torch.testing.assert_close(vlm.connector.vocab_embeds[k], embed(torch.tensor(ids)).sum(0))
     if llm == "gemma":
         assert not torch.allclose(vlm.connector.vocab_embeds[0], embed.weight[vocab.word_ids(vlm.words[:1], vlm.tokenizer)[0][0]])
+
+
+def test_a_word_in_pieces_gets_their_sum_and_in_an_old_checkpoint_their_mean(tiny, tmp_path):
+    words = words_of(tiny.qwen, tiny.llama) + ["ĠnotOneToken"]
+    config = model.Config(vision_tower=tiny.clip, llm=tiny.qwen, hidden=28, num_words=len(words))
+    vlm = checkpoint.build(config, words)
+    ids = vocab.word_ids(words[-1:], vlm.tokenizer)[0]
+    rows = vlm.llm.get_input_embeddings()(torch.tensor(ids))
+    assert len(ids) > 1
+    torch.testing.assert_close(vlm.connector.vocab_embeds[-1], rows.sum(0))
+    checkpoint.save(vlm, tmp_path / "new", "pretrain", trained_parts=("connector",))
+    torch.testing.assert_close(checkpoint.load(tmp_path / "new").connector.vocab_embeds[-1], rows.sum(0))
+    metadata = common.read_json(tmp_path / "new" / "config.json")
+    del metadata["sum_pieces"]
+    common.write_json(metadata, tmp_path / "new" / "config.json")
+    old = checkpoint.load(tmp_path / "new")
+    torch.testing.assert_close(old.connector.vocab_embeds[-1], rows.mean(0))
+    checkpoint.save(old, tmp_path / "again", "pretrain", trained_parts=("connector",))      # and it stays so
+    torch.testing.assert_close(checkpoint.load(tmp_path / "again").connector.vocab_embeds[-1], rows.mean(0))
 
 
 def test_nothing_of_a_connector_has_a_dimension_of_the_llm(tiny):

@@ -5,7 +5,6 @@ import sys
 from contextlib import contextmanager
 
 OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
-FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in its folder
 ATTENTION = ("transformers' attn_implementation, such as eager or flash_attention_2; default: "
              "that of the checkpoint, else what the library chooses")
 
@@ -46,17 +45,6 @@ def write_text(text, path):
 def write_json(value, path, indent=1):
     """Write a value as JSON."""
     write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", path)
-
-
-def refuse_inside(out, **paths):
-    """End the process if a path is `out`, or lies in a subfolder of it that a run replaces.
-
-    paths: {what it is: path}. A path may be None or "".
-    """
-    for kind, path in paths.items():
-        place = os.path.relpath(os.path.realpath(path or ""), os.path.realpath(out))
-        if path and place.split(os.sep)[0] in (".", *FOLDERS):
-            sys.exit(f"{kind} {path} is in {out}, where it would be overwritten: name another out")
 
 
 def read_json(path):

@@ -59,6 +59,7 @@ import torch
 
 import checkpoint
 from support import fingerprint
+from support.checks import refuse_inside
 from support.device import own_device
 from support.report import caption_batches, measure, print_report, single_tokens
 
@@ -114,7 +115,7 @@ def main(args):
     out = args.out or f"{os.path.normpath(args.source)}-to-{target}"
     if os.path.exists(f"{out}/config.json") and not args.overwrite:
         sys.exit(f"{out} exists; name another --out or say --overwrite")
-    common.refuse_inside(out, source=args.source, target=args.target,
+    refuse_inside(out, source=args.source, target=args.target,
                          vision_tower=args.vision_tower)
     device = own_device(args.device, most=None)
     dtype = getattr(torch, args.dtype)

@@ -1,12 +1,13 @@
 """
-Settings of train.py that do not fit together are refused here, before a model is loaded.
+What does not fit together is refused here, before a model is loaded: settings of train.py, folders.
 """
 import os
 import sys
 from dataclasses import asdict
 
-import common
 from support import settings
+
+FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in its folder
 
 
 def needs_words(cfg):
@@ -38,7 +39,7 @@ def check(cfg):
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
         sys.exit("hidden is 0, the width of the LLM, but a LangBridge does not know its LLM")
     if cfg.out:
-        common.refuse_inside(cfg.out, init=cfg.init, llm=cfg.llm, vision_tower=cfg.vision_tower)
+        refuse_inside(cfg.out, init=cfg.init, llm=cfg.llm, vision_tower=cfg.vision_tower)
     required = ["out", "data"]
     if cfg.dry_run:
         required = []
@@ -71,3 +72,14 @@ def check_init(cfg, config):
         if cfg.given.get(key) == "the command line":
             sys.exit(f"--{key} does not go with init, which has its own; transfer.py moves a "
                      "connector to another LLM")
+
+
+def refuse_inside(out, **paths):
+    """End the process if a path is `out`, or lies in a subfolder of it that a run replaces.
+
+    paths: {what it is: path}. A path may be None or "".
+    """
+    for kind, path in paths.items():
+        place = os.path.relpath(os.path.realpath(path or ""), os.path.realpath(out))
+        if path and place.split(os.sep)[0] in (".", *FOLDERS):
+            sys.exit(f"{kind} {path} is in {out}, where it would be overwritten: name another out")

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorag
 
 import common
 from support import fingerprint, ranks
+from support.checks import FOLDERS
 from support.ranks import on_rank0
 
 # torch.distributed.checkpoint says this in every run of one process.
@@ -30,7 +31,7 @@ def prepare_out(cfg):
     """Make the run's folder. With --overwrite, remove the old run from it."""
     os.makedirs(cfg.out, exist_ok=True)
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
-        for old in common.FOLDERS:
+        for old in FOLDERS:
             shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
         os.remove(f"{cfg.out}/config.json")         # the last one: it says that there is a run
 

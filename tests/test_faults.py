@@ -39,6 +39,7 @@ from test_fingerprint import edit
 from test_model import make
 from benchmarks.files import load_questions
 from support import needs
+from support.checks import refuse_inside
 from support.hub import load_tokenizer
 
 
@@ -260,7 +261,7 @@ def test_a_model_inside_of_out(path, out, is_refused, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     os.symlink("ck/llm", "link")
     words = [f"source {path} is in {out}, where it would be overwritten"] if is_refused else []
-    expect(outcome(lambda: common.refuse_inside(out, other=None, source=path), capsys), int(is_refused), words)
+    expect(outcome(lambda: refuse_inside(out, other=None, source=path), capsys), int(is_refused), words)
 
 
 def test_float16_is_the_same_llm(checkpoints):

@@ -15,6 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
+from support.checks import refuse_inside
 
 BLANK = (8, 8)              # pixels of the picture that the processor of transformers is tried with
 
@@ -204,7 +205,7 @@ def main():
         common.go_offline()
     if os.path.exists(args.out) and not args.overwrite:
         raise ValueError(f"{args.out} exists; --overwrite replaces it")
-    common.refuse_inside(args.out, checkpoint=args.checkpoint)
+    refuse_inside(args.out, checkpoint=args.checkpoint)
     import torch
     import checkpoint
     from conversation import IMAGE, encode_prompt

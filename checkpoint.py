@@ -43,11 +43,11 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
     """Return a VLM with a new connector, in evaluation mode, no parameter of it trainable.
 
     words: list of K strings, None for an MLP. dtype: of the LLM. frozen_dtype: of E and of the
-    computation, default dtype. tower_dtype: default frozen_dtype. llm: (LLM, tokenizer) if they are
-    loaded already. attention: see load_llm. tower_folder: weights to use instead of those of
-    config.vision_tower. device: one device, or "auto" for all GPUs. shard: each rank holds a piece
-    of the LLM, and every rank must call. sum_pieces: see embed_words. ValueError where a model is
-    not what the config needs.
+    computation; None: the same as dtype. tower_dtype; None: the same as frozen_dtype. llm: (LLM,
+    tokenizer) if they are loaded already. attention: see load_llm. tower_folder: weights to use
+    instead of those of config.vision_tower. device: one device, or "auto" for all GPUs. shard: each
+    rank holds a piece of the LLM, and every rank must call. sum_pieces: see embed_words.
+    ValueError where a model is not what the config needs.
     """
     frozen_dtype = frozen_dtype or dtype
     set_precision(frozen_dtype)
@@ -99,9 +99,10 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     own_parts = vlm.own_parts | {*trained_parts} - {"connector"}
-    if is_writer and os.path.isfile(f"{folder}/config.json"):
+    if is_writer:
         # Without its config.json a mixture of the old and the new checkpoint cannot be loaded.
-        os.remove(f"{folder}/config.json")
+        if os.path.isfile(f"{folder}/config.json"):
+            os.remove(f"{folder}/config.json")
         for part in ("llm", "vision_tower"):
             shutil.rmtree(f"{folder}/{part}", ignore_errors=True)
     for part in ("llm", "vision_tower"):

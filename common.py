@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import contextmanager
 
-OFFLINE = "download nothing: a model is a folder or in the Hugging Face cache, or it is an error"
+OFFLINE = "never download; a model that is no folder and not in the cache is an error"
 ATTENTION = ("transformers' attn_implementation, such as eager or flash_attention_2; default: "
              "that of the checkpoint, else what the library chooses")
 

@@ -201,7 +201,8 @@ def without_images(batch):
     """Return the batch with its images hidden from attention and the positions closed up.
 
     The trained tokens are the same. If a row starts with an image (template "plain" without BOS),
-    its last patch stays visible, because it predicts the first word. All pixels are 0.
+    the last place of the image stays visible, because its output predicts the first word of the
+    caption. All pixels are 0.
     """
     is_image = batch["input_ids"] == IMAGE_ID                           # (B, T)
     front = is_image.cumprod(1).bool()
@@ -225,10 +226,9 @@ def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
     """Return the order of an epoch: one list of sample indices for each optimizer step.
 
     It is a function of (seed, epoch). group is LLaVA's group_by_modality_length: a full batch has
-    only records with an image or only text, sorted by length, so that batch[rank::world] gives each
-    rank about the same work.
-    Samples that fill no batch come last, in one or two short ones. group_batches: how many batches
-    are sorted by length together; more leave less padding.
+    only records with an image, or only text. It is sorted by length, so batch[rank::world] gives
+    each rank about the same work. Samples that fill no batch come last, in one or two short ones.
+    group_batches: how many batches are sorted by length together; more leave less padding.
     """
     import torch
 

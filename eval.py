@@ -276,7 +276,7 @@ def parse_arguments(argv):
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--attention", help=common.ATTENTION)
-    add("--device", help="default: cuda if there is one, else cpu; auto spreads the LLM over all")
+    add("--device", help="default: cuda if there is one, else cpu; auto: the LLM on all GPUs")
     add("--limit", type=int, default=0, help="only the first N questions: a trial, not a score")
     add("--overwrite", action="store_true",
         help="replace answers of another checkpoint or other settings")

@@ -5,9 +5,9 @@ The plain formula keeps several tensors with a score for each patch and word. Ea
 32 pictures at the paper's sizes in float32. The fused version has the scores of one block of words
 at a time. For two pictures at the paper's sizes it takes 1/14 of the plain formula's extra memory
 in float32 and 1/3 in bfloat16. It costs one matrix product more in the backward pass. Therefore
-`choose` takes it for the softmax only where the scores would fill more than a part of the memory,
-see `plain_limit`. Raw scores ("none") are linear, so the products can be made in another order.
-`combine_raw` takes the cheaper order.
+`choose` takes it for the softmax only if the scores would take more than 1/32 of the device's
+memory (`plain_limit`). Raw scores ("none") are linear, so the products can be made in another
+order. `combine_raw` takes the cheaper one.
 
 This is the one file with a hand-made backward pass. You need not read it to understand the method.
 Letters as in model.py, but P counts the patches of all images of a batch together.
@@ -101,8 +101,8 @@ class SoftmaxCombine(torch.autograd.Function):
 
         p_k = exp(s_k - top - log_total)        dL/ds_k = p_k (g . e_k - g . out)
 
-    so the sum over all words is one number for each patch. Subtract top first, then log_total. At a
-    top of 1e4 their sum in float32 is off by 5e-4, and every p_k would have this relative error.
+    so the sum over all words is one number for each patch. Subtract top first, then log_total.
+    Their sum in float32 would be off by 5e-4 at a top of 1e4, and so would every p_k, relatively.
     """
 
     @staticmethod

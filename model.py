@@ -45,9 +45,9 @@ LOSS_ROWS = 2048
 class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize: how scores become weights, see `word_weights`. temperature: scores are divided by it
-    before that; below 1, fewer words share a patch. plain_bytes: softmax scores of more bytes than
-    this are computed by fused.py; 0 means 1/32 of the device's memory.
+    normalize: how scores become weights, see `word_weights`. The weights are those of the scores
+    divided by `temperature`; below 1, fewer words share a patch. plain_bytes: if the scores would
+    take more bytes than this, fused.py computes the softmax in blocks; 0: 1/32 of the memory.
     At the paper's sizes the connector has 129,790,720 parameters.
     """
 
@@ -87,9 +87,11 @@ def word_weights(scores, normalize):
     To try another normalisation, add its name to NORMALIZE and its formula here. Do not edit these
     two formulas: fused.py holds them again.
     """
+    if normalize == "softmax":
+        return scores.softmax(dim=-1)       # the paper's text
     if normalize == "none":
         return scores                       # the released code: scores of any sign
-    return scores.softmax(dim=-1)           # the paper's text
+    raise ValueError(f"word_weights has no formula for normalize {normalize!r}")
 
 
 def combine(z, W, b, E, normalize):
@@ -106,15 +108,18 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
     """Return the words loss of one sample, summed over the words of its answer: float32 scalar.
 
     scores float[N, P, K]: the patches of one sample's N images. targets int64[n]: the words of the
-    answer. frequencies float[K]: how often each word is in all answers, sum 1. p(word | patch) is
-    a softmax of the scores at temperature 1. This loss is this project's own and needs no LLM.
+    answer. frequencies float[K]: how often each word is in all answers, sum 1. This loss is this
+    project's own and needs no LLM. With p(word | patch), the softmax at temperature 1, it is
 
-    Each word needs a patch: -log p(word), where p is (1 - background) * the mean over patches of
-    p(word | patch) + background * frequency. The mean lets each patch name another word. The
-    frequency explains "a" and "the", which are in every answer and which no patch should say.
-    Each patch needs a word: n * patch_weight * the mean over patches of
-    -log(sum over targets of p(word | patch) / frequency). Without this part a patch that explains
-    no word gets hardly a gradient. The factor n gives both parts one scale.
+        sum over targets of  -log((1 - background) * mean over patches of p(word | patch)
+                                  + background * frequency)
+        + n * patch_weight * mean over patches of
+                             -log(sum over targets of p(word | patch) / frequency)
+
+    The first part gives each word a patch. The mean lets each patch name another word. The
+    frequency explains "a" and "the", which are in every answer and which no patch should say. The
+    second part gives each patch a word. Without it a patch that explains no word gets hardly a
+    gradient. The factor n gives both parts one scale.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)

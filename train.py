@@ -1,6 +1,6 @@
 """
 Train one stage of a VLM. "words" trains the connector without the LLM, "pretrain" the connector on
-a frozen LLM, "sft" both. STAGES below has all stages.
+a frozen LLM, "sft" connector and LLM, and "sft_tower" the vision tower, too.
 
     python train.py config/pocket/pretrain.py [--key=value ...]
     torchrun --nproc_per_node=8 train.py config/paper/pretrain.py --out=out/pretrain
@@ -41,7 +41,7 @@ STOPPED = 75        # exit status of a run that saved itself after SIGTERM or SI
 
 @dataclass
 class Settings:
-    stage: str = setting("pretrain", "what trains, see STAGES", choices=tuple(STAGES))
+    stage: str = setting("pretrain", "what trains, see above", choices=tuple(STAGES))
     out: str = setting("", "the checkpoint folder to write")
     init: str = setting("", "start from this checkpoint's connector, LLM and vision tower")
     # The model. With init the checkpoint has these settings; only tiles may be changed.
@@ -51,7 +51,7 @@ class Settings:
     num_words: int = setting(0, "use only this many words, the first; 0 means all", low=0)
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
-    normalize: str = setting("softmax", "how scores become weights, see model.NORMALIZE")
+    normalize: str = setting("softmax", "how scores become weights: softmax or none")
     temperature: float = setting(1.0, "divides the scores before they become weights", low=1e-3)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))
@@ -70,8 +70,8 @@ class Settings:
     group: bool = setting(False, "batches of one modality, sorted by length; LLaVA's")
     group_batches: int = setting(1, "with group: steps that are sorted by length together; more "
                                     "leave less padding", low=1)
-    pack: bool = setting(False, "the samples of a micro-batch form one row without padding; for "
-                                "an attention that skips what a sample must not see")
+    pack: bool = setting(False, "the samples of a micro-batch form one row without padding; "
+                                "fast with an attention such as flash_attention_2")
     on_bad: str = setting("stop", "stop at a sample that cannot be used, or skip and count it",
                           choices=("stop", "skip"), free=True)
     bad_limit: int = setting(100, "stop if more samples than this are skipped", low=0, free=True)
@@ -85,10 +85,10 @@ class Settings:
     connector_lr: float = setting(1e-3, "learning rate of the connector", low=0)
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
-    words_loss: float = setting(0.0, "weight of the words loss in LLM stages; for softmax", low=0)
-    words_background: float = setting(0.9, "weight of the background in the words loss; 0: none",
+    words_loss: float = setting(0.0, "weight of the words loss in the stages after words", low=0)
+    words_background: float = setting(0.9, "part of a word's probability that its frequency gives",
                                       low=0, high=0.99)
-    words_patch_weight: float = setting(0.0, "weight of the words loss's second part", low=0)
+    words_patch_weight: float = setting(0.0, "weight of the words loss's part for patches", low=0)
     warmup: float = setting(0.03, "part of the steps in which the rate rises", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
     beta1: float = setting(0.9, "AdamW's")
@@ -98,8 +98,8 @@ class Settings:
                                      "auto: bfloat16 if the hardware has it, else float32",
                          choices=("bfloat16", "float32", "auto"))
     attention: str = setting("", common.ATTENTION)
-    plain_bytes: int = setting(0, "bytes of softmax scores, as float32, up to which the plain "
-                                  "formula runs; 0: 1/32 of the memory", low=0)
+    plain_bytes: int = setting(0, "above so many bytes of scores fused.py computes the softmax: "
+                                  "less memory, slower; 0: 1/32 of the memory", low=0)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first "
                                    "step; on a CPU in bfloat16 attention=eager is faster still")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
@@ -112,8 +112,8 @@ class Settings:
     seed: int = setting(42, "of the new connector and of the order of the data")
     # The log and the checkpoints.
     log_every: int = setting(1, "steps between two printed lines", low=1, free=True)
-    probe_every: int = setting(50, "steps between two losses without the image; 0, or with "
-                               "pack: never", low=0, free=True)
+    probe_every: int = setting(50, "steps between two losses without the image; 0: never, as "
+                               "with pack and in stage words", low=0, free=True)
     save_every: int = setting(500, "steps between two states to resume from", low=1, free=True)
     snapshots: tuple = setting((), "keep a checkpoint before these steps, such as 100,1000",
                                free=True)
@@ -158,7 +158,7 @@ from support.device import check_compiler
 from support.log import averages, log_step, open_log, parts_table, plot_loss
 from support.ranks import (clip_gradients, leave, on_rank0, reduce_gradients, setup_ranks, sum_up,
                            wait_for_all)
-from support.resume import prepare_out, resume, save_state
+from support.resume import remove_old_run, resume, save_state
 from support.tower import freeze_unreached
 
 
@@ -275,7 +275,7 @@ def main(cfg):
     device = setup_ranks(cfg)
     if cfg.global_batch % ranks.world:
         sys.exit(f"global_batch {cfg.global_batch} does not divide by {ranks.world} ranks")
-    on_rank0(lambda: prepare_out(cfg))
+    os.makedirs(cfg.out, exist_ok=True)
     set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
     vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
@@ -290,9 +290,12 @@ def main(cfg):
         vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
+    on_rank0(lambda: remove_old_run(cfg))           # late: a mistake until here costs no old run
     start, skipped = resume(vlm, optimizer, hashes, cfg)
     print_rank0(parts_table(vlm, cfg))
     steps = data.plan(dataset, cfg)
+    if max(cfg.snapshots, default=0) >= len(steps):
+        sys.exit(f"snapshots {cfg.snapshots}: the steps of this run are 0 to {len(steps) - 1}")
     batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)
                for indices in steps]
     remaining = sum(batches[start:], [])

@@ -3,12 +3,12 @@ Move a trained LangBridge to another LLM, without training.
 
     python transfer.py SRC TGT [--out DIR] [--eval DATA.json]
 
-SRC is a checkpoint folder of any stage. The paper has "Pretrain-LB", of pretrain, and "SFT-LB", of
-sft. TGT is a causal LLM, a hub name or a folder. The tensors of the connector and the list of words
-move. The LLM, its tokenizer and E are replaced: E becomes the new LLM's own input embeddings of the
-same words. The new checkpoint works as it is. `train.py config/pocket/sft.py --init=DIR --out=...`
-trains it on.
---eval measures source and target on captioned images, --tasks on benchmarks. Nothing is trained.
+SRC is a checkpoint folder of any stage. The paper calls a move after stage pretrain "Pretrain-LB",
+and one after sft "SFT-LB". TGT is a causal LLM, a hub name or a folder. The tensors of the
+connector and the list of words move. The LLM, its tokenizer and E are replaced: E becomes the new
+LLM's own input embeddings of the same words. The new checkpoint works as it is.
+`train.py config/pocket/sft.py --init=DIR --out=...` trains it on. --eval measures source and target
+on captioned images, --tasks on benchmarks. Nothing is trained.
 
 An MLP connector knows its LLM and has no words. --map words.json can still move it, as a
 baseline, see tools/map_mlp.py.
@@ -59,7 +59,7 @@ import torch
 
 import checkpoint
 from support import fingerprint
-from support.checks import refuse_inside
+from support.checks import refuse_existing, refuse_inside
 from support.device import own_device
 from support.report import caption_batches, measure, print_report, single_tokens
 
@@ -113,10 +113,8 @@ def main(args):
         sys.exit(f"--map is for an MLP, and {args.source} has a LangBridge, which moves without it")
     target = os.path.basename(os.path.normpath(args.target))
     out = args.out or f"{os.path.normpath(args.source)}-to-{target}"
-    if os.path.exists(f"{out}/config.json") and not args.overwrite:
-        sys.exit(f"{out} exists; name another --out or say --overwrite")
-    refuse_inside(out, source=args.source, target=args.target,
-                         vision_tower=args.vision_tower)
+    refuse_existing(out, args.overwrite)
+    refuse_inside(out, source=args.source, target=args.target, vision_tower=args.vision_tower)
     device = own_device(args.device, most=None)
     dtype = getattr(torch, args.dtype)
     images = args.images or os.path.join(os.path.dirname(args.eval or ""), "images")

@@ -29,6 +29,8 @@ def results_table(rows, over_seeds=False):
     if over_seeds:
         names = dict.fromkeys(name for name, _ in rows)
         runs = [(name, [results for other, results in rows if other == name]) for name in names]
+        runs = [(name if len(seeds) > 1 else f"{name} (one seed, ± standard error)", seeds)
+                for name, seeds in runs]
     else:
         runs = [(name, [results]) for name, results in rows]
     title = "mean ± standard deviation over seeds" if over_seeds else ""

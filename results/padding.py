@@ -59,7 +59,7 @@ def padding(steps, tokens, world, batch_size, pack):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--part", type=int, default=8, help="simulate 1/8 of the records")
+    parser.add_argument("--part", type=int, default=8, help="simulate 1/PART of the records")
     args = parser.parse_args()
     tokens, lengths = simulate(args.part)
     dataset = types.SimpleNamespace(lengths=lengths)

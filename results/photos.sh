@@ -91,6 +91,23 @@ fewer 112-pixels-476-steps --words_patch_weight=0 --temperature=1 --image_size=1
     --max_steps=476 --features="$OUT/features112"
 measure smollm2-4-epochs="$OUT/words-4-epochs" --number 96 --prompt
 
+# Stage 2 on captions: one caption of each of 2,560 photographs, 160 steps.
+"$PYTHON" -c "
+import json, random
+records = {}
+for record in json.load(open('$DATA/captions_train.json')):
+    records.setdefault(record['image'], []).append(record)
+random.seed(0)
+names = sorted(records)
+random.shuffle(names)
+one_each = [random.choice(records[name]) for name in names[:2560]]
+json.dump(one_each, open('$OUT/one-each.json', 'w'))"
+for name in words-42 mlp; do
+    train "captions-$name" config/photos/questions.py --init="$OUT/$name" $HERE \
+        --data="$OUT/one-each.json" --image_mode=crop --global_batch=16 --batch_size=16
+    measure captions-$name="$OUT/captions-$name" --number 96
+done
+
 ROOMS="--images=$QUESTIONS/images --features=$OUT/questions-features"
 train question-words config/photos/words.py --init="$OUT/words-42" $ROOMS \
     --data="$QUESTIONS/answers.json" --image_mode=pad --epochs=8 --connector_lr=1e-3

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 
+from common import print_rank0
 from support import settings
 
 FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in its folder
@@ -52,6 +53,8 @@ def check(cfg):
             sys.exit(f"{key} is not set: give it in the config file or as --{key}=...")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
         sys.exit(f"{cfg.out} holds a finished run; --overwrite trains it again")
+    if not (cfg.dry_run or os.path.isdir(f"{cfg.out}/state")):
+        refuse_existing(cfg.out, cfg.overwrite)
 
 
 def check_init(cfg, config):
@@ -60,6 +63,10 @@ def check_init(cfg, config):
         is_free = key in ("llm", "vision_tower", "tiles")
         if key in cfg.given and not is_free and getattr(cfg, key) != value:
             sys.exit(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
+    for key in ("llm", "vision_tower"):
+        if key in cfg.given and getattr(cfg, key) != getattr(config, key):
+            print_rank0(f"note: {key} of the config file is not used: {cfg.init} has "
+                        f"{getattr(config, key)}")
     if needs_words(cfg) and config.connector == "mlp":
         sys.exit(f"the words loss needs the words of a LangBridge, and {cfg.init} has an MLP")
     if needs_words(cfg) and config.normalize == "none":
@@ -72,6 +79,16 @@ def check_init(cfg, config):
         if cfg.given.get(key) == "the command line":
             sys.exit(f"--{key} does not go with init, which has its own; transfer.py moves a "
                      "connector to another LLM")
+
+
+def refuse_existing(out, overwrite):
+    """End the process if `out` has what a checkpoint replaces, unless `overwrite` allows it.
+
+    A save that was killed leaves an llm/ without config.json. A user's folder may have one, too.
+    """
+    for name in ("config.json", "llm", "vision_tower"):
+        if os.path.exists(f"{out}/{name}") and not overwrite:
+            sys.exit(f"{out}/{name} exists; name another --out or say --overwrite")
 
 
 def refuse_inside(out, **paths):

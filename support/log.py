@@ -73,7 +73,7 @@ def plot_loss(path, out):
             axes.plot(*zip(*points), style, lw=1, ms=3, label=label)
     # With words_patch_weight the words loss can be below 0.
     is_positive = all(line.get_ydata().min() > 0 for line in axes.lines)
-    axes.set(xlabel="step", ylabel="nats per trained token",
+    axes.set(xlabel="step", ylabel="nats per trained token, or per word in stage words",
              yscale="log" if is_positive else "linear")
     axes.legend()
     figure.savefig(out, dpi=120, bbox_inches="tight")

@@ -158,7 +158,7 @@ def sum_up(sums, trainable):
 
 
 def reduce_gradients(trainable, grad_counts, tokens, images):
-    """Turn the gradients of all ranks' sums into that of the mean over `tokens`, on every rank.
+    """Sum the gradients over all ranks and divide them by `tokens`, the number in all of them.
 
     grad_counts: see sum_up. A parameter without a gradient on a rank counts as 0 there.
     SystemExit names a parameter that no rank's loss reached.

@@ -27,9 +27,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 FILE_TENSORS = 8            # of a state, in one of its files
 
 
-def prepare_out(cfg):
-    """Make the run's folder. With --overwrite, remove the old run from it."""
-    os.makedirs(cfg.out, exist_ok=True)
+def remove_old_run(cfg):
+    """Remove a finished run from the folder of this one."""
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
         for old in FOLDERS:
             shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)

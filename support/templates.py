@@ -20,7 +20,8 @@ IMAGE = "<image>"                       # the placeholder of an image in a text
 IMAGE_ID = -200                         # LLaVA's id of an image, here for each image embed
 
 # Chat templates besides the tokenizer's own. "chat" is for a tokenizer without one. "plain" is
-# LLaVA's stage 1: image, caption and a newline.
+# LLaVA's stage 1: image, caption and a newline. A name of your own is for training only, because
+# eval.py asks with "chat". Let its answers end with a newline or a control token.
 TEMPLATES = {
     "chat": "{{ bos }}{% for m in messages %}{% if m.role == 'user' %}{{ 'USER:\n' }}{% endif %}"
             "{% if m.role == 'assistant' %}{{ 'ASSISTANT:\n' + m.content + eos_token|default('') }}"
@@ -109,7 +110,7 @@ def texts(messages, tokenizer, template):
                 if not CONTROL.search(gap):
                     raise ValueError("the tokenizer has no end-of-sequence token, "
                                      "so that no answer could end")
-            end = CONTROL.search(gap)
+            end = CONTROL.search(gap) or re.search("\n", gap)
             answers.append((start, len(text) + (end.end() if end else len(gap))))
         # The first template of Llama-3 always ends with the opening of one more answer. Cut it off
         # after the token that ends the turn.

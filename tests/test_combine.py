@@ -50,7 +50,7 @@ def off(result, reference):
     return [((r.double() - e).abs().max() / e.abs().max()).item() for r, e in zip(result, reference)]
 
 
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 def test_the_readable_formula_in_model_is_the_same_function(normalize):
     """model.combine is what a reader checks by eye; here it is checked against the plain chain and the fused version."""
     *inputs, g = tensors(2, 3, 50)
@@ -59,7 +59,7 @@ def test_the_readable_formula_in_model_is_the_same_function(normalize):
     assert max(off(with_gradients(combine, *inputs, g, normalize), [t.double() for t in result])) < 3e-6
 
 
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 @pytest.mark.parametrize("leading", [(1,), (40,), (2, 3, 50)])      # "none" in either order: 40 rows, 300 rows
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 def test_equals_float64_forward_and_backward(normalize, leading, dtype, limit):
@@ -71,7 +71,7 @@ def test_equals_float64_forward_and_backward(normalize, leading, dtype, limit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 def test_no_worse_than_the_plain_chain(normalize, dtype):
     """Errors beside those of the plain chain in the same dtype: blocks cost no precision."""
     *inputs, g = tensors(120, dtype=dtype, K=1999)
@@ -106,13 +106,13 @@ def test_extreme_scores(dtype, limit):
         assert max(off(result[:3:2], exact(z, W, b, E, g, "softmax")[:3:2])) < limit     # dz is 0 here: W is
 
 
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 def test_gradcheck(normalize):
     z, W, b, E, _ = tensors(2, 3, dtype=torch.float64, K=131, H=5, D=4)
     assert torch.autograd.gradcheck(lambda *t: combine(*t, E, normalize), (z, W, b))
 
 
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 @pytest.mark.parametrize("rows", [40, 300])
 def test_autocast(normalize, rows):
     """bfloat16 from float32 masters: the result is bfloat16, the gradients are the masters' float32."""
@@ -126,7 +126,7 @@ def test_autocast(normalize, rows):
     assert max(off(result, exact(*inputs, g, normalize))) < 2e-2
 
 
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 @pytest.mark.parametrize("z_dtype, E_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_mixed_dtypes(normalize, z_dtype, E_dtype):
     """Everything is computed in z's dtype, whatever W, b and E are held in."""
@@ -137,7 +137,7 @@ def test_mixed_dtypes(normalize, z_dtype, E_dtype):
     assert max(off(result, exact(z, W, b, E, g, normalize))) < (3e-6 if z_dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 def test_only_the_gradients_asked_for(normalize):
     z, W, b, E, g = tensors(40)
     full = with_gradients(combine, z, W, b, E, g, normalize)
@@ -249,7 +249,7 @@ def test_without_autocast_e_of_another_dtype_is_cast(monkeypatch):
     assert ran == ["plain"] and max(off(result, exact(*inputs, g, "softmax"))) < 3e-6
 
 
-@pytest.mark.parametrize("normalize", model.NORMALIZE)
+@pytest.mark.parametrize("normalize", ("softmax", "none"))
 @pytest.mark.parametrize("plain_bytes", [1, 1 << 30])
 def test_the_temperature_divides_the_scores_of_the_weights_alone(normalize, plain_bytes):
     """Scores / temperature become the weights, by both formulas; the scores themselves, which the words loss reads, stay."""

@@ -16,6 +16,7 @@ import model
 import vocab
 from common import read_json
 from support import pretrained, sharding
+from support.checks import needs_words
 from support.log import parts_table
 from support.tiles import check_tiles, tile_layout
 from support.tower import pooled_side, side_of
@@ -155,6 +156,8 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
         is_small = 4 * patches * config.num_words <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
         if config.normalize != "none" and (config.normalize != "softmax" or is_small):
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
+        if needs_words(cfg):                        # its scores and their log_softmax, in float32
+            scores += patches * config.num_words * 8
         E = config.num_words * D * width
     logits = min(model.LOSS_ROWS, tokens - samples * P) * embedding.num_embeddings * 12
     if cfg.stage == "words":                        # the LLM does not run

@@ -15,8 +15,8 @@ images = "data"                                         # 760,000 to 790,000 rec
 template = "chat"                                       # the release: qwen_1_5
 max_length = 32768                                      # Qwen2-7B has as many positions
 group = True                                            # group_by_modality_length
-global_batch = 128                                      # not published: 4 a GPU on an unknown
-batch_size = 4                                          # number of GPUs. 128 is LLaVA-1.5's
+batch_size = 4                                          # the release, on an unknown number of GPUs
+global_batch = 128                                      # not published; 128 is LLaVA-1.5's
 shard = True                                            # FSDP2: an LLM in float32 with AdamW
 checkpointing = True                                    # LLaVA-1.5
 # Defaults of train.py that the scripts have, too: 1 epoch, AdamW without decay, warmup 0.03, clip

@@ -286,6 +286,9 @@ def main(cfg):
     optimizer = make_optimizer(vlm, cfg)
     trainable = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
     dataset, hashes = make_dataset(vlm, cfg)
+    steps = data.plan(dataset, cfg)
+    if max(cfg.snapshots, default=0) >= len(steps):
+        sys.exit(f"snapshots {cfg.snapshots}: the steps of this run are 0 to {len(steps) - 1}")
     if needs_words(cfg):
         vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:
@@ -293,9 +296,6 @@ def main(cfg):
     on_rank0(lambda: remove_old_run(cfg))           # late: a mistake until here costs no old run
     start, skipped = resume(vlm, optimizer, hashes, cfg)
     print_rank0(parts_table(vlm, cfg))
-    steps = data.plan(dataset, cfg)
-    if max(cfg.snapshots, default=0) >= len(steps):
-        sys.exit(f"snapshots {cfg.snapshots}: the steps of this run are 0 to {len(steps) - 1}")
     batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)
                for indices in steps]
     remaining = sum(batches[start:], [])

@@ -295,6 +295,8 @@ def test_table_and_compare(world, capsys):
     assert capsys.readouterr().out.count("| ckpt |") == 2
     program.main(["--table", str(a), str(b / "results.json"), "--mean"])            # two seeds of one thing
     assert "| ckpt | 100.0 ± 0.0 |" in capsys.readouterr().out
+    program.main(["--table", str(a), "--mean"])                                      # one seed has no deviation
+    assert "| ckpt (one seed, ± standard error) | 100.0 ± 0.0 |" in capsys.readouterr().out
     (a / "pope.scores.json").write_text('{"1": 1}')
     with pytest.raises(ValueError, match="same questions"):
         program.main(["--compare", str(a), str(b)])

@@ -364,6 +364,12 @@ def test_another_normalisation_is_a_name_and_a_formula(tiny, monkeypatch):
     assert vlm.connector.to_scores.weight.grad.abs().sum() > 0
 
 
+def test_a_name_without_a_formula_is_no_softmax(tiny, monkeypatch):
+    monkeypatch.setattr(model, "NORMALIZE", (*model.NORMALIZE, "relu"))
+    with pytest.raises(ValueError, match="no formula for normalize 'relu'"):
+        make(tiny, normalize="relu")(data.collate(samples(make(tiny).tokenizer), pad_id=0))
+
+
 def test_a_checkpoint_over_another_leaves_none_of_its_llm(tiny, tmp_path):
     checkpoint.save(make(tiny, llm="qwen"), str(tmp_path / "ck"), "sft", ("connector", "llm"))
     moved = make(tiny, llm="llama")

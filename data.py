@@ -34,8 +34,7 @@ class Conversations:
     max_length: a sample keeps its first max_length tokens; None keeps all.
     image_names: for each record its image names; none for a record that is malformed.
     word_of_id: {id: index of the shared word that the id is}, for "words".
-    features: a folder with the patches of each picture, to use instead of pixels; see
-        support/features.py.
+    features: a folder of patches to use instead of pixels, see support/features.py.
     tiles: see model.Config. With tiles an image is n rows of "images" and not one.
     [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
         "images": float32[n, 3, S, S], "picture_sizes": [(width, height), ...]}, or a BadSample that
@@ -201,8 +200,7 @@ def without_images(batch):
     """Return the batch with its images hidden from attention and the positions closed up.
 
     The trained tokens are the same. If a row starts with an image (template "plain" without BOS),
-    the last place of the image stays visible, because its output predicts the first word of the
-    caption. All pixels are 0.
+    the image's last place stays visible, because its output predicts the first word. Pixels are 0.
     """
     is_image = batch["input_ids"] == IMAGE_ID                           # (B, T)
     front = is_image.cumprod(1).bool()

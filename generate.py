@@ -89,9 +89,13 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
 
     A prefix is the ids up to the last image token, and the numbers of the images. The arguments
     are those of `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the
-    number of ids of each image. The cache covers columns 0 to C - 1; in every prompt the text after
-    the images starts at column C or later. The result is None if no two prompts share a
-    prefix, if C is 0, or if the LLM has layers of a type that cannot be copied.
+    number of ids of each image. Two prompts with one prefix (I) and other texts:
+
+        . . I I I a a       Column C = 4 is the first that has text in some row. The cache covers
+        . I I I b b b       columns 0 to C - 1. The last I of the first row is computed again.
+
+    The result is None if no two prompts share a prefix, if C is 0, or if the LLM has layers of a
+    type that cannot be copied.
     """
     B, T = mask.shape
     remaining_images = iter(image_index)
@@ -120,8 +124,7 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
             position_ids=position[rows, :columns], use_cache=True,
             **{cache_argument(decoder): cache})
     # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
-    # prefix starts further right. Its patches from column C on are computed again.
-    # There must be no gap between the tokens of a row, because a sliding window counts columns.
+    # prefix starts further right. A row has no gap, because a sliding window counts columns.
     sources = [longest[prefix] for prefix in prefixes]
     row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
     shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]

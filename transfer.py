@@ -10,8 +10,7 @@ LLM's own input embeddings of the same words. The new checkpoint works as it is.
 `train.py config/pocket/sft.py --init=DIR --out=...` trains it on. --eval measures source and target
 on captioned images, --tasks on benchmarks. Nothing is trained.
 
-An MLP connector knows its LLM and has no words. --map words.json can still move it, as a
-baseline, see tools/map_mlp.py.
+An MLP has no words. --map words.json can still move it, as a baseline, see tools/map_mlp.py.
 """
 import argparse
 import os

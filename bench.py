@@ -441,41 +441,6 @@ def bench_llava_step(tower, llm, side, images, dtype, stage):
     yield "extra memory by LLaVA's", memory["ours, MB"] / memory["LLaVA, MB"], "", memory
 
 
-def bench_lengths(tower, llm, side, images=4, ranks=32, draws=3):
-    """Measure stage 2 on texts as long as those of mix665k, see results/padding.py.
-
-    LLaVA has its own order of the data, and ours has --group_batches=64 and --compile. Each side
-    computes `draws` micro-batches of one of `ranks` ranks. Only tokens that are no padding count.
-    """
-    from results.padding import simulate
-    tokens, lengths = simulate(part=64)
-    dataset = types.SimpleNamespace(lengths=lengths)
-    vlm = random_vlm(tower, llm, side, torch.bfloat16)
-    vlm.llm.float().requires_grad_(True)
-    torch._dynamo.reset()
-    vlms = {"LLaVA": vlm, "LLaVA, compiled": compiled(vlm), "ours": vlm,
-            "ours, compiled": compiled(vlm)}
-    calls, counts = {}, {}
-    for way, own_vlm in vlms.items():
-        steps_of_epoch = data.global_batches(dataset, images * ranks, 0, 1, True,
-                                             64 if "ours" in way else 1)
-        with_images = [step for step in steps_of_epoch if lengths[step[0]] > 0]
-        for i, step in enumerate(with_images[:draws]):
-            sizes = [tokens[index] for index in step[::ranks]]
-            batch = make_batch(own_vlm, [size - vlm.num_patches for size in sizes])
-            attention = "eager" if "compiled" in way else "sdpa"    # the faster one on a CPU
-            calls[way, i] = steps(own_vlm, batch, "bfloat16", attention)[way.split(",")[0]]
-            counts[way, i] = sum(sizes)
-    t = take_turns(calls, most=2)
-    speed = {way: sum(counts[way, i] for i in range(draws))
-             / sum(statistics.median(t[way, i]) for i in range(draws)) for way in vlms}
-    detail = {f"tokens a second, {way}": value for way, value in speed.items()}
-    yield ("tokens a second, ours with --compile by LLaVA's plain loop",
-           speed["ours, compiled"] / speed["LLaVA"], ">= 2.5", detail)
-    yield ("tokens a second, both compiled", speed["ours, compiled"] / speed["LLaVA, compiled"])
-    yield "tokens a second, none compiled", speed["ours"] / speed["LLaVA"]
-
-
 def bench_pool():
     """Measure what it brings to pool 24 x 24 patches before the connector."""
     calls = {}
@@ -598,7 +563,6 @@ def parts():
         name = f"step, Qwen2-0.5B, {images} x 576 patches, bfloat16"
         found[name] = bench_connectors, *paper, 336, images
     found["eval, SmolLM2-135M, 576 patches, float32"] = bench_eval, *small, 336
-    found["step, sft, SmolLM2-135M, lengths of mix665k, bfloat16"] = bench_lengths, *small, 336
     return found
 
 

@@ -69,8 +69,8 @@ class LangBridge(nn.Module):
         z = self.mlp(patches) / self.temperature                    # (N, P, Dv) -> (N, P, H)
         W, b, E = self.to_scores.weight, self.to_scores.bias / self.temperature, self.vocab_embeds
         # `combine` below, or the same function with less memory.
-        function = fused.choose(combine, z, len(W), self.normalize, self.plain_bytes)
-        return function(z, W, b, E, self.normalize)                 # (N, P, H) -> (N, P, D)
+        best_combine = fused.choose(combine, z, len(W), self.normalize, self.plain_bytes)
+        return best_combine(z, W, b, E, self.normalize)             # (N, P, H) -> (N, P, D)
 
     def scores(self, patches):
         """Return each word's score in each patch: float[N, P, Dv] -> float32[N, P, K]."""

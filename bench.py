@@ -441,6 +441,41 @@ def bench_llava_step(tower, llm, side, images, dtype, stage):
     yield "extra memory by LLaVA's", memory["ours, MB"] / memory["LLaVA, MB"], "", memory
 
 
+def bench_lengths(tower, llm, side, images=4, ranks=32, draws=2):
+    """Measure stage 2 on texts as long as those of mix665k, see results/padding.py.
+
+    LLaVA has its own order of the data, and ours has --group_batches=64 and --compile. Each side
+    computes `draws` micro-batches of one of `ranks` ranks. Only tokens that are no padding count.
+    """
+    from results.padding import simulate
+    tokens, lengths = simulate(part=64)
+    dataset = types.SimpleNamespace(lengths=lengths)
+    vlm = random_vlm(tower, llm, side, torch.bfloat16)
+    vlm.llm.float().requires_grad_(True)
+    torch._dynamo.reset()
+    vlms = {"LLaVA": vlm, "LLaVA, compiled": compiled(vlm), "ours": vlm,
+            "ours, compiled": compiled(vlm)}
+    counts, times = dict.fromkeys(vlms, 0), dict.fromkeys(vlms, 0.0)
+    for i in range(draws):              # one after the other, because AdamW's moments take memory
+        calls = {}
+        for way, own_vlm in vlms.items():
+            order = data.global_batches(dataset, images * ranks, 0, 1, True,
+                                        64 if "ours" in way else 1)
+            step = [step for step in order if lengths[step[0]] > 0][i]
+            sizes = [tokens[index] for index in step[::ranks]]
+            counts[way] += sum(sizes)
+            batch = make_batch(own_vlm, [size - vlm.num_patches for size in sizes])
+            calls[way] = steps(own_vlm, batch, "bfloat16")[way.split(",")[0]]
+        for way, seconds_of_way in take_turns(calls, most=2).items():
+            times[way] += statistics.median(seconds_of_way)
+    speed = {way: counts[way] / times[way] for way in vlms}
+    detail = {f"tokens a second, {way}": value for way, value in speed.items()}
+    yield ("tokens a second, ours with --compile by LLaVA's plain loop",
+           speed["ours, compiled"] / speed["LLaVA"], ">= 2.5", detail)
+    yield ("tokens a second, both compiled", speed["ours, compiled"] / speed["LLaVA, compiled"])
+    yield "tokens a second, none compiled", speed["ours"] / speed["LLaVA"]
+
+
 def bench_pool():
     """Measure what it brings to pool 24 x 24 patches before the connector."""
     calls = {}
@@ -563,6 +598,7 @@ def parts():
         name = f"step, Qwen2-0.5B, {images} x 576 patches, bfloat16"
         found[name] = bench_connectors, *paper, 336, images
     found["eval, SmolLM2-135M, 576 patches, float32"] = bench_eval, *small, 336
+    found["step, sft, SmolLM2-135M, lengths of mix665k, bfloat16"] = bench_lengths, *small, 336
     return found
 
 

@@ -125,3 +125,14 @@ def test_llava_step_reports_speed_and_memory(dtype, stage, monkeypatch):
     assert floor[3]["images"] == 3 and speed[2] == ">= 1.7" and len(made) > 1
     # LLaVA has the logits of 60 positions in memory, and this code those of 24.
     assert 0 < memory[1] < 1
+
+
+def test_lengths_of_stage_2_count_tokens_without_padding(monkeypatch):
+    def simulate(part):
+        tokens = [num_patches + 3 + i % 20 for i in range(400)]
+        return tokens, [n if i % 5 else -n for i, n in enumerate(tokens)]
+    num_patches = bench.random_vlm(*configs(), side=24, dtype=torch.float32).num_patches
+    monkeypatch.setattr("results.padding.simulate", simulate)
+    monkeypatch.setattr("torch.nn.Module.compile", lambda block, **options: None)
+    rows = list(bench.bench_lengths(*configs(), side=24, images=2, ranks=2, draws=2))
+    assert [row[1] > 0 for row in rows] == [True] * 3 and rows[0][2] == ">= 2.5"

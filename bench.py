@@ -455,17 +455,19 @@ def bench_lengths(tower, llm, side, images=4, ranks=32, draws=2):
     torch._dynamo.reset()
     vlms = {"LLaVA": vlm, "LLaVA, compiled": compiled(vlm), "ours": vlm,
             "ours, compiled": compiled(vlm)}
+    orders = {}
+    for whose, group_batches in (("LLaVA", 1), ("ours", 64)):
+        order = data.global_batches(dataset, images * ranks, 0, 1, True, group_batches)
+        orders[whose] = [step for step in order if lengths[step[0]] > 0]
     counts, times = dict.fromkeys(vlms, 0), dict.fromkeys(vlms, 0.0)
     for i in range(draws):              # one after the other, because AdamW's moments take memory
         calls = {}
         for way, own_vlm in vlms.items():
-            order = data.global_batches(dataset, images * ranks, 0, 1, True,
-                                        64 if "ours" in way else 1)
-            step = [step for step in order if lengths[step[0]] > 0][i]
-            sizes = [tokens[index] for index in step[::ranks]]
+            whose = way.split(",")[0]
+            sizes = [tokens[index] for index in orders[whose][i][::ranks]]
             counts[way] += sum(sizes)
             batch = make_batch(own_vlm, [size - vlm.num_patches for size in sizes])
-            calls[way] = steps(own_vlm, batch, "bfloat16")[way.split(",")[0]]
+            calls[way] = steps(own_vlm, batch, "bfloat16")[whose]
         for way, seconds_of_way in take_turns(calls, most=2).items():
             times[way] += statistics.median(seconds_of_way)
     speed = {way: counts[way] / times[way] for way in vlms}

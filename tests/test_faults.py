@@ -649,6 +649,19 @@ def test_a_question_that_holds_the_mark_of_an_image(tiny):
         needs.ask(vlm, "<image> what?", "chat", (24, 24), torch.zeros(1, 3, 24, 24), None)
 
 
+@pytest.mark.parametrize("name", ["llm", "vision_tower"])
+def test_a_folder_that_a_save_would_replace_is_refused(tmp_path, checkpoints, name):
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    (out / name / "mine.txt").write_text("mine")
+    commands = (["transfer.py", checkpoints / "ck", checkpoints / "qwen", "--out", out],
+                ["train.py", "--llm=a", "--vision_tower=b", "--words=c", "--data=d", f"--out={out}"])
+    for command in commands:
+        done = run(*command, check=False)
+        assert done.returncode == 1 and f"out/{name} exists; name another --out" in done.stderr
+    assert (out / name / "mine.txt").read_text() == "mine"
+
+
 def test_a_page_of_words_escapes_all_that_comes_from_elsewhere():
     evil = test_words.EVIL
     state = test_words.make_state(name=evil[0], label=evil[1])

@@ -18,7 +18,7 @@ from glob import escape, glob
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import vocab
-from support.checks import refuse_inside
+from support.checks import refuse_existing, refuse_inside
 from support.hub import load_tokenizer
 from support.settings import parse_value
 
@@ -387,6 +387,8 @@ def main():
             raise ValueError(f"{path} exists; --overwrite replaces it")
     if not (os.path.exists if args.llm else os.path.isfile)(args.file):
         raise ValueError(f"there is no file {args.file}")
+    if args.llm:                        # a save would replace an llm/ that is there
+        refuse_existing(args.out, args.overwrite)
     refuse_inside(args.out, file=args.file, llm=args.llm, vision_tower=args.vision_tower)
     import_checkpoint(args) if args.llm else write_words(args)
     print(f"wrote        {args.out}")

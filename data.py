@@ -170,21 +170,25 @@ def collate(samples, pad_id, pad_to=1, pack=False):
 
     good = [s for s in samples if not isinstance(s, BadSample)]
     lengths = [len(s["input_ids"]) for s in good]
-    ends = list(itertools.accumulate(lengths)) if pack else lengths     # column behind each sample
-    B = min(len(good), 1) if pack else len(good)
-    T = -(-max(ends, default=0) // pad_to) * pad_to                     # rounded up
+    rows, starts = range(len(good)), [0] * len(good)        # a row for each sample, from column 0
+    if pack:                                                # one row: each begins where one ends
+        starts = [0, *itertools.accumulate(lengths)][:len(good)]
+        rows = [0] * len(good)
+    B = len(set(rows))
+    longest = max((start + n for start, n in zip(starts, lengths)), default=0)
+    T = math.ceil(longest / pad_to) * pad_to
     ids = torch.full((B, T), pad_id)                                    # (B, T)
     labels = torch.full((B, T), IGNORE)                                 # (B, T)
     words = torch.full((B, T), -1)                                      # (B, T)
     mask = torch.zeros(B, T, dtype=torch.int64)                         # (B, T)
     # Padding of a packed row gets position 0, because the row may be longer than the LLM's limit.
     positions = torch.arange(T).repeat(B, 1) * (not pack)               # (B, T)
-    for b, (s, n, end) in enumerate(zip(good, lengths, ends)):
-        place = 0 if pack else b, slice(end - n, end)
+    for s, n, row, start in zip(good, lengths, rows, starts):
+        place = row, slice(start, start + n)
         ids[place] = s["input_ids"]
         labels[place] = s["labels"]
         labels[place][:1] = IGNORE      # never predicted, and not from the sample before it
-        words[place] = s.get("words", words[place])
+        words[place] = s.get("words", torch.tensor(-1))
         mask[place] = 1
         positions[place] = torch.arange(n)
     with_images = [s for s in good if len(s["images"])]
@@ -309,6 +313,7 @@ def main(argv=None):
             parser.error(f"--{flag} must be at least 1")
     if args.offline:
         common.go_offline()
+    print("checking", *args.check, flush=True)
     import torch
     from tqdm import tqdm
     from support.settings import parse_value

@@ -106,6 +106,7 @@ def make_world(out, num_train, num_held_out, seed, pool):
 
     Two sets are held out, "val" to choose by and "test" to report. They have the same files.
     """
+    print("scenes            writing questions and captions", flush=True)
     rng = random.Random(f"world {seed}")
     scenes = {"train": {}, "val": {}, "test": {}}       # name of the picture -> scene
     seen = set()

@@ -145,6 +145,7 @@ if __name__ == "__main__":      # before the slow imports: a mistyped setting an
     check(CFG)
     if CFG.offline:
         common.go_offline()
+    print_rank0(f"stage {CFG.stage}: {CFG.init or CFG.llm}, {CFG.data} -> {CFG.out}")
 
 import torch
 

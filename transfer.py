@@ -53,6 +53,7 @@ if __name__ == "__main__":                   # before the slow imports, so that 
     ARGS = read_arguments()
     if ARGS.offline:
         common.go_offline()
+    print(f"moving {ARGS.source} to {ARGS.target}", flush=True)
 
 import torch
 

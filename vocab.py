@@ -17,9 +17,8 @@ from common import OFFLINE, go_offline, read_json, run_script, write_json
 from conversation import IMAGE
 from support.hub import load_tokenizer
 from support.records import read_records, turns_of
-from support.spelling import (BYTE_TOKEN, IN_ALPHABET, RESERVED, STRAY_BYTE, rust_tokenizer, show,
-                              special_tokens, spelling_of, text_to_word, to_bytes, to_word,
-                              token_to_word)
+from support.spelling import (BYTE_TOKEN, IN_ALPHABET, RESERVED, Speller, rust_tokenizer, show,
+                              special_tokens, spelling_of, to_word, token_to_word)
 
 # --------------------------------------------------------------------------------------------------
 # words of a tokenizer
@@ -57,52 +56,17 @@ def shared_words(tokenizers):
 def word_ids(words, tokenizer):
     """Return the ids of each word: one id if it is one token, else those of its pieces.
 
-    The pieces come from the tokenizer's model alone: no added space, normalizer or special token.
-    An assert checks that they spell the word. ValueError if a word cannot be spelt.
+    An assert checks that the pieces spell the word. ValueError if a word cannot be spelt.
     """
-    backend = rust_tokenizer(tokenizer)
-    spelling = spelling_of(tokenizer)
     table = tokenizer_words(tokenizer)
-    special, _ = special_tokens(tokenizer, spelling)
-
-    def word_of(ids):
-        """Return the word that the ids spell, or None."""
-        tokens = [backend.id_to_token(i) for i in ids]
-        if any(token in special or RESERVED.fullmatch(token) for token in tokens):
-            return None
-        parts = [token_to_word(token, spelling) for token in tokens]
-        return None if None in parts else "".join(parts)
-
-    def spell(text):
-        """Return the ids of a text in the tokenizer's own spelling; None for a missing byte."""
-        word = text_to_word(text, spelling)
-        if not STRAY_BYTE.match(text[-1]):
-            try:
-                ids = [piece.id for piece in backend.model.tokenize(text)]
-            except Exception:               # some models raise for what they cannot spell
-                ids = []
-            if word_of(ids) == word:        # not so for an unknown token or a special one in it
-                return ids
-        if len(text) > 1:
-            return [i for c in text for i in spell(c)]
-        return [backend.token_to_id(c if spelling == "bytes" else f"<0x{byte:02X}>")
-                for c, byte in zip(word, to_bytes(word))]
-
-    def pieces(word):
-        """Return the ids of the pieces of a word that is not one token."""
-        text = word
-        if spelling != "bytes":
-            text = to_bytes(word).decode("utf-8", errors="surrogateescape")
-        if spelling not in ("bytes", "text"):
-            text = text.replace(" ", spelling)
-        return [i for part in STRAY_BYTE.split(text) if part for i in spell(part)]
-
+    speller = Speller(tokenizer)
     result = []
     for word in words:
-        ids = [table[word]] if word in table else pieces(word)
+        ids = [table[word]] if word in table else speller.pieces(word)
         if None in ids:
             raise ValueError(f"this tokenizer cannot spell the word {show(word)!r} ({word!r})")
-        assert ids and word_of(ids) == word, f"round trip: {word!r} -> {ids} -> {word_of(ids)!r}"
+        spelt = speller.word_of(ids)
+        assert ids and spelt == word, f"round trip: {word!r} -> {ids} -> {spelt!r}"
         result.append(ids)
     return result
 
@@ -216,6 +180,7 @@ def read_arguments():
 
 def main():
     args = read_arguments()
+    print("tokenizers  ", ", ".join(args.tokenizers), flush=True)
     tokenizers = {name: load_tokenizer(name) for name in args.tokenizers}
     shared = shared_words(list(tokenizers.values()))
     if not shared:

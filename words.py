@@ -52,6 +52,7 @@ if __name__ == "__main__":                   # before the slow imports, so that 
     ARGS = read_arguments()
     if ARGS.offline:
         common.go_offline()
+    print(f"reading {ARGS.image} with {', '.join(ARGS.checkpoints)}", flush=True)
 
 import numpy as np
 import torch

@@ -102,3 +102,51 @@ def special_tokens(tokenizer, spelling):
     if spelling not in ("bytes", "text"):
         special |= SENTENCEPIECE_CONTROL
     return special, {token.content for token in added}
+
+
+class Speller:
+    """A tokenizer that spells words with its tokens: word -> ids -> word.
+
+    The ids come from the tokenizer's model alone: no added space, normalizer or special token.
+    """
+
+    def __init__(self, tokenizer):
+        self.backend = rust_tokenizer(tokenizer)
+        self.spelling = spelling_of(tokenizer)
+        self.special = special_tokens(tokenizer, self.spelling)[0]
+
+    def word_of(self, ids):
+        """Return the word that ids spell; None if a token is special, reserved or no bytes."""
+        tokens = [self.backend.id_to_token(i) for i in ids]
+        if any(token in self.special or RESERVED.fullmatch(token) for token in tokens):
+            return None
+        parts = [token_to_word(token, self.spelling) for token in tokens]
+        return None if None in parts else "".join(parts)
+
+    def pieces(self, word):
+        """Return the ids of the tokens that spell a word; None stands for a byte without a token.
+
+        Bytes that are not UTF-8 get their own tokens. The text between them is one call of the
+        tokenizer's model.
+        """
+        text = word
+        if self.spelling != "bytes":
+            text = to_bytes(word).decode("utf-8", errors="surrogateescape")
+        if self.spelling not in ("bytes", "text"):
+            text = text.replace(" ", self.spelling)
+        return [i for part in STRAY_BYTE.split(text) if part for i in self.pieces_of_text(part)]
+
+    def pieces_of_text(self, text):
+        """Return the ids of a text in the tokenizer's own spelling, as `pieces` does."""
+        word = text_to_word(text, self.spelling)
+        if not STRAY_BYTE.match(text[-1]):
+            try:
+                ids = [piece.id for piece in self.backend.model.tokenize(text)]
+            except Exception:               # some models raise for what they cannot spell
+                ids = []
+            if self.word_of(ids) == word:   # not so for an unknown token or a special one in it
+                return ids
+        if len(text) > 1:
+            return [i for c in text for i in self.pieces_of_text(c)]
+        names = word if self.spelling == "bytes" else [f"<0x{b:02X}>" for b in to_bytes(word)]
+        return [self.backend.token_to_id(name) for name in names]

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import conftest  # noqa: E402
 import vocab  # noqa: E402
+from support.spelling import to_bytes  # noqa: E402
 from tools.import_official import import_official  # noqa: E402
 
 TEXT = ["a red ball beside a blue box.\nthe ball is small, the box is big", "the cat sees the red box and a café",
@@ -96,12 +97,12 @@ def slow_counts(records, tokenizer, answers=False):
 
 
 def test_words_and_bytes_are_a_bijection():
-    assert vocab.to_word(b" the\n") == "ĠtheĊ" and vocab.to_bytes("Ġthe") == b" the"
+    assert vocab.to_word(b" the\n") == "ĠtheĊ" and to_bytes("Ġthe") == b" the"
     data = bytes(range(256))
-    assert vocab.to_bytes(vocab.to_word(data)) == data and len(set(vocab.to_word(data))) == 256
+    assert to_bytes(vocab.to_word(data)) == data and len(set(vocab.to_word(data))) == 256
     assert set(vocab.to_word(data)) == set(pre_tokenizers.ByteLevel.alphabet())        # GPT-2's, from another source
     with pytest.raises(ValueError, match="byte alphabet"):
-        vocab.to_bytes("a b")
+        to_bytes("a b")
 
 
 def test_show_is_readable():
@@ -121,7 +122,7 @@ def test_word_is_what_the_tokenizer_decodes(toks):
     for name in ("byte_level", "sentencepiece_bpe"):
         backend = toks[name].backend_tokenizer
         for word, i in vocab.tokenizer_words(toks[name]).items():
-            assert backend.decode([i]) == vocab.to_bytes(word).decode(errors="replace"), (name, word)
+            assert backend.decode([i]) == to_bytes(word).decode(errors="replace"), (name, word)
 
 
 def test_special_added_reserved_and_dead_tokens_are_not_words(toks):
@@ -147,11 +148,11 @@ def test_pieces_spell_the_word_on_every_family(toks):
             pieces = []
             for token in tokenizer.convert_ids_to_tokens(ids):                   # an own, naive reading of the pieces
                 if name == "byte_level":
-                    pieces.append(vocab.to_bytes(token))
+                    pieces.append(to_bytes(token))
                 else:
                     byte = token.startswith("<0x")
                     pieces.append(bytes([int(token[3:5], 16)]) if byte else token.replace("▁", " ").encode())
-            assert b"".join(pieces) == vocab.to_bytes(word), (name, word)
+            assert b"".join(pieces) == to_bytes(word), (name, word)
     assert len(vocab.word_ids(["Ġthe"], toks["sentencepiece_unigram"])[0]) == 1
     assert vocab.word_ids(["Ġredball"], toks["byte_level"])[0] == toks["byte_level"].encode(" redball")
 

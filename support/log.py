@@ -55,7 +55,7 @@ def log_step(log, row, steps, seconds, is_printed):
     skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
     minutes = seconds * (steps - row["step"] - 1) / 60
     print(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}{blind}{words}"
-          f"  trained {row['trained']:6d} tok  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
+          f"  trained {row['trained']:6d}  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
           f"  {row['tok_s']:7.0f} tok/s{skipped}  eta {minutes:5.1f} min", flush=True)
 
 

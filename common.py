@@ -67,14 +67,15 @@ def print_rank0(text):
         print(text, flush=True)
 
 
-def run_script(main, *args):
-    """Run a script's main function; a user's mistake ends the process with one sentence.
+@contextmanager
+def one_sentence():
+    """End the process with one sentence if the block raises ValueError or OSError.
 
-    Functions raise ValueError or OSError for what a user can mend. Other errors keep their
-    traceback. If you change this code, set TRACEBACK=1 to see where a ValueError comes from.
+    Functions raise these for what a user can mend. Other errors keep their traceback. If you change
+    this code, set TRACEBACK=1 to see where a ValueError comes from.
     """
     try:
-        status = main(*args)
+        yield
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
@@ -82,5 +83,11 @@ def run_script(main, *args):
         sys.exit(f"{os.path.basename(sys.argv[0])}: {lines[0]}")
     except KeyboardInterrupt:
         sys.exit(f"{os.path.basename(sys.argv[0])}: interrupted")
+
+
+def run_script(main, *args):
+    """Run a script's main function. What it returns is the exit status, if it is not None."""
+    with one_sentence():
+        status = main(*args)
     if status:
         sys.exit(status)

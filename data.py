@@ -201,7 +201,7 @@ def collate(samples, pad_id, pad_to=1, pack=False):
 
 
 def without_images(batch):
-    """Return the batch with its images hidden from attention and the positions closed up.
+    """Return the batch with its images masked; positions count as if the images were not there.
 
     The trained tokens are the same. If a row starts with an image (template "plain" without BOS),
     the image's last place stays visible, because its output predicts the first word. Pixels are 0.

@@ -288,7 +288,8 @@ def parse_arguments(argv):
     add("--questions", help="the official question file")
     add("--truth", help="labels: a folder (mme, pope, scienceqa) or the grade file (mmvet)")
     add("--predictions", help="answers, JSON lines in LLaVA's format")
-    add("--table", nargs="+", metavar="RESULTS", help="results.json files: one joint table")
+    add("--table", nargs="+", metavar="RESULTS",
+        help="results.json files or checkpoints: one joint table")
     add("--mean", action="store_true",
         help="with --table: rows of one name are seeds; print mean and standard deviation")
     add("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints or result folders")

@@ -124,7 +124,8 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
             position_ids=position[rows, :columns], use_cache=True,
             **{cache_argument(decoder): cache})
     # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
-    # prefix starts further right. A row has no gap, because a sliding window counts columns.
+    # prefix must move to the right. Between prefix and question there may be no padding, because
+    # the attention of a sliding window counts columns and not positions.
     sources = [longest[prefix] for prefix in prefixes]
     row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
     shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]

@@ -45,9 +45,9 @@ LOSS_ROWS = 2048
 class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
-    normalize: how scores become weights, see `word_weights`. The weights are those of the scores
-    divided by `temperature`; below 1, fewer words share a patch. plain_bytes: if the scores would
-    take more bytes than this, fused.py computes the softmax in blocks; 0: 1/32 of the memory.
+    The weights are word_weights(scores / temperature, normalize). With a temperature below 1, fewer
+    words share a patch. plain_bytes: if the scores would take more bytes than this, fused.py
+    computes the softmax in blocks; 0: 1/32 of the memory.
     At the paper's sizes the connector has 129,790,720 parameters.
     """
 
@@ -116,10 +116,12 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
         + n * patch_weight * mean over patches of
                              -log(sum over targets of p(word | patch) / frequency)
 
-    The first part gives each word a patch. The mean lets each patch name another word. The
-    frequency explains "a" and "the", which are in every answer and which no patch should say. The
-    second part gives each patch a word. Without it a patch that explains no word gets hardly a
-    gradient. The factor n gives both parts one scale.
+    The first part asks for each word of the answer that some patch gives it a high probability. It
+    takes the mean over patches, so different patches can name different words. The frequency
+    explains words such as "a" and "the", so no patch has to name them. The second part asks each
+    patch for some word of the answer, rather a rare one. Without it a patch that explains no word
+    gets hardly a gradient. The factor n gives both parts one scale. In the second part a frequency
+    is at least 1e-6.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
@@ -138,8 +140,8 @@ def initial_W(E, H):
     """Return a W in which words of like meaning have like rows: float[K, D] -> float32[K, H].
 
     The embeddings are centred and projected to H random directions. Each row gets the length of a
-    row of torch's default initialisation.
-    Only the start of W depends on an LLM. Training changes W, and no dimension of it is D.
+    row of torch's default initialisation. This is a start only, and W has no dimension D, so the
+    connector can still move.
     """
     directions = nn.init.orthogonal_(torch.empty(E.shape[1], H))    # (D, H)
     W = (E.float().cpu() - E.float().cpu().mean(dim=0)) @ directions

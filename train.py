@@ -2,7 +2,7 @@
 Train one stage of a VLM. "words" trains the connector without the LLM, "pretrain" the connector on
 a frozen LLM, "sft" connector and LLM, and "sft_tower" the vision tower, too.
 
-    python train.py config/pocket/pretrain.py [--key=value ...]
+    python train.py config/pocket/words.py [--key=value ...]
     torchrun --nproc_per_node=8 train.py config/paper/pretrain.py --out=out/pretrain
     torchrun --nproc_per_node=8 train.py config/paper/sft.py --init=out/moved --out=out/sft
     python train.py config/paper/sft.py --llm=Qwen/Qwen2.5-14B-Instruct --dry_run
@@ -51,7 +51,7 @@ class Settings:
     num_words: int = setting(0, "use only this many words, the first; 0 means all", low=0)
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
-    normalize: str = setting("softmax", "how scores become weights: softmax or none")
+    normalize: str = setting("softmax", "how scores become weights: a name in model.NORMALIZE")
     temperature: float = setting(1.0, "divides the scores before they become weights", low=1e-3)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))
@@ -86,7 +86,8 @@ class Settings:
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
     words_loss: float = setting(0.0, "weight of the words loss in the stages after words", low=0)
-    words_background: float = setting(0.9, "part of a word's probability that its frequency gives",
+    words_background: float = setting(0.9, "a word's probability in an image is mixed with its "
+                                           "frequency in all answers, which has this weight",
                                       low=0, high=0.99)
     words_patch_weight: float = setting(0.0, "weight of the words loss's part for patches", low=0)
     warmup: float = setting(0.03, "part of the steps in which the rate rises", low=0, high=1)
@@ -141,8 +142,9 @@ def read_settings(argv):
 
 
 if __name__ == "__main__":      # before the slow imports: a mistyped setting answers at once
-    CFG = read_settings(sys.argv[1:])
-    check(CFG)
+    with common.one_sentence():
+        CFG = read_settings(sys.argv[1:])
+        check(CFG)
     if CFG.offline:
         common.go_offline()
     print_rank0(f"stage {CFG.stage}: {CFG.init or CFG.llm}, {CFG.data} -> {CFG.out}")
@@ -172,7 +174,7 @@ def new_model(cfg, device, llm_dtype, options):
     if cfg.connector == "langbridge":
         words = vocab.load_words(cfg.words)
         if len(words) < cfg.num_words:
-            sys.exit(f"num_words is {cfg.num_words}, but {cfg.words} has {len(words)}")
+            raise ValueError(f"num_words is {cfg.num_words}, but {cfg.words} has {len(words)}")
         words = words[:cfg.num_words or None]
     config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
     config.num_words = len(words or ())
@@ -196,7 +198,7 @@ def make_model(cfg, device):
         options["shard"] = True
     torch.manual_seed(cfg.seed)                     # of a new connector
     if cfg.normalize not in model.NORMALIZE:        # before the models are loaded
-        sys.exit(f"normalize is one of {', '.join(model.NORMALIZE)}, not {cfg.normalize!r}")
+        raise ValueError(f"normalize is one of {', '.join(model.NORMALIZE)}, not {cfg.normalize!r}")
     if cfg.init:
         check_init(cfg, checkpoint.read_config(cfg.init)[0])
         options["tiles"] = cfg.tiles if "tiles" in cfg.given else None
@@ -260,7 +262,7 @@ def make_dataset(vlm, cfg):
         word_of_id = {ids[0]: k for k, ids in enumerate(pieces) if len(ids) == 1}
     paths = [path for path in cfg.data.split(",") if path]
     if not paths:
-        sys.exit(f"there is no data file in {cfg.data!r}")
+        raise ValueError(f"there is no data file in {cfg.data!r}")
     dataset = data.Conversations(
         paths, cfg.images, vlm.tokenizer, vlm.num_patches,
         {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
@@ -275,7 +277,7 @@ def make_dataset(vlm, cfg):
 def main(cfg):
     device = setup_ranks(cfg)
     if cfg.global_batch % ranks.world:
-        sys.exit(f"global_batch {cfg.global_batch} does not divide by {ranks.world} ranks")
+        raise ValueError(f"global_batch {cfg.global_batch} does not divide by {ranks.world} ranks")
     os.makedirs(cfg.out, exist_ok=True)
     set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
     vlm = make_model(cfg, device)
@@ -283,34 +285,27 @@ def main(cfg):
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)).train() here. The optimizer
     # takes what requires a gradient. Without train() lora_dropout does nothing.
     if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
-        sys.exit("shard does not go with LoRA: the adapter of a sharded LLM cannot be merged")
+        raise ValueError("shard does not go with LoRA: the adapter of a sharded LLM cannot be "
+                         "merged")
     optimizer = make_optimizer(vlm, cfg)
     trainable = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
     dataset, hashes = make_dataset(vlm, cfg)
     steps = data.plan(dataset, cfg)
     if max(cfg.snapshots, default=0) >= len(steps):
-        sys.exit(f"snapshots {cfg.snapshots}: the steps of this run are 0 to {len(steps) - 1}")
+        raise ValueError(f"snapshots {cfg.snapshots}: the last step of this run is "
+                         f"{len(steps) - 1}")
     if needs_words(cfg):
         vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
     on_rank0(lambda: remove_old_run(cfg))           # late: a mistake until here costs no old run
     start, skipped = resume(vlm, optimizer, hashes, cfg)
-    print_rank0(parts_table(vlm, cfg))
+    print_start(vlm, dataset, steps, start, device, cfg)
     batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)
                for indices in steps]
     remaining = sum(batches[start:], [])
     loader = data.make_loader(dataset, remaining, vlm, cfg, device)
-    resumed = f", going on at step {start}" if start else ""
-    print_rank0(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
-                f"{ranks.world} rank(s) on {device.type}, {cfg.dtype}{', sharded' * vlm.sharded}"
-                f"{resumed}")
-    if ranks.rank == 0:
-        log = open_log(f"{cfg.out}/log.jsonl", start)
-        first = dataset[steps[0][0]]
-        if not isinstance(first, common.BadSample):
-            print_rank0(show_sample(first["input_ids"], first["labels"], vlm.tokenizer))
-
+    log = open_log(f"{cfg.out}/log.jsonl", start) if ranks.rank == 0 else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     # A part was trained if anything in it was, such as LoRA's weights in stage "pretrain".
     trained_parts = {name.split(".")[0] for name, _ in trainable}
@@ -346,7 +341,7 @@ def main(cfg):
             repairable = hashes | {"data": {"number of records": len(dataset)}, "images": {}}
             progress = {"step": step, "skipped": skipped, "fingerprint": repairable}
             save_state(vlm, optimizer, progress, cfg)
-            sys.exit(f"train.py: {reason}")
+            raise ValueError(reason)
         skipped += new_bad
 
         # 3. Divide once by the number of trained tokens, clip, and update.
@@ -354,19 +349,18 @@ def main(cfg):
         norm = clip_gradients(trainable, cfg.clip)
         if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):       # the same on every rank
             ids = [dataset.records[i].get("id") for i in steps[step]]
-            sys.exit(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; nothing "
-                     f"was updated. Samples: {ids}")
+            raise ValueError(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; "
+                             f"nothing was updated. Samples: {ids}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 4. Log.
-        if ranks.rank == 0:
+        if log:
             row = {"step": step, **averages(sums), "lr": optimizer.param_groups[0]["lr"],
                    "grad_norm": norm, "tok_s": sums["tokens"] / (time.time() - step_time),
                    "skipped": skipped}
-            is_printed = step % cfg.log_every == 0 or step == len(steps) - 1 or "blind" in row
             seconds = (time.time() - start_time) / (step + 1 - start)
-            log_step(log, row, len(steps), seconds, is_printed)
+            log_step(log, row, len(steps), seconds, cfg)
 
         # 5. Save.
         done = step + 1
@@ -382,13 +376,25 @@ def main(cfg):
     is_complete = done == len(steps)
     if is_complete:
         checkpoint.save(vlm, cfg.out, cfg.stage, **save_kwargs, seed=cfg.seed, steps=len(steps))
-    if ranks.rank == 0:
+    if log:
         log.close()
         plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
         stopped = f"stopped after {done} steps; the same command goes on from there"
         print(f"wrote {cfg.out}" if is_complete else stopped, flush=True)
     leave()
     sys.exit(0 if is_complete else STOPPED)
+
+
+def print_start(vlm, dataset, steps, start, device, cfg):
+    """Print what trains, the size of the run, and one sample with its trained tokens marked."""
+    print_rank0(parts_table(vlm, cfg))
+    resumed = f", going on at step {start}" if start else ""
+    print_rank0(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
+                f"{ranks.world} rank(s) on {device.type}, {cfg.dtype}{', sharded' * vlm.sharded}"
+                f"{resumed}")
+    first = dataset[steps[0][0]] if ranks.rank == 0 else None
+    if isinstance(first, dict):                     # and no BadSample
+        print(show_sample(first["input_ids"], first["labels"], vlm.tokenizer), flush=True)
 
 
 def report_bad(bad, new_bad, skipped, step, cfg):
@@ -464,8 +470,8 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
 def losses(vlm, batch, cfg):
     """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
 
-    In stage "words" the words loss is the only loss, and its words are the trained tokens. In other
-    stages both sums are divided by the number of trained tokens.
+    In stage "words" the result is (words loss, its number of words, 0, 0). In other stages main
+    divides both sums by the number of trained tokens. Only the log gives the words loss per word.
     """
     weights = cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":

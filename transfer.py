@@ -110,7 +110,8 @@ def main(args):
     if not args.map:
         refuse_mlp(config, args.source)
     if config.connector == "langbridge" and args.map:
-        sys.exit(f"--map is for an MLP, and {args.source} has a LangBridge, which moves without it")
+        raise ValueError(f"--map is for an MLP, and {args.source} has a LangBridge, which moves "
+                         "without it")
     target = os.path.basename(os.path.normpath(args.target))
     out = args.out or f"{os.path.normpath(args.source)}-to-{target}"
     refuse_existing(out, args.overwrite)

@@ -26,9 +26,9 @@ from support.spelling import (BYTE_TOKEN, IN_ALPHABET, RESERVED, Speller, rust_t
 def tokenizer_words(tokenizer):
     """Return {word: id} of every ordinary token.
 
-    Special, added, reserved and unused tokens are not words. A byte token such as "<0x61>" is a
-    word only if no ordinary token spells its byte. If one does, the tokenizer never produces the
-    byte token, and its embedding was never trained. ValueError if tokens are not bytes.
+    Special, added, reserved and unused tokens are not words. If an ordinary token "a" exists, the
+    tokenizer never produces the byte token "<0x61>", and its embedding was never trained. So that
+    byte token is no word. ValueError if tokens are not bytes.
     """
     spelling = spelling_of(tokenizer)
     special, added = special_tokens(tokenizer, spelling)

@@ -193,8 +193,8 @@ def read_checkpoint(folder, image, image_mode, args):
     settings = vlm.image_settings
     pixels = pictures.tile_pixels(image, **settings, mode=image_mode, tiles=config.tiles)
     if not 0 <= args.tile < len(pixels):
-        raise ValueError(f"--tile {args.tile}: {folder} sees this picture as {len(pixels)} tiles, "
-                         "counted from 0")
+        raise ValueError(f"--tile {args.tile}: {folder} sees this picture as {len(pixels)} "
+                         "tile(s), counted from 0")
     modes = read(vlm, pixels[args.tile])
     answer = lost = None
     if args.ask:

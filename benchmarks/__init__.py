@@ -1,5 +1,5 @@
 """
-The seven benchmarks. To add one, write its file and name it in BENCHMARKS; eval.py needs no change.
+The seven benchmarks. To add one, write its file and put its name into NAMES.
 
 Each file declares
     COLUMN          title of its column in the table
@@ -23,8 +23,8 @@ that do not fit the questions.
 Two names are optional: TABLE_NOTE, a format string for more of the summary in the table, and
 grades(questions, predictions, args, partial) -> path or None, which asks a judge for `truth`.
 """
-from benchmarks import gqa, textvqa, mme, mmbench, mmvet, pope, scienceqa
+from importlib import import_module
 
 # The order of the columns in the paper.
-BENCHMARKS = {module.__name__.split(".")[-1]: module
-              for module in (gqa, textvqa, mme, mmbench, mmvet, pope, scienceqa)}
+NAMES = ("gqa", "textvqa", "mme", "mmbench", "mmvet", "pope", "scienceqa")
+BENCHMARKS = {name: import_module(f"benchmarks.{name}") for name in NAMES}

@@ -58,11 +58,16 @@ def table_cell(benchmark, summaries):
     return f"PARTIAL ({first['partial']}): {text}" if "partial" in first else text
 
 
+def results_folder(path):
+    """Return the folder of results: that of a checkpoint, or `path` itself."""
+    return f"{path}/eval" if os.path.isdir(f"{path}/eval") else path
+
+
 def table_of_files(paths, over_seeds):
-    """Return the table of several results.json files, or of the folders that hold them."""
+    """Return the table of several results.json files, their folders or their checkpoints."""
     rows = []
     for path in paths:
-        path = os.path.join(path, "results.json") if os.path.isdir(path) else path
+        path = f"{results_folder(path)}/results.json" if os.path.isdir(path) else path
         results = read_json(path)
         if not isinstance(results, dict) or not {"name", "tasks"} <= results.keys():
             raise ValueError(f"{path}: --table takes results.json files of eval.py")
@@ -118,7 +123,7 @@ def comparison_table(a, b):
 
     a, b: result folders, or checkpoints that have one.
     """
-    folders = [f"{x}/eval" if os.path.isdir(f"{x}/eval") else x for x in (a, b)]
+    folders = [results_folder(a), results_folder(b)]
     lines = ["| task | questions | A | B | B - A | only A right | only B right | p | test |",
              "|---" * 9 + "|"]
     for name, benchmark in BENCHMARKS.items():

@@ -4,7 +4,6 @@ The device of a process and what it computes: its number, dtypes, rounding, torc
 import functools
 import os
 import shutil
-import sys
 
 import torch
 
@@ -78,12 +77,13 @@ def be_deterministic():
 
 
 def check_compiler(device):
-    """End the process if torch.compile cannot work, because there is no compiler."""
+    """Raise ValueError if torch.compile cannot work, because there is no compiler."""
     kind, names = "C", (os.environ.get("CC"), "gcc", "clang")       # Triton's, for its launchers
     if device.type == "cpu":
         kind, names = "C++", (os.environ.get("CXX"), "g++", "clang++")
     if not any(shutil.which(name) for name in names if name):
-        sys.exit(f"--compile needs a {kind} compiler on this device, and there is no {names[1]}")
+        raise ValueError(f"--compile needs a {kind} compiler on this device, and there is no "
+                         f"{names[1]}")
 
 
 print_once = functools.cache(print_rank0)

@@ -42,13 +42,15 @@ def averages(sums):
     return row
 
 
-def log_step(log, row, steps, seconds, is_printed):
+def log_step(log, row, steps, seconds, cfg):
     """Write one step to log.jsonl and print it. To use another logger, change this function.
 
-    row: {name: number}. seconds: what a step of this run takes on average. Call it on rank 0.
+    row: {name: number}. seconds: what a step of this run takes on average. cfg: the settings of
+    train.py. Call it on rank 0.
     """
     log.write(json.dumps(row) + "\n")
-    if not is_printed:
+    is_last = row["step"] == steps - 1
+    if row["step"] % cfg.log_every and not is_last and "blind" not in row:
         return
     blind = f" (blind {row['blind']:.4f})" if "blind" in row else ""
     words = f"  words {row['words_loss']:.4f}" if "words_loss" in row else ""

@@ -4,7 +4,6 @@ Several processes that train or evaluate together. torchrun starts them.
 import math
 import os
 import shutil
-import sys
 from datetime import timedelta
 
 import torch
@@ -161,13 +160,13 @@ def reduce_gradients(trainable, grad_counts, tokens, images):
     """Sum the gradients over all ranks and divide them by `tokens`, the number in all of them.
 
     grad_counts: see sum_up. A parameter without a gradient on a rank counts as 0 there.
-    SystemExit names a parameter that no rank's loss reached.
+    ValueError names a parameter that no rank's loss reached.
     """
     for (name, p), count in zip(trainable, grad_counts):
         needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM
         if not count and tokens and (images or not needs_images):
-            sys.exit(f"{name} trains, but the loss does not depend on it: it got no gradient; "
-                     "nothing was updated")
+            raise ValueError(f"{name} trains, but the loss does not depend on it: it got no "
+                             "gradient; nothing was updated")
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         if isinstance(p, DTensor):

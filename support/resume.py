@@ -7,7 +7,6 @@ and the fingerprint of all inputs. Every rank writes and reads its own pieces of
 import json
 import os
 import shutil
-import sys
 import warnings
 from dataclasses import asdict, fields
 from glob import escape, glob
@@ -107,7 +106,7 @@ def resume(vlm, optimizer, inputs, cfg):
     """Load the newest state if there is one. Return (next step, number of samples skipped).
 
     inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
-    inputs of its start. SystemExit names those that differ.
+    inputs of its start. ValueError names those that differ.
     """
     found = on_rank0(lambda: newest_state(cfg))
     if not found:
@@ -121,15 +120,15 @@ def resume(vlm, optimizer, inputs, cfg):
         if is_other and not f.metadata["free"]:
             differ.append(f"{f.name} was {old!r}, is {now!r}")
     if differ:
-        sys.exit(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, or use "
-                 "another out")
+        raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, "
+                         "or use another out")
     # A state of an older version has no fingerprint, and nothing is compared.
     changed = fingerprint.changes(state.get("fingerprint", {}), inputs)
     if changed:
         paths = {source: getattr(cfg, source) for source, _ in changed}
         parts = [f"{paths[source] or cfg.init}: {part}" for source, part in changed]
-        sys.exit(f"{' and '.join(parts)} changed since {folder} was written: a run goes on with "
-                 "what it began with")
+        raise ValueError(f"{' and '.join(parts)} changed since {folder} was written: a run goes on "
+                         "with what it began with")
     tensors = state_tensors(vlm, optimizer, state["step"])
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder),
              process_group=ranks.waiting)

@@ -7,7 +7,6 @@ import ast
 import math
 import os
 import runpy
-import sys
 from dataclasses import field, fields
 
 
@@ -31,7 +30,7 @@ def print_help(settings_class):
 def read(settings_class, argv):
     """Return (settings, {name: where it was set}): defaults, then a config file, then --key=value.
 
-    SystemExit with one sentence for anything that does not fit.
+    ValueError for anything that does not fit.
     """
     given = []                                                      # (name, value, where)
     for arg in argv:
@@ -40,24 +39,26 @@ def read(settings_class, argv):
             given.append((key, text if equals else True, "the command line"))
             continue
         if not os.path.isfile(arg):
-            sys.exit(f"there is no config file {arg}; a setting is written --key=value")
+            raise ValueError(f"there is no config file {arg}; a setting is written --key=value")
         try:
             values = runpy.run_path(arg)
         except Exception as error:                  # a config file is a program that may raise all
-            sys.exit(f"{arg} is not a config file: {type(error).__name__}: {error}")
+            raise ValueError(f"{arg} is not a config file: {type(error).__name__}: "
+                             f"{error}") from None
         given += [(key, value, arg) for key, value in values.items() if not key.startswith("_")]
 
     settings = settings_class()
     types = {f.name: f.type for f in fields(settings_class)}
     for key, value, where in given:
         if key not in types:
-            sys.exit(f"{where}: there is no setting {key!r}; train.py --help lists them")
+            raise ValueError(f"{where}: there is no setting {key!r}; train.py --help lists them")
         if where == "the command line" and type(value) is str and types[key] is not str:
             value = parse_value(value)              # a folder may be named 2024
         if type(value) is int and types[key] in (float, tuple):
             value = float(value) if types[key] is float else (value,)
         if type(value) is not types[key]:
-            sys.exit(f"{where}: {key} is {value!r}, it must be of type {types[key].__name__}")
+            raise ValueError(f"{where}: {key} is {value!r}, it must be of type "
+                             f"{types[key].__name__}")
         setattr(settings, key, value)
     return settings, {key: where for key, _, where in given}
 
@@ -71,12 +72,12 @@ def parse_value(text):
 
 
 def check_ranges(settings):
-    """End the process with one sentence if a setting has a value that it may not have."""
+    """Raise ValueError if a setting has a value that it may not have."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata["choices"]
         low, high = f.metadata["low"], f.metadata["high"]
         if choices and value not in choices:
-            sys.exit(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
+            raise ValueError(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
         if low is not None and not low <= value <= high:
-            sys.exit(f"{f.name} is {value}, it must be at least {low}"
+            raise ValueError(f"{f.name} is {value}, it must be at least {low}"
                      + (f" and at most {high}" if high < math.inf else ""))

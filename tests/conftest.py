@@ -141,7 +141,7 @@ def settings(tiny, world, out, *more):
 
 
 def train_here(argv):
-    """train.py in this process. -> its exit status"""
+    """train.py in this process. -> its exit status. ValueError for what a user can mend"""
     import train
     cfg = train.read_settings(argv)
     train.check(cfg)

@@ -167,7 +167,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(tiny, place, name):
         return
     source, part = part.split(" ", 1)
     path = {"llm": "llm", "vision_tower": "tower", "words": "words.json", "data": "data.json", "images": "images"}[source]
-    with pytest.raises(SystemExit, match=f"{path}: {part}.* changed since out/state/step-00000001 was written"):
+    with pytest.raises(ValueError, match=f"{path}: {part}.* changed since out/state/step-00000001 was written"):
         train.main(train.read_settings(argv(tiny, place)))
 
 
@@ -222,7 +222,7 @@ def test_a_run_goes_on_only_with_the_config_of_init(tiny, place):
     os.remove("sft/config.json")
     shutil.rmtree("sft/state/step-00000002")
     edit("ck/config.json", normalize="none")(place)
-    with pytest.raises(SystemExit, match="ck: config.json changed since sft/state/step-00000001 was written"):
+    with pytest.raises(ValueError, match="ck: config.json changed since sft/state/step-00000001 was written"):
         train.main(train.read_settings(argv()))
 
 
@@ -260,7 +260,7 @@ def test_a_picture_is_repaired_and_the_run_goes_on(tiny, place, capsys):
     shutil.rmtree("out")
     good = (place / "images/two.bmp").read_bytes()
     (place / "images/two.bmp").write_bytes(good[:99])
-    with pytest.raises(SystemExit, match="two.bmp' cannot be read"):
+    with pytest.raises(ValueError, match="two.bmp' cannot be read"):
         train.main(train.read_settings(argv(tiny, place)))
     (place / "images/two.bmp").write_bytes(good)
     assert train_here(argv(tiny, place)) == 0

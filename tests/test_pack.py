@@ -90,5 +90,5 @@ def test_a_run_learns_the_same(tiny, world, tmp_path, capsys):
 
 
 def test_the_words_loss_needs_samples_apart(tiny, world, tmp_path):
-    with pytest.raises(SystemExit, match="pack puts samples into one row, and the words loss needs them apart"):
+    with pytest.raises(ValueError, match="pack puts samples into one row, and the words loss needs them apart"):
         train_here(settings(tiny, world, tmp_path, "--pack", "--words_loss=0.1"))

@@ -152,7 +152,7 @@ def test_an_llm_is_written_as_the_library_writes_it(tiny, tmp_path):
 def test_a_parameter_without_a_gradient_is_named(tiny, world, tmp_path, monkeypatch):
     forward = model.LangBridge.forward
     monkeypatch.setattr(model.LangBridge, "forward", lambda self, patches: forward(self, patches).detach())
-    with pytest.raises(SystemExit, match="connector.mlp.0.weight trains, but the loss does not depend on it"):
+    with pytest.raises(ValueError, match="connector.mlp.0.weight trains, but the loss does not depend on it"):
         train.main(train.read_settings(settings(tiny, world, tmp_path / "x")))
 
 

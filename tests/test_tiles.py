@@ -278,10 +278,10 @@ def test_the_report_measures_a_tiled_checkpoint(world, trained):
 def test_tiles_go_with_sft_only(tiny, world, trained, tmp_path):
     import train
     argv = settings(tiny, world, tmp_path / "x", f"--tiles={TILES}")
-    with pytest.raises(SystemExit, match="stages that train the LLM"):
+    with pytest.raises(ValueError, match="stages that train the LLM"):
         train.check(train.read_settings(argv))
     argv = [a for a in settings(tiny, world, tmp_path / "x", f"--init={trained[1]}") if not a.startswith("--hidden")]
-    with pytest.raises(SystemExit, match="has tiles"):
+    with pytest.raises(ValueError, match="has tiles"):
         train_in(train, argv)
 
 

@@ -184,10 +184,10 @@ def test_sigterm_saves_and_exits_with_a_status_of_its_own(tiny, world, tmp_path,
 def test_other_settings_are_not_resumed_and_a_finished_run_is_not_overwritten(tiny, world, tmp_path):
     out = tmp_path / "x"
     train_here(settings(tiny, world, out, "--max_steps=2"))
-    with pytest.raises(SystemExit, match="--overwrite"):
+    with pytest.raises(ValueError, match="--overwrite"):
         train.check(train.read_settings(settings(tiny, world, out)))
     os.remove(out / "config.json")
-    with pytest.raises(SystemExit, match="connector_lr was 0.01, is 0.02"):
+    with pytest.raises(ValueError, match="connector_lr was 0.01, is 0.02"):
         train.main(train.read_settings(settings(tiny, world, out, "--max_steps=2", "--connector_lr=0.02")))
 
 
@@ -225,7 +225,7 @@ def test_a_mistake_gets_one_sentence(argv, words):
                                         ("--num_words=3", "num_words is set to 3"), ("--hidden=7", "hidden is set to 7"),
                                         ("--connector=mlp", "connector is set to 'mlp'")])
 def test_a_checkpoint_keeps_its_own_parts(tiny, world, tmp_path, pretrained, flag, words):
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(ValueError, match=words):
         train.main(train.read_settings([a for a in settings(tiny, world, tmp_path / "x", f"--init={pretrained}")
                                         if not a.startswith("--hidden")] + [flag]))
 

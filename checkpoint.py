@@ -42,11 +42,16 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
           frozen_dtype=None, tower_dtype=None, tower_folder=None, shard=False, sum_pieces=True):
     """Return a VLM with a new connector, in evaluation mode, no parameter of it trainable.
 
-    words: list of K strings, None for an MLP. dtype: of the LLM. frozen_dtype: of E and of the
-    computation; None: the same as dtype. tower_dtype; None: the same as frozen_dtype. llm: (LLM,
-    tokenizer) if they are loaded already. attention: see load_llm. tower_folder: weights to use
-    instead of those of config.vision_tower. device: one device, or "auto" for all GPUs. shard: each
-    rank holds a piece of the LLM, and every rank must call. sum_pieces: see embed_words.
+    words           list of K strings, None for an MLP
+    device          one device, or "auto" for all GPUs
+    dtype           of the LLM's weights
+    llm             (LLM, tokenizer) if they are loaded already
+    attention       see load_llm
+    frozen_dtype    of E, and of the computation; default: dtype
+    tower_dtype     of the vision tower's weights; default: frozen_dtype
+    tower_folder    weights to use instead of those of config.vision_tower
+    shard           each rank holds a piece of the LLM, and every rank must call
+    sum_pieces      see embed_words
     ValueError where a model is not what the config needs.
     """
     frozen_dtype = frozen_dtype or dtype

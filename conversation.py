@@ -39,7 +39,8 @@ def encode(messages, tokenizer, num_patches, template="chat"):
     for text, answers in texts(messages, tokenizer, template):
         encoding = encoder.encode(text, add_special_tokens=False)
         for i, (start, end) in zip(encoding.ids, encoding.offsets):
-            # The first token of SentencePiece may be a space that covers no character.
+            # SentencePiece may begin with a token of no characters. It counts as one character,
+            # or the first token of an answer would not be trained.
             is_trained = any(start < to and max(end, start + 1) > at for at, to in answers)
             new = [ids_of_marks.get(i, i)]
             if new == [IMAGE_ID]:

@@ -33,13 +33,13 @@ class Conversations:
     image: {"size", "mean", "std"[, "mode"]} for tile_pixels of support/pictures.py.
     max_length: a sample keeps its first max_length tokens; None keeps all.
     image_names: for each record its image names; none for a record that is malformed.
-    word_of_id: {id: index of the shared word that the id is}, for "words".
+    word_of_id: {id: index of the shared word that the id is}, for "word_index".
     features: a folder of patches to use instead of pixels, see support/features.py.
     tiles: see model.Config. With tiles an image is n rows of "images" and not one.
-    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "words": int64[T],
+    [i] -> {"id": str, "input_ids": int64[T], "labels": int64[T], "word_index": int64[T],
         "images": float32[n, 3, S, S], "picture_sizes": [(width, height), ...]}, or a BadSample that
-        names file, record and id. train.py decides what to do with it. "words" is the shared word
-        of each trained token, or -1. With features "images" are float16[n, P, Dv].
+        names file, record and id. train.py decides what to do with it. "word_index" is which shared
+        word each trained token is, or -1. With features "images" are float16[n, P, Dv].
     """
 
     def __init__(self, paths, image_folder, tokenizer, num_patches, image, template="chat",
@@ -95,12 +95,12 @@ class Conversations:
             where = f"{self.places[i]} (id {str(record.get('id'))[:60]!r})"
             kind = getattr(error, "kind", "untrainable")
             raise BadSample(kind, f"{where}: {error}") from None
-        words = [self.word_of_id.get(label, -1) for label in labels]
+        word_index = [self.word_of_id.get(label, -1) for label in labels]
         blank = torch.zeros(0, 3, self.image["size"], self.image["size"])
         return {"id": str(record.get("id", i)),
                 "input_ids": torch.tensor(ids, dtype=torch.int64),
                 "labels": torch.tensor(labels, dtype=torch.int64),
-                "words": torch.tensor(words, dtype=torch.int64),
+                "word_index": torch.tensor(word_index, dtype=torch.int64),
                 "images": torch.cat([pixels for pixels, _ in pictures] or [blank]),
                 "picture_sizes": sizes if self.tiles else []}
 
@@ -158,7 +158,8 @@ class Conversations:
 def collate(samples, pad_id, pad_to=1, pack=False):
     """Return a batch of samples, padded on the right to a T that is a multiple of pad_to.
 
-    {"ids": [str], "input_ids", "labels", "words", "attention_mask", "position_ids": int64[B, T],
+    {"ids": [str],
+     "input_ids", "labels", "word_index", "attention_mask", "position_ids": int64[B, T],
      "pixel_values": float32[N, 3, S, S], "picture_sizes": [(width, height), ...] with tiles,
      "bad": [str]}
     pack: the samples follow each other in one row, B = 1. Positions restart with each sample. These
@@ -179,7 +180,7 @@ def collate(samples, pad_id, pad_to=1, pack=False):
     T = math.ceil(longest / pad_to) * pad_to
     ids = torch.full((B, T), pad_id)                                    # (B, T)
     labels = torch.full((B, T), IGNORE)                                 # (B, T)
-    words = torch.full((B, T), -1)                                      # (B, T)
+    word_index = torch.full((B, T), -1)                                 # (B, T)
     mask = torch.zeros(B, T, dtype=torch.int64)                         # (B, T)
     # Padding of a packed row gets position 0, because the row may be longer than the LLM's limit.
     positions = torch.arange(T).repeat(B, 1) * (not pack)               # (B, T)
@@ -188,12 +189,13 @@ def collate(samples, pad_id, pad_to=1, pack=False):
         ids[place] = s["input_ids"]
         labels[place] = s["labels"]
         labels[place][:1] = IGNORE      # never predicted, and not from the sample before it
-        words[place] = s.get("words", torch.tensor(-1))
+        word_index[place] = s.get("word_index", torch.tensor(-1))
         mask[place] = 1
         positions[place] = torch.arange(n)
     with_images = [s for s in good if len(s["images"])]
     images = torch.cat([s["images"] for s in with_images] or [torch.zeros(0, 3, 0, 0)])
-    return {"ids": [s["id"] for s in good], "input_ids": ids, "labels": labels, "words": words,
+    return {"ids": [s["id"] for s in good],
+            "input_ids": ids, "labels": labels, "word_index": word_index,
             "attention_mask": mask, "position_ids": positions,
             "pixel_values": images,                                     # (N, 3, S, S)
             "picture_sizes": sum([s.get("picture_sizes", []) for s in good], []),
@@ -326,7 +328,7 @@ def main(argv=None):
                             args.template, args.max_length, tiles=tiles)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=args.workers)
     shown, problems = tokenizer is None, {}
-    for sample in tqdm(loader, unit=" records"):
+    for sample in tqdm(loader, unit=" records", disable=None):     # None: only on a terminal
         if isinstance(sample, BadSample):
             problems.setdefault(sample.kind, []).append(str(sample))
         elif not shown:

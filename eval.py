@@ -43,11 +43,12 @@ def prompt_ids(vlm, question):
     # The image comes before the question, as in the training data.
     image_line = f"{IMAGE}\n" if question["image"] else ""
     message = {"role": "user", "content": image_line + question["text"]}
-    num_patches = [vlm.num_patches] if question["image"] else []
+    picture_size = None
     if question["image"] and vlm.config.tiles:
         from support.pictures import open_image
-        num_patches = [vlm.num_tokens(open_image(question["image"]).size)]
-    return encode_prompt([message], vlm.tokenizer, num_patches)
+        picture_size = open_image(question["image"]).size
+    num_ids = [vlm.num_tokens(picture_size)] if question["image"] else []
+    return encode_prompt([message], vlm.tokenizer, num_ids)
 
 
 def group_by_image(questions):

@@ -34,10 +34,8 @@ def generate(vlm, prompts, pixel_values=None, max_new_tokens=128, image_index=No
     """
     torch.backends.cuda.enable_cudnn_sdp(CUDNN_ATTENTION)
     device = vlm.llm.device
-    if picture_sizes:
-        image_tokens = [vlm.num_tokens(picture_size) for picture_size in picture_sizes]
-    else:
-        image_tokens = [vlm.num_patches] * (0 if pixel_values is None else len(pixel_values))
+    squares = [None] * (0 if pixel_values is None else len(pixel_values))
+    image_tokens = [vlm.num_tokens(picture_size) for picture_size in picture_sizes or squares]
     if image_index is None:
         image_index = list(range(len(image_tokens)))
     # Pad on the left, so that the last column is the newest token of every row.

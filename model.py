@@ -54,7 +54,8 @@ class LangBridge(nn.Module):
     def __init__(self, Dv, H=5120, K=19200, normalize="softmax", temperature=1.0, plain_bytes=0):
         super().__init__()
         if normalize not in NORMALIZE:
-            raise ValueError(f"normalize is one of {', '.join(NORMALIZE)}, not {normalize!r}")
+            raise ValueError(f"normalize is {normalize!r}, it must be one of "
+                             f"{', '.join(NORMALIZE)}")
         self.normalize = normalize
         self.temperature = temperature
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
@@ -292,8 +293,8 @@ class VLM(nn.Module):
             raise ValueError(f"{T} tokens are more than the {self.max_positions} positions of "
                              f"{self.config.llm}")
 
-    def num_tokens(self, picture_size):
-        """Return how many ids a picture takes: picture_size (width, height) in pixels -> int."""
+    def num_tokens(self, picture_size=None):
+        """Return how many ids an image takes; with tiles this depends on its (width, height)."""
         return num_tokens(picture_size, self.num_patches, self.config.tiles,
                           self.image_settings["size"])
 
@@ -301,7 +302,7 @@ class VLM(nn.Module):
         """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
         picture_sizes: the (width, height) of each image in pixels. Without them, and without tiles,
-        each image is one square.
+        each image is one square. If you change P_i, change num_tokens of support/tiles.py, too.
         """
         if not (picture_sizes and self.config.tiles):
             return list(image_embeds)
@@ -375,17 +376,17 @@ class VLM(nn.Module):
     def sum_words_loss(self, batch, background, patch_weight):
         """Return the words loss summed over the words of all answers, and their number (int).
 
-        batch: as for forward. Its "words" int64[B, T] holds for each trained token which shared
-        word it is, or -1. Samples without an image or without a word do not count.
+        batch: as for forward. Its "word_index" int64[B, T] holds for each trained token which
+        shared word it is, or -1. Samples without an image or without a word do not count.
         """
         if not len(batch["pixel_values"]):
             return torch.zeros((), device=self.word_frequencies.device), 0
         patches = self.patch_features(batch["pixel_values"])        # (N, P, Dv)
         dtype = next(self.connector.parameters()).dtype
         scores = self.connector.scores(patches.to(dtype))           # (N, P, K)
-        counts = (batch["input_ids"] == IMAGE_ID).sum(dim=1) // self.num_patches
+        counts = (batch["input_ids"] == IMAGE_ID).sum(dim=1) // self.num_tokens()
         loss, number = scores.sum() * 0, 0
-        for row, image_scores in zip(batch["words"], scores.split(counts.tolist())):
+        for row, image_scores in zip(batch["word_index"], scores.split(counts.tolist())):
             targets = row[row >= 0].to(scores.device, non_blocking=True)
             if len(image_scores) and len(targets):
                 loss = loss + words_loss(image_scores, targets, self.word_frequencies,

@@ -89,7 +89,8 @@ class Settings:
     words_background: float = setting(0.9, "a word's probability in an image is mixed with its "
                                            "frequency in all answers, which has this weight",
                                       low=0, high=0.99)
-    words_patch_weight: float = setting(0.0, "weight of the words loss's part for patches", low=0)
+    words_patch_weight: float = setting(0.0, "weight of the part of the words loss that asks each "
+                                             "patch for a word", low=0)
     warmup: float = setting(0.03, "part of the steps in which the rate rises", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
     beta1: float = setting(0.9, "AdamW's")
@@ -99,8 +100,8 @@ class Settings:
                                      "auto: bfloat16 if the hardware has it, else float32",
                          choices=("bfloat16", "float32", "auto"))
     attention: str = setting("", common.ATTENTION)
-    plain_bytes: int = setting(0, "above so many bytes of scores fused.py computes the softmax: "
-                                  "less memory, slower; 0: 1/32 of the memory", low=0)
+    plain_bytes: int = setting(0, "if the scores take more bytes, fused.py computes the softmax in "
+                                  "blocks, slower; 0 means 1/32 of the memory", low=0)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first "
                                    "step; on a CPU in bfloat16 attention=eager is faster still")
     shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
@@ -198,7 +199,8 @@ def make_model(cfg, device):
         options["shard"] = True
     torch.manual_seed(cfg.seed)                     # of a new connector
     if cfg.normalize not in model.NORMALIZE:        # before the models are loaded
-        raise ValueError(f"normalize is one of {', '.join(model.NORMALIZE)}, not {cfg.normalize!r}")
+        raise ValueError(f"normalize is {cfg.normalize!r}, it must be one of "
+                         f"{', '.join(model.NORMALIZE)}")
     if cfg.init:
         check_init(cfg, checkpoint.read_config(cfg.init)[0])
         options["tiles"] = cfg.tiles if "tiles" in cfg.given else None

@@ -49,7 +49,10 @@ def tile_layout(picture_size, tiles, size, side):
 
 
 def num_tokens(picture_size, num_patches, tiles, size):
-    """Return how many ids a picture takes. num_patches: P, of one square."""
+    """Return how many ids an image takes; VLM.arrange_images makes as many embeddings of it.
+
+    picture_size: (width, height) in pixels, needed with tiles only. num_patches: P, of one square.
+    """
     if not tiles:
         return num_patches
     return tile_layout(picture_size, tiles, size, math.isqrt(num_patches)).num_tokens

@@ -394,7 +394,7 @@ def test_samples_and_batches(tmp_path):
     batch = collate(samples, pad_id=7)
     T = max(len(s["input_ids"]) for s in samples)
     assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if torch.is_tensor(v)} == {
-        "input_ids": ((3, T), torch.int64), "labels": ((3, T), torch.int64), "words": ((3, T), torch.int64),
+        "input_ids": ((3, T), torch.int64), "labels": ((3, T), torch.int64), "word_index": ((3, T), torch.int64),
         "attention_mask": ((3, T), torch.int64), "position_ids": ((3, T), torch.int64), "pixel_values": ((3, 3, 8, 8), torch.float32)}
     assert torch.equal(batch["pixel_values"], torch.stack([a, b, a]))
     assert batch["bad"] == [] and batch["ids"] == ["r"] * 3

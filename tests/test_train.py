@@ -1,21 +1,28 @@
 """train.py: what trains, that batches, ranks and kills change nothing, and what a user's mistake says."""
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import checkpoint
+import conversation
+import data
+import eval as evaluation
+import model
 import train
 from conftest import ROOT, run, settings, train_here
 from support import ranks
@@ -329,3 +336,26 @@ def test_the_loss_without_images_does_not_change_what_dropout_draws(tiny, world,
         assert train_here(argv) == 0
         found.append(losses(tmp_path / str(probe)))
     assert found[0] == found[1]
+
+
+def test_embeddings_between_rows_of_patches(tiny, world, tmp_path, monkeypatch):
+    """The README's two places for another layout of an image: all stages, and answers to questions, follow them."""
+    def num_tokens(picture_size, num_patches, tiles, size):
+        return num_patches + math.isqrt(num_patches)
+
+    def arrange_images(vlm, image_embeds, picture_sizes):           # an embedding of zeros ends each row
+        rows = image_embeds.unflatten(1, (math.isqrt(vlm.num_patches), -1))
+        return list(F.pad(rows, (0, 0, 0, 1)).flatten(1, 2))
+
+    monkeypatch.setattr(model.VLM, "arrange_images", arrange_images)
+    for module in (data, model):
+        monkeypatch.setattr(module, "num_tokens", num_tokens)
+    for stage in ("words", "pretrain", "sft"):
+        assert train_here(settings(tiny, world, tmp_path / stage, f"--stage={stage}", "--max_steps=1", "--normalize=softmax")) == 0
+    vlm = checkpoint.load(str(tmp_path / "sft"))
+    picture = sorted(glob(f"{world}/images/*"))[0]
+    questions = [{"image": picture, "text": "what is it?"}, {"image": picture, "text": "why?"}]
+    prompts = [evaluation.prompt_ids(vlm, question) for question in questions]
+    assert prompts[0].count(conversation.IMAGE_ID) == vlm.num_patches + math.isqrt(vlm.num_patches)
+    with ThreadPoolExecutor(1) as pool:
+        assert len(evaluation.answer_batch(vlm, questions, prompts, evaluation.load_images(questions, vlm, pool), 2)) == 2

@@ -3,6 +3,6 @@
 #     bash tools/get_data.sh [--only ocr_vqa,coco] [--root DIR] [--dry-run]
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
-python="$here/.venv/bin/python"
-[ -x "$python" ] || python=python3
+python="${PYTHON:-$here/.venv/bin/python}"
+command -v "$python" > /dev/null || { echo "get_data.sh: there is no $python; bash tests/run.sh makes it" >&2; exit 1; }
 exec "$python" "$here/tools/get_data.py" "$@"

@@ -7,6 +7,8 @@ Ask a model the questions of seven benchmarks, score its answers, and print one 
     python eval.py --table A/results.json B/results.json                        # one row for each
     python eval.py --compare A B                                                # paired tests
 
+    benchmarks/TASK.py: questions() -> prompts -> batches -> <task>.jsonl -> score() -> table
+
 DIR holds the official files under the names that benchmarks/*.py declare. If a file is missing, the
 script says so before it loads the model. --out (default CHECKPOINT/eval) gets for each task
     <task>.jsonl            the answers in LLaVA's format, in the order of the questions

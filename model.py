@@ -33,8 +33,6 @@ from vocab import word_ids
 from support.tiles import check_tiles, join_tiles, num_tokens
 from support.tower import pooled_side, tower_hidden
 
-NORMALIZE = ("softmax", "none")             # what `word_weights` knows
-
 # Logits are made for this many tokens at a time. 2048 x 151,936 float32 are 1.2 GB.
 LOSS_ROWS = 2048
 
@@ -53,9 +51,7 @@ class LangBridge(nn.Module):
 
     def __init__(self, Dv, H=5120, K=19200, normalize="softmax", temperature=1.0, plain_bytes=0):
         super().__init__()
-        if normalize not in NORMALIZE:
-            raise ValueError(f"normalize is {normalize!r}, it must be one of "
-                             f"{', '.join(NORMALIZE)}")
+        word_weights(torch.zeros(1), normalize)         # ValueError for a name without a formula
         self.normalize = normalize
         self.temperature = temperature
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
@@ -85,14 +81,14 @@ class LangBridge(nn.Module):
 def word_weights(scores, normalize):
     """Return the weights of the words: scores float[..., K] -> float[..., K].
 
-    To try another normalisation, add its name to NORMALIZE and its formula here. Do not edit these
-    two formulas: fused.py holds them again.
+    To try another normalisation, add its name and formula here. Do not edit these two formulas:
+    fused.py holds them again. It does not know yours, so yours keeps all scores in memory.
     """
     if normalize == "softmax":
         return scores.softmax(dim=-1)       # the paper's text
     if normalize == "none":
         return scores                       # the released code: scores of any sign
-    raise ValueError(f"word_weights has no formula for normalize {normalize!r}")
+    raise ValueError(f"normalize is {normalize!r}, and model.word_weights has no such formula")
 
 
 def combine(z, W, b, E, normalize):
@@ -200,7 +196,7 @@ class Config:
     connector: str = "langbridge"       # or "mlp"
     hidden: int = 5120                  # H; 0 means D for "mlp", as in LLaVA-1.5
     num_words: int = 19200              # K
-    normalize: str = "softmax"          # one of NORMALIZE
+    normalize: str = "softmax"          # see word_weights
     temperature: float = 1.0            # of the words' weights; 1 in the paper
     vision_layer: int = -2              # the hidden state of the tower that the connector reads
     image_size: int = 0                 # S in pixels; 0 means the tower's own size

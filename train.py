@@ -51,7 +51,8 @@ class Settings:
     num_words: int = setting(0, "use only this many words, the first; 0 means all", low=0)
     connector: str = setting("langbridge", "the kind of connector", choices=("langbridge", "mlp"))
     hidden: int = setting(5120, "H; 0 means D, for mlp only", low=0)
-    normalize: str = setting("softmax", "how scores become weights: a name in model.NORMALIZE")
+    normalize: str = setting("softmax", "how scores become weights: softmax, none, or a name that "
+                                        "you give to word_weights in model.py")
     temperature: float = setting(1.0, "divides the scores before they become weights", low=1e-3)
     words_init: str = setting("random", "W starts at random, or from the words' own embeddings",
                               choices=("random", "embeds"))
@@ -198,9 +199,7 @@ def make_model(cfg, device):
     if cfg.shard and "RANK" in os.environ:
         options["shard"] = True
     torch.manual_seed(cfg.seed)                     # of a new connector
-    if cfg.normalize not in model.NORMALIZE:        # before the models are loaded
-        raise ValueError(f"normalize is {cfg.normalize!r}, it must be one of "
-                         f"{', '.join(model.NORMALIZE)}")
+    model.word_weights(torch.zeros(1), cfg.normalize)   # ValueError for a name without a formula
     if cfg.init:
         check_init(cfg, checkpoint.read_config(cfg.init)[0])
         options["tiles"] = cfg.tiles if "tiles" in cfg.given else None

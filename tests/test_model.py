@@ -354,9 +354,8 @@ def test_a_connector_of_before_the_second_edition_loads(tiny, tmp_path):
     assert torch.equal(again.connector.to_scores.weight, vlm.connector.to_scores.weight)
 
 
-def test_another_normalisation_is_a_name_and_a_formula(tiny, monkeypatch):
+def test_another_normalisation_is_one_formula(tiny, monkeypatch):
     """A reader's normalisation that fused.py does not know goes through the plain formula, with gradients."""
-    monkeypatch.setattr(model, "NORMALIZE", (*model.NORMALIZE, "relu"))
     monkeypatch.setattr(model, "word_weights", lambda scores, normalize: scores.relu())
     vlm = make(tiny, normalize="relu")
     vlm.connector.requires_grad_(True)
@@ -364,10 +363,10 @@ def test_another_normalisation_is_a_name_and_a_formula(tiny, monkeypatch):
     assert vlm.connector.to_scores.weight.grad.abs().sum() > 0
 
 
-def test_a_name_without_a_formula_is_no_softmax(tiny, monkeypatch):
-    monkeypatch.setattr(model, "NORMALIZE", (*model.NORMALIZE, "relu"))
-    with pytest.raises(ValueError, match="no formula for normalize 'relu'"):
-        make(tiny, normalize="relu")(data.collate(samples(make(tiny).tokenizer), pad_id=0))
+def test_a_name_without_a_formula_is_no_softmax(tiny):
+    for call in (lambda: make(tiny, normalize="relu"), lambda: model.word_weights(torch.zeros(1, 2), "relu")):
+        with pytest.raises(ValueError, match="'relu', and model.word_weights has no such formula"):
+            call()
 
 
 def test_a_checkpoint_over_another_leaves_none_of_its_llm(tiny, tmp_path):

@@ -90,7 +90,7 @@ class Conversations:
             sizes = [picture_size for _, picture_size in pictures]
             counts = [num_tokens(picture_size, self.num_patches, self.tiles, self.image["size"])
                       for picture_size in sizes]    # the ids of each image
-            ids, labels = self.encode(messages, counts) if self.tokenizer else ([], [])
+            ids, labels = self.ids_and_labels(messages, counts) if self.tokenizer else ([], [])
         except ValueError as error:
             where = f"{self.places[i]} (id {str(record.get('id'))[:60]!r})"
             kind = getattr(error, "kind", "untrainable")
@@ -131,14 +131,14 @@ class Conversations:
         for record in self.records[::math.ceil(len(self.records) / limit)]:
             try:
                 messages, _ = messages_of(record, image_first=self.template == "chat")
-                labels = self.encode(messages, self.num_patches)[1]
+                labels = self.ids_and_labels(messages, self.num_patches)[1]
             except ValueError:                      # sample() reports the record later
                 continue
             words = [self.word_of_id[label] for label in labels if label in self.word_of_id]
             counts += torch.bincount(torch.tensor(words, dtype=torch.int64), minlength=num_words)
         return counts / counts.sum().clamp(min=1)
 
-    def encode(self, messages, num_patches):
+    def ids_and_labels(self, messages, num_patches):
         """Return (ids, labels), at most max_length of each. num_patches: see conversation.encode.
 
         Raises ValueError if an image is cut or if no trained token is left.

@@ -28,7 +28,7 @@ from datetime import timedelta
 import common
 from benchmarks import BENCHMARKS
 from benchmarks.answers import (answer_record, checkpoint_name, join_answers, prepare_files,
-                                question_key, read_answers)
+                                question_key, saved_answers)
 from benchmarks.files import load_all_questions, official_paths
 from benchmarks.tables import comparison_table, summary_text, table_of_files, write_results
 
@@ -246,7 +246,7 @@ def evaluate(args):
         common.print_rank0(f"note: this checkpoint was trained with template {trained_with}, but "
                            "the questions are asked with the LLM's own chat template")
     barrier()                               # rank 0 has prepared the files
-    done = {task: read_answers(stems[task]) for task in args.tasks}
+    done = {task: saved_answers(stems[task]) for task in args.tasks}
     barrier()                               # each rank has read them, before one of them writes
 
     summaries = {}

@@ -34,7 +34,7 @@ def answer_files(stem):
     return files + [path for path in [f"{stem}.jsonl"] if os.path.exists(path)]
 
 
-def read_answers(stem):
+def saved_answers(stem):
     """Return {question_key: record} of all answers so far. The number of ranks may have changed."""
     records = [record for path in answer_files(stem)
                for record in read_lines(path, "question_id", "prompt", "text")]
@@ -48,7 +48,7 @@ def write_lines(records, path):
 
 def join_answers(questions, stem):
     """Write the answers of all ranks to <stem>.jsonl in question order, and return its path."""
-    answers = read_answers(stem)
+    answers = saved_answers(stem)
     path = f"{stem}.jsonl"
     write_lines([answers[question_key(q)] for q in questions], path)
     for file in answer_files(stem):

@@ -50,8 +50,11 @@ class Stub:
         self.tokenizer = byte_tokenizer()
         self.fingerprint = {"vision_tower": {"weights": "1"}}
         self.config = types.SimpleNamespace(tiles=())
-        self.num_patches, self.image_settings = 4, {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+        self.image_settings = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
         self.calls, self.die_after = [], die_after
+
+    def num_tokens(self, picture_size):
+        return 4
 
     def generate(self, ids, pixel_values, max_new_tokens, image_index, picture_sizes=None):
         if self.die_after == len(self.calls):

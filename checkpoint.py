@@ -27,8 +27,8 @@ from support import fingerprint, sharding
 from support.device import set_precision
 from support.fingerprint import git_commit
 from support.hub import load_tokenizer
-from support.pretrained import (image_settings, load_llm, load_weights, probe_llm, probe_tower,
-                                vision_config)
+from support.pretrained import (attention_of_here, image_settings, load_llm, load_weights,
+                                probe_llm, probe_tower, vision_config)
 from support.tensors import read_tensors, write_safetensors
 
 FORMAT = 1
@@ -193,7 +193,7 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
          tower_dtype=None, shard=False, vision_tower=None, tiles=None):
     """Return the VLM of a checkpoint, in evaluation mode. The arguments are those of `build`.
 
-    attention: default is the one of the training. vision_tower: where the same tower is, if it is
+    attention: default is the one of the training, if this machine has it. vision_tower: where the same tower is, if it is
     not under the name in config.json. tiles: to use instead of the checkpoint's own. If the
     checkpoint has no image_newline, a new one is drawn.
     ValueError where its parts do not belong together: another word list, another LLM than the one
@@ -203,8 +203,8 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     config.vision_tower = vision_tower or config.vision_tower
     config.tiles = config.tiles if tiles is None else tiles
     llm_folder = own_folder(folder, "llm")
-    llm = load_llm(llm_folder or config.llm, dtype, device,
-                   attention or metadata.get("attention"), shard)
+    attention = attention or attention_of_here(metadata.get("attention"), device)
+    llm = load_llm(llm_folder or config.llm, dtype, device, attention, shard)
     words = read_words(folder, config, metadata)
     vlm = build(config, words, device, dtype, llm, frozen_dtype=frozen_dtype,
                 tower_dtype=tower_dtype, tower_folder=own_folder(folder, "vision_tower"),

@@ -279,7 +279,6 @@ def main(cfg):
     device = setup_ranks(cfg)
     if cfg.global_batch % ranks.world:
         raise ValueError(f"global_batch {cfg.global_batch} does not divide by {ranks.world} ranks")
-    os.makedirs(cfg.out, exist_ok=True)
     set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
     vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
@@ -299,7 +298,8 @@ def main(cfg):
         vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
-    on_rank0(lambda: remove_old_run(cfg))           # late: a mistake until here costs no old run
+    os.makedirs(cfg.out, exist_ok=True)             # late: a mistake until here leaves no trace
+    on_rank0(lambda: remove_old_run(cfg))           # and costs no old run
     start, skipped = resume(vlm, optimizer, hashes, cfg)
     print_start(vlm, dataset, steps, start, device, cfg)
     batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)

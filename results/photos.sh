@@ -102,8 +102,9 @@ names = sorted(records)
 random.shuffle(names)
 one_each = [random.choice(records[name]) for name in names[:2560]]
 json.dump(one_each, open('$OUT/one-each.json', 'w'))"
-for name in words-42 mlp; do
-    train "captions-$name" config/photos/questions.py --init="$OUT/$name" $HERE \
+for name in words-42 words-43 mlp; do
+    seed=42; [ $name != words-43 ] || seed=43
+    train "captions-$name" config/photos/questions.py --init="$OUT/$name" $HERE --seed=$seed \
         --data="$OUT/one-each.json" --image_mode=crop --global_batch=16 --batch_size=16
     measure captions-$name="$OUT/captions-$name" --number 96
 done

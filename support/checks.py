@@ -56,14 +56,15 @@ def check(cfg):
             absent = f", and init {cfg.init} is not there yet" if cfg.init else ""
             raise ValueError(f"{key} is not set{absent}: give it in the config file or as "
                              f"--{key}=...")
-    files = cfg.data.split(",") if cfg.init else [*cfg.data.split(","), cfg.words]
-    for path in files:
-        if path and not (cfg.dry_run or os.path.exists(path)):
-            raise ValueError(f"there is no file {path}")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
         raise ValueError(f"{cfg.out} holds a finished run; --overwrite trains it again")
-    if not (cfg.dry_run or os.path.isdir(f"{cfg.out}/state")):
+    if cfg.dry_run:
+        return
+    if not os.path.isdir(f"{cfg.out}/state"):
         refuse_existing(cfg.out, cfg.overwrite)
+    for path in [*cfg.data.split(","), "" if cfg.init else cfg.words]:
+        if path and not os.path.exists(path):
+            raise ValueError(f"there is no file {path}")
 
 
 def check_init(cfg, config):

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig,
                           AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig)
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import find_adapter_config_file, is_accelerate_available, logging
+from transformers.utils import (find_adapter_config_file, is_accelerate_available,
+                                is_flash_attn_2_available, logging)
 
 from data import collate
 from support.hub import from_hub, load_tokenizer
@@ -176,6 +177,12 @@ def cache_argument(decoder):
     """
     parameters = inspect.signature(type(decoder).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def attention_of_here(stored, device):
+    """Return a checkpoint's attn_implementation; None if it is flash_attn's, which is not here."""
+    is_here = is_flash_attn_2_available() and str(device) != "cpu"
+    return None if stored == "flash_attention_2" and not is_here else stored
 
 
 def load_llm(name, dtype, device, attention=None, on_meta=False):

@@ -340,7 +340,7 @@ TRAIN = {  # name: (arguments, exit status, words)
     "no such policy": (["--on_bad=replace"], 1, ["on_bad is 'replace', it must be one of stop, skip"]),
     "no permission": (["--out=/sys/langbridge"], 1, ["/sys/langbridge"]),
     "negative size": (["--hidden=-3"], 1, ["hidden is -3, it must be at least 0"]),
-    "a value that is no value": (["--words={[]: 1}"], 1, ["No such file", "{[]: 1}"]),
+    "a value that is no value": (["--words={[]: 1}"], 1, ["there is no file", "{[]: 1}"]),
     "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
     "no width": (["--hidden=0"], 1, ["hidden is 0"]),
     "words loss of raw scores": (["--normalize=none", "--words_loss=0.1"], 1, ["the words loss is for probabilities of words"]),
@@ -350,8 +350,8 @@ TRAIN = {  # name: (arguments, exit status, words)
     "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),
     "init is a snapshot in out": (["--init=same/steps/000100", "--out=same/"], 1, ["init same/steps/000100 is in same/"]),
     "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where it would be overwritten"]),
-    "a file named by a number": (["--words=2024"], 1, ["No such file", "'2024'"]),
-    "no such data": (["--data=none.json"], 1, ["No such file", "none.json"]),
+    "a file named by a number": (["--words=2024"], 1, ["there is no file 2024"]),
+    "no such data": (["--data=none.json"], 1, ["there is no file none.json"]),
     "no data but a comma": (["--data=,"], 1, ["there is no data file in ','"]),
 }
 
@@ -710,7 +710,7 @@ def test_offline_is_said_before_anything_is_imported(tiny, tmp_path):
            "runpy.run_path(script, run_name='__main__')\n")
     (tmp_path / "d.json").write_text(json.dumps([SEEN]))
     corpus, hub = str(tmp_path / "d.json"), "some/name"
-    for argv in (["train.py", "--out=x", f"--data={corpus}", f"--llm={hub}", f"--vision_tower={hub}", "--words=x"],
+    for argv in (["train.py", "--out=x", f"--data={corpus}", f"--llm={hub}", f"--vision_tower={hub}", f"--words={corpus}"],
                  ["transfer.py", "x", hub], ["words.py", "x", "x"],
                  ["data.py", "--check", corpus, "--images", ".", "--tokenizer", hub],
                  ["vocab.py", "--tokenizers", hub, hub, "--corpus", corpus, "--out", tmp_path / "w.json"]):

@@ -227,6 +227,8 @@ def test_the_attention_is_stored_and_can_be_chosen(tiny, tmp_path):
              for kind in (None, "sdpa")]
     assert kinds == ["eager", "sdpa"]
     config = json.loads((tmp_path / "ck" / "config.json").read_text())
+    (tmp_path / "ck" / "config.json").write_text(json.dumps(config | {"attention": "flash_attention_2"}))    # of a GPU
+    assert checkpoint.load(str(tmp_path / "ck")).llm.config._attn_implementation == "sdpa"
     del config["attention"]                                         # a checkpoint of before
     (tmp_path / "ck" / "config.json").write_text(json.dumps(config))
     assert checkpoint.load(str(tmp_path / "ck")).llm.config._attn_implementation == "sdpa"

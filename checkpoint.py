@@ -193,9 +193,9 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
          tower_dtype=None, shard=False, vision_tower=None, tiles=None):
     """Return the VLM of a checkpoint, in evaluation mode. The arguments are those of `build`.
 
-    attention: default is the one of the training, if this machine has it. vision_tower: where the same tower is, if it is
-    not under the name in config.json. tiles: to use instead of the checkpoint's own. If the
-    checkpoint has no image_newline, a new one is drawn.
+    attention: default is the one of the training, if this machine has it. vision_tower: where the
+    same tower is, if it is not under the name in config.json. tiles: to use instead of the
+    checkpoint's own. If the checkpoint has no image_newline, a new one is drawn.
     ValueError where its parts do not belong together: another word list, another LLM than the one
     of the training, or a vision tower that gives another number of patches.
     """

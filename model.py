@@ -113,12 +113,12 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
         + n * patch_weight * mean over patches of
                              -log(sum over targets of p(word | patch) / frequency)
 
-    The first part asks for each word of the answer that some patch gives it a high probability. It
+    The first part is small if each word of the answer has a high probability in some patch. It
     takes the mean over patches, so different patches can name different words. The frequency
-    explains words such as "a" and "the", so no patch has to name them. The second part asks each
-    patch for some word of the answer, rather a rare one. Without it a patch that explains no word
-    gets hardly a gradient. The factor n gives both parts one scale. In the second part a frequency
-    is at least 1e-6.
+    explains words such as "a" and "the", so no patch has to name them. The second part is small if
+    each patch names some word of the answer, best a rare one (a frequency counts as at least 1e-6).
+    Without it a patch that names no word gets hardly a gradient. The factor n gives both parts one
+    scale.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)

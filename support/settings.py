@@ -39,8 +39,7 @@ def read(settings_class, argv):
             given.append((key, text if equals else True, "the command line"))
             continue
         if not os.path.isfile(arg):
-            raise ValueError(f"there is no config file {arg}; a setting is written --key=value, "
-                             "with =")
+            raise ValueError(f"there is no config file {arg}; a setting is written --key=value")
         try:
             values = runpy.run_path(arg)
         except Exception as error:                  # a config file is a program that may raise all

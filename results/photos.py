@@ -143,7 +143,7 @@ def match_norm(vlm):
 
 @torch.no_grad()
 def measure(vlm, metadata, args):
-    """Return the report of a checkpoint, {name: [mean, low, high]}, and print args.show captions."""
+    """Return a checkpoint's report, {name: [mean, low, high]}, and print args.show captions."""
     if args.match_norm:
         match_norm(vlm)
     settings = {**vlm.image_settings, "mode": metadata["image_mode"]}

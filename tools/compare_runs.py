@@ -44,7 +44,8 @@ def read_arguments():
     parser = argparse.ArgumentParser(description="Compare the losses of two commits.")
     add = parser.add_argument
     add("refs", nargs="*", metavar="REF",
-        help='a commit, branch or tag, or "." for the working tree, which must not change meanwhile')
+        help='a commit, branch or tag, or "." for the working tree, which must not change'
+             " meanwhile")
     add("--log", help="compare one REF (default .) with this file")
     add("--write", action="store_true", help="write --log instead of comparing")
     add("--tolerance", type=float, default=0.0,
@@ -118,7 +119,7 @@ def git(*command):
 
 
 def check_out(ref, folder):
-    """Return the folder of a ref's files: the working tree for ".", else `folder`, filled by git."""
+    """Return the folder of a ref's files: "." is the working tree, others git writes to `folder`."""
     if ref == ".":
         return ROOT
     git("archive", f"--output={folder}.tar", ref)

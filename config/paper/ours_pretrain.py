@@ -1,6 +1,6 @@
 # Not the paper's: this project's own second stage at the paper's sizes. It trains on captions with
-# the LLM, and the words loss holds the words. It has not been run at these sizes. words_loss is that
-# of config/photos/pretrain.py, which ran on photographs with SmolLM2-135M.
+# the LLM, and the words loss holds the words. It has not been run at these sizes. words_loss is
+# that of config/photos/pretrain.py, which ran on photographs with SmolLM2-135M.
 stage = "pretrain"
 out = "out/paper/ours_pretrain"
 init = "out/paper/ours_words"

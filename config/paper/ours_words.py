@@ -1,7 +1,7 @@
 # Not the paper's: this project's own first stage at the paper's sizes. The connector learns from
 # captions which words a picture holds, and no LLM is trained or run. It has not been run at these
-# sizes. config/photos/words.py ran on 6,091 photographs. Its temperature of 0.1 is for LLMs that are
-# not trained; here ours_pretrain.py follows.
+# sizes. config/photos/words.py ran on 6,091 photographs. Its temperature of 0.1 is for LLMs that
+# are not trained; here ours_pretrain.py follows.
 stage = "words"
 out = "out/paper/ours_words"
 llm = "Qwen/Qwen2-0.5B-Instruct"                        # its tokenizer and E, for words_init

@@ -1,5 +1,5 @@
-# Photographs, after words.py: captions on SmolLM2, which stays frozen. The words loss holds the words.
-# It was measured after words.py --temperature=1 --words_patch_weight=0, and brings nothing over
+# Photographs, after words.py: captions on SmolLM2, which stays frozen. The words loss holds the
+# words. It was measured after words.py --temperature=1 --words_patch_weight=0, and brings nothing over
 # words.py alone: see docs/results.md.
 stage = "pretrain"
 out = "out/photos/pretrain"

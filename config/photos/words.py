@@ -1,6 +1,6 @@
-# Photographs: the connector learns from captions which words a picture holds. The LLM
-# gives its tokenizer and embeddings and is not trained. data/photos is yours: captions_train.json in
-# LLaVA's format, images/, and words.json, see results/photos.sh.
+# Photographs: the connector learns from captions which words a picture holds. The LLM gives its
+# tokenizer and embeddings and is not trained. data/photos is yours: captions_train.json in LLaVA's
+# format, images/, and words.json, see results/photos.sh.
 stage = "words"
 out = "out/photos/words"
 vision_tower = "facebook/dinov2-small"

@@ -1,5 +1,6 @@
-# The words stage in the pocket world (python pocket.py makes it): the connector learns from captions
-# which words a picture holds. The LLM gives its embeddings and does not run: it takes seconds.
+# The words stage in the pocket world (python pocket.py makes it): the connector learns from
+# captions which words a picture holds. The LLM gives its embeddings and does not run: it takes
+# seconds.
 stage = "words"
 out = "out/pocket/words"
 llm = "data/pocket/pocket-qwen"     # its tokenizer and its E, for words_init
@@ -15,7 +16,7 @@ max_steps = 150
 connector_lr = 1e-3
 warmup = 0.1
 words_background = 0.0              # with 0.9 the moved connector was worse, see docs/results.md
-dtype = "auto"                      # bfloat16 where the CPU computes in it: ten times slower elsewhere
+dtype = "auto"                      # bfloat16 where the CPU has it: ten times slower elsewhere
 workers = 0
 log_every = 50
 template = "prompted"

@@ -9,7 +9,6 @@ Measure speed and memory on this machine against what a user would write otherwi
 Weights and data are random, so no files are needed. What is compared runs in one process on the
 same tensors, in turns. A ratio is the median of the rounds' ratios.
 """
-import argparse
 import copy
 import functools
 import itertools
@@ -17,7 +16,6 @@ import os
 import platform
 import re
 import statistics
-import sys
 import tempfile
 import time
 import types
@@ -26,9 +24,7 @@ import common
 
 
 def read_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"bench.py: {message}")
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("what", nargs="?", choices=("combine", "step", "eval", "all"))
     add("--json", metavar="FILE", help="write the results to FILE, too, and skip those that it has")

@@ -203,7 +203,8 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     config.vision_tower = vision_tower or config.vision_tower
     config.tiles = config.tiles if tiles is None else tiles
     llm_folder = own_folder(folder, "llm")
-    attention = attention or attention_of_here(metadata.get("attention"), device)
+    if not attention:
+        attention = attention_of_here(metadata.get("attention"), device, frozen_dtype or dtype)
     llm = load_llm(llm_folder or config.llm, dtype, device, attention, shard)
     words = read_words(folder, config, metadata)
     vlm = build(config, words, device, dtype, llm, frozen_dtype=frozen_dtype,
@@ -275,6 +276,8 @@ def read_config(folder):
             value = str(metadata.get(name))[:60]
             raise ValueError(f"{path}: {name} is {value!r}, it must be of type {kind.__name__}")
     config = Config(**{name: metadata[name] for name in types})
+    if min(config.hidden, config.image_size, config.pool - 1) < 0 or not config.temperature > 0:
+        raise ValueError(f"{path}: hidden, image_size, pool or temperature has no possible value")
     config.vision_tower = resolve(config.vision_tower, folder)
     config.llm = resolve(config.llm, folder)
     return config, metadata

@@ -1,4 +1,5 @@
 """What all scripts share: JSON files, printing on the first rank, and a sentence for a mistake."""
+import argparse
 import json
 import os
 import sys
@@ -54,6 +55,14 @@ def read_json(path):
             return json.load(file)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a whole JSON file: {error}") from None
+
+
+def argument_parser(description, **options):
+    """Return an argparse parser that ends a wrong call with one sentence and status 1."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    parser.error = lambda message: sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
+    return parser
 
 
 def go_offline():

@@ -9,7 +9,6 @@ S side of a square image in pixels.
 
     python data.py --check DATA.json --images DIR [--tokenizer NAME --num_patches P]
 """
-import argparse
 import itertools
 import math
 import os
@@ -279,9 +278,8 @@ def micro_batches(indices, rank, world, batch_size):
 def make_loader(dataset, batches, vlm, cfg, device):
     """Return an iterator over this rank's batches, read by cfg.workers processes."""
     import torch
-    from support.ranks import check_shared_memory, leave_process_group, length_multiple
+    from support.ranks import leave_process_group, length_multiple
 
-    check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"])
     pad_to = length_multiple(cfg.pad_to, device, vlm.max_positions)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=cfg.workers,
@@ -296,8 +294,7 @@ def make_loader(dataset, batches, vlm, cfg, device):
 
 def main(argv=None):
     """Read and encode every sample. Return the exit code, which is 1 if one cannot be used."""
-    parser = argparse.ArgumentParser(
-        description="List the missing, broken and untrainable samples of a dataset.")
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("--check", nargs="+", required=True, metavar="DATA.json", help="LLaVA-format JSON files")
     add("--images", required=True, metavar="DIR", help="the folder that image paths start from")

@@ -18,10 +18,8 @@ and results.json. A run that was stopped continues where it stopped. --score pri
 MM-Vet needs a judge: --judge MODEL asks OPENAI_BASE_URL with OPENAI_API_KEY. Without --judge, the
 file that a judge takes is written.
 """
-import argparse
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -30,7 +28,8 @@ from benchmarks import BENCHMARKS
 from benchmarks.answers import (answer_record, checkpoint_name, join_answers, prepare_files,
                                 question_key, saved_answers)
 from benchmarks.files import load_all_questions, official_paths
-from benchmarks.tables import comparison_table, summary_text, table_of_files, write_results
+from benchmarks.tables import (check_results, comparison_table, summary_text, table_of_files,
+                               write_results)
 
 # torch and what needs it are imported inside functions, so that --help and --score answer at once.
 
@@ -192,16 +191,19 @@ def score_task(task, subset, total, stem, args):
 
 # ---- a checkpoint through the benchmarks
 
-def keep_or_refuse_answers(task, questions, stem, made_by, args):
+def keep_or_refuse_answers(questions, stems, results, made_by, args):
     """Keep earlier answers that the same model and settings have made. ValueError for others."""
     from support import fingerprint
-    benchmark = BENCHMARKS[task]
-    asked = fingerprint.file_hash(os.path.join(args.data, benchmark.ASK), complete=True)
-    images = {q["image"] for q in questions if isinstance(q["image"], str)}
-    settings = {**made_by, "questions": asked, "images": fingerprint.images_hash(sorted(images)),
-                "max_new_tokens": benchmark.MAX_NEW_TOKENS}
-    os.makedirs(os.path.dirname(stem), exist_ok=True)
-    prepare_files(stem, settings, args.overwrite)
+    check_results(results, made_by, args.overwrite)
+    os.makedirs(os.path.dirname(results), exist_ok=True)
+    for task, stem in stems.items():
+        benchmark = BENCHMARKS[task]
+        asked = fingerprint.file_hash(os.path.join(args.data, benchmark.ASK), complete=True)
+        images = {q["image"] for q in questions[task] if isinstance(q["image"], str)}
+        seen = fingerprint.images_hash(sorted(images))
+        settings = {**made_by, "questions": asked, "images": seen,
+                    "max_new_tokens": benchmark.MAX_NEW_TOKENS}
+        prepare_files(stem, settings, args.overwrite)
 
 
 def evaluate(args):
@@ -229,6 +231,7 @@ def evaluate(args):
         ranks.check_restarts()
         # Ranks only wait for each other. Days, because a slow rank is not a dead one.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        ranks.rank, ranks.world = rank, world
     barrier = torch.distributed.barrier if world > 1 else lambda: None
     vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
                           attention=args.attention)
@@ -238,28 +241,25 @@ def evaluate(args):
                "dtype": dtype}
     made_by |= {f"{source} {part}": value for source, parts in vlm.fingerprint.items()
                 for part, value in parts.items()}
-    if rank == 0:
-        for task in args.tasks:
-            keep_or_refuse_answers(task, questions[task], stems[task], made_by, args)
+    results = os.path.join(out, f"results{suffix}.json")
+    ranks.on_rank0(lambda: keep_or_refuse_answers(questions, stems, results, made_by, args))
     trained_with = common.read_json(config_path).get("template")
     if trained_with not in (None, "chat"):
         common.print_rank0(f"note: this checkpoint was trained with template {trained_with}, but "
                            "the questions are asked with the LLM's own chat template")
-    barrier()                               # rank 0 has prepared the files
     done = {task: saved_answers(stems[task]) for task in args.tasks}
     barrier()                               # each rank has read them, before one of them writes
 
     summaries = {}
     for task in args.tasks:
         subset = questions[task][:args.limit or None]
-        answer_questions(vlm, task, subset, done[task], stems[task], args, rank, world)
-        barrier()                           # all answers are there
+        with ranks.sharing_errors():        # at its end all answers are there
+            answer_questions(vlm, task, subset, done[task], stems[task], args, rank, world)
         if rank == 0:
             summaries[task] = score_task(task, subset, len(questions[task]), stems[task], args)
     if rank == 0:
-        path = os.path.join(out, f"results{suffix}.json")
-        table = write_results(checkpoint_name(args.checkpoint), path, made_by, summaries)
-        print(f"\n{table}\n\n{path}")
+        table = write_results(checkpoint_name(args.checkpoint), results, made_by, summaries)
+        print(f"\n{table}\n\n{results}")
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -267,9 +267,7 @@ def evaluate(args):
 # ---- command line
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"eval.py: {message}")      # without the usage text
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", help="checkpoint folder")
     add("--tasks", default="all", help=f"with commas between, or all: {','.join(BENCHMARKS)}")

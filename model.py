@@ -44,14 +44,14 @@ class LangBridge(nn.Module):
     """The connector of the paper: Linear, GELU, Linear, a score for each word, a sum of embeddings.
 
     The weights are word_weights(scores / temperature, normalize). With a temperature below 1, fewer
-    words share a patch. plain_bytes: if the scores would take more bytes than this, fused.py
-    computes the softmax in blocks; 0: 1/32 of the memory.
+    words share a patch. plain_bytes: if all scores take more bytes than this, fused.py computes the
+    softmax in blocks; 0 means 1/32 of the device's memory.
     At the paper's sizes the connector has 129,790,720 parameters.
     """
 
     def __init__(self, Dv, H=5120, K=19200, normalize="softmax", temperature=1.0, plain_bytes=0):
         super().__init__()
-        word_weights(torch.zeros(1), normalize)         # ValueError for a name without a formula
+        word_weights(torch.zeros(K), normalize)         # ValueError for a name without a formula
         self.normalize = normalize
         self.temperature = temperature
         self.mlp = nn.Sequential(nn.Linear(Dv, H), nn.GELU(), nn.Linear(H, H))
@@ -114,11 +114,11 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
                              -log(sum over targets of p(word | patch) / frequency)
 
     The first part is small if each word of the answer has a high probability in some patch. It
-    takes the mean over patches, so different patches can name different words. The frequency
-    explains words such as "a" and "the", so no patch has to name them. The second part is small if
-    each patch names some word of the answer, best a rare one (a frequency counts as at least 1e-6).
-    Without it a patch that names no word gets hardly a gradient. The factor n gives both parts one
-    scale.
+    takes the mean over patches, so different patches can name different words. Words such as "a"
+    and "the" have their probability from the frequency, so no patch has to name them. The second
+    part rewards a patch for naming any word of the answer, and more for a rare one (a frequency
+    counts as at least 1e-6). Without it a patch that names no word gets hardly a gradient. The
+    factor n gives both parts one scale.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)
@@ -246,7 +246,7 @@ class VLM(nn.Module):
             device = next(connector.parameters()).device
             self.image_newline = nn.Parameter((torch.randn(D) / D ** 0.5).to(device))       # (D,)
         self.eos_ids = eos_ids(llm, tokenizer)
-        # Padding is known by lengths, so any id can serve. Id 0 would be "!" in many LLMs.
+        # The mask comes from lengths, so any id can pad. These ids print as nothing of a text.
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = min(self.eos_ids, default=0)

@@ -13,7 +13,6 @@ Everything follows from --seed: two runs on one machine write the same bytes. Th
 data. support/pocket_world.py holds scenes, pictures and questions, and support/pocket_models.py
 trains the models. results/pocket_probes.py measures what they have learnt.
 """
-import argparse
 import base64
 import io
 import multiprocessing
@@ -21,12 +20,11 @@ import os
 import random
 import shutil
 import signal
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from benchmarks.answers import write_lines
-from common import read_json, run_script, write_json, write_text
+from common import argument_parser, read_json, run_script, write_json, write_text
 from support.pocket_world import (BRIEF, KINDS, SHAPES, STYLES, SUFFIX, TRAIN_KINDS, ask, chat,
                                   choice_chat, choices, describe, document, draw_scene, questions,
                                   random_scene, scene_key)
@@ -36,15 +34,14 @@ MODELS = ("pocket-llama", "pocket-qwen", "vision-tower")
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Make the pocket world.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: sys.exit(f"pocket.py: {message}")
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--out", default="data/pocket", help="folder")
-    add("--scenes", type=int, default=3200, help="training pictures")
-    add("--held_out", type=int, default=300, help="pictures for validation, as many for the test")
-    add("--effort", type=float, default=1.0, help="multiplies all training steps")
-    add("--seed", type=int, default=0, help="of everything")
+    add("--out", default="data/pocket", help="folder (%(default)s)")
+    add("--scenes", type=int, default=3200, help="training pictures (%(default)s)")
+    add("--held_out", type=int, default=300,
+        help="pictures for validation, as many for the test (%(default)s)")
+    add("--effort", type=float, default=1.0, help="multiplies all training steps (%(default)s)")
+    add("--seed", type=int, default=0, help="of everything (%(default)s)")
     add("--tiny", action="store_true", help="60 scenes and a few steps: to test code, not models")
     add("--overwrite", action="store_true", help="make everything again")
     args = parser.parse_args()

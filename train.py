@@ -42,7 +42,7 @@ STOPPED = 75        # exit status of a run that saved itself after SIGTERM or SI
 @dataclass
 class Settings:
     stage: str = setting("pretrain", "what trains, see above", choices=tuple(STAGES))
-    out: str = setting("", "the checkpoint folder to write")
+    out: str = setting("", "the checkpoint folder to write", free=True)
     init: str = setting("", "start from this checkpoint's connector, LLM and vision tower")
     # The model. With init the checkpoint has these settings; only tiles may be changed.
     vision_tower: str = setting("", "hub name or folder")
@@ -87,8 +87,7 @@ class Settings:
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
     words_loss: float = setting(0.0, "weight of the words loss in the stages after words", low=0)
-    words_background: float = setting(0.9, "a word's probability in an image is mixed with its "
-                                           "frequency in all answers, which has this weight",
+    words_background: float = setting(0.9, "b in p = (1 - b) p(word in the image) + b frequency",
                                       low=0, high=0.99)
     words_patch_weight: float = setting(0.0, "weight of the part of the words loss that asks each "
                                              "patch for a word", low=0)
@@ -110,8 +109,8 @@ class Settings:
     device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank",
                           free=True)
     deterministic: bool = setting(False, "a resumed run has the same bits on CUDA, too; slower")
-    pad_to: int = setting(0, "lengths are multiples of this; 0: 64 on CUDA, where each new length "
-                             "costs time once, and 1 elsewhere", low=0)
+    pad_to: int = setting(0, "pad batches to a multiple of this; 0 means 64 on CUDA, where a new "
+                             "length is slow the first time, and 1 elsewhere", low=0)
     seed: int = setting(42, "of the new connector and of the order of the data")
     # The log and the checkpoints.
     log_every: int = setting(1, "steps between two printed lines", low=1, free=True)
@@ -161,9 +160,9 @@ from conversation import show_sample
 from support import features, fingerprint, pretrained, ranks, sharding
 from support.device import check_compiler
 from support.log import averages, log_step, open_log, parts_table, plot_loss
-from support.ranks import (clip_gradients, leave, on_rank0, reduce_gradients, setup_ranks, sum_up,
-                           wait_for_all)
-from support.resume import remove_old_run, resume, save_state
+from support.ranks import (check_shared_memory, clip_gradients, leave, on_rank0, reduce_gradients,
+                           setup_ranks, sharing_errors, sum_up, wait_for_all)
+from support.resume import lock, remove_old_run, resume, save_state
 from support.tower import freeze_unreached
 
 
@@ -199,7 +198,7 @@ def make_model(cfg, device):
     if cfg.shard and "RANK" in os.environ:
         options["shard"] = True
     torch.manual_seed(cfg.seed)                     # of a new connector
-    model.word_weights(torch.zeros(1), cfg.normalize)   # ValueError for a name without a formula
+    model.word_weights(torch.zeros(1000), cfg.normalize)    # ValueError before models are loaded
     if cfg.init:
         check_init(cfg, checkpoint.read_config(cfg.init)[0])
         options["tiles"] = cfg.tiles if "tiles" in cfg.given else None
@@ -285,20 +284,21 @@ def main(cfg):
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)).train() here. The optimizer
     # takes what requires a gradient. Without train() lora_dropout does nothing.
     if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
-        raise ValueError("shard does not go with LoRA: the adapter of a sharded LLM cannot be "
-                         "merged")
+        raise ValueError("shard does not go with LoRA: a sharded adapter cannot be merged")
     optimizer = make_optimizer(vlm, cfg)
     trainable = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
     dataset, hashes = make_dataset(vlm, cfg)
     steps = data.plan(dataset, cfg)
-    if max(cfg.snapshots, default=0) >= len(steps):
-        raise ValueError(f"snapshots {cfg.snapshots}: the last step of this run is "
-                         f"{len(steps) - 1}")
+    if not all(step in range(len(steps)) for step in cfg.snapshots):
+        raise ValueError(f"snapshots {cfg.snapshots}: the last step is {len(steps) - 1}")
     if needs_words(cfg):
         vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
+        if not vlm.word_frequencies.any():
+            raise ValueError(f"no answer of {cfg.data} has a word of the word list")
+    check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"])
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
-    os.makedirs(cfg.out, exist_ok=True)             # late: a mistake until here leaves no trace
+    on_rank0(lambda: lock(cfg.out))                 # late: a mistake until here leaves no trace
     on_rank0(lambda: remove_old_run(cfg))           # and costs no old run
     start, skipped = resume(vlm, optimizer, hashes, cfg)
     print_start(vlm, dataset, steps, start, device, cfg)
@@ -375,13 +375,14 @@ def main(cfg):
             break
 
     is_complete = done == len(steps)
-    if is_complete:
-        checkpoint.save(vlm, cfg.out, cfg.stage, **save_kwargs, seed=cfg.seed, steps=len(steps))
-    if log:
-        log.close()
-        plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
-        stopped = f"stopped after {done} steps; the same command goes on from there"
-        print(f"wrote {cfg.out}" if is_complete else stopped, flush=True)
+    with sharing_errors():
+        if is_complete:
+            checkpoint.save(vlm, cfg.out, cfg.stage, **save_kwargs, seed=cfg.seed, steps=len(steps))
+        if log:
+            log.close()
+            plot_loss(f"{cfg.out}/log.jsonl", f"{cfg.out}/loss.png")
+    stopped = f"stopped after {done} steps; the same command goes on from there"
+    print_rank0(f"wrote {cfg.out}" if is_complete else stopped)
     leave()
     sys.exit(0 if is_complete else STOPPED)
 

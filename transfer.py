@@ -12,7 +12,6 @@ on captioned images, --tasks on benchmarks. Nothing is trained.
 
 An MLP has no words. --map words.json can still move it, as a baseline, see tools/map_mlp.py.
 """
-import argparse
 import os
 import subprocess
 import sys
@@ -22,8 +21,7 @@ import common
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("source", help="checkpoint folder with a LangBridge")
     add("target", help="LLM to move to: hub name or folder")
@@ -67,10 +65,9 @@ from support.report import caption_batches, measure, print_report, single_tokens
 def refuse_mlp(config, source):
     """Raise ValueError if a checkpoint cannot move because it has an MLP."""
     if config.connector == "mlp":
-        raise ValueError(f"{source} has an MLP connector: its output is in the embedding space of "
-                         f"{config.llm} and means nothing to another LLM. Only a LangBridge can "
-                         "move; --map words.json of transfer.py moves an MLP by a linear map, as a "
-                         "baseline.")
+        raise ValueError(f"{source} has an MLP connector, which cannot move: its output is in the "
+                         f"embedding space of {config.llm}. With --map words.json transfer.py fits "
+                         "a linear map to another LLM, a baseline.")
 
 
 def move(source, target, device, dtype, attention=None, vision_tower=None):

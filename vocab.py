@@ -8,12 +8,11 @@ holds no ids, because each tokenizer gives its own.
 
     python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
 """
-import argparse
 import hashlib
 import os
 from collections import Counter
 
-from common import OFFLINE, go_offline, read_json, run_script, write_json
+from common import OFFLINE, argument_parser, go_offline, read_json, run_script, write_json
 from conversation import IMAGE
 from support.hub import load_tokenizer
 from support.records import read_records, turns_of
@@ -155,8 +154,7 @@ def print_coverage(words, counts, total):
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0],
-                                     allow_abbrev=False)
+    parser = argument_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--tokenizers", nargs="+", metavar="NAME", help="two or more: hub names or folders")
     add("--corpus", nargs="+", metavar="X.json", help="LLaVA-format files to count")

@@ -11,7 +11,6 @@ With --ask the page also shows which patches and words the answer needs. Several
 LLM become a slider on the page. Different LLMs stand side by side. results/study.py counts over
 many images.
 """
-import argparse
 import base64
 import io
 import json
@@ -29,8 +28,7 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html")
 
 
 def read_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders in the order of training")
     add("image", metavar="IMAGE", help="an image file")
@@ -212,7 +210,7 @@ def read_checkpoint(folder, image, image_mode, args):
     kind = "LangBridge" if vlm.words else "MLP"
     return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
             "name": f"{os.path.basename(os.path.normpath(vlm.config.llm))} · {kind}",
-            "group": (config.connector, config.normalize, os.path.realpath(config.llm),
+            "group": (config.connector, config.normalize, os.path.realpath(vlm.config.llm),
                       metadata["words_hash"]),
             "modes": modes, "tiles": config.tiles, "side": math.isqrt(vlm.num_patches),
             "picture": square(image, image_mode, settings["mean"],

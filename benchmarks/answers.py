@@ -66,6 +66,7 @@ def prepare_files(stem, settings, overwrite):
     old = common.read_json(path) if os.path.exists(path) else {}
     files = answer_files(stem)
     if files and old != settings and not overwrite:
+        old = old if isinstance(old, dict) else {}
         differing = ", ".join(k for k in settings if old.get(k) != settings[k])
         raise ValueError(f"{stem}.jsonl is of another run (other {differing}): give another "
                          "--out, or --overwrite")

@@ -29,6 +29,8 @@ def load_questions(task, data):
         questions = benchmark.questions(data)
         # Two questions with one key would share one answer.
         unique(questions, question_key, os.path.join(data, benchmark.ASK))
+        if not questions:
+            raise ValueError(f"{os.path.join(data, benchmark.ASK)} has no question")
     if not missing:
         try:
             score_empty_answers(benchmark, data, questions)

@@ -75,6 +75,14 @@ def table_of_files(paths, over_seeds):
     return results_table(rows, over_seeds)
 
 
+def check_results(path, made_by, overwrite):
+    """Raise ValueError if a results.json is not of this checkpoint and settings, or overwrite."""
+    if os.path.exists(path) and not overwrite:
+        old = read_json(path)
+        if not isinstance(old, dict) or old.get("made_by") != made_by:
+            raise ValueError(f"{path} is of another run: give another --out, or --overwrite")
+
+
 def write_results(name, path, made_by, summaries):
     """Add the summaries {task: summary} to a results.json and return the table of all in it.
 
@@ -83,7 +91,7 @@ def write_results(name, path, made_by, summaries):
     results = {"name": name, "made_by": made_by, "tasks": {}}
     if os.path.exists(path):
         old = read_json(path)
-        if old.get("made_by") == made_by:
+        if isinstance(old, dict) and old.get("made_by") == made_by:
             results["tasks"] = old["tasks"]
     results["tasks"].update(summaries)
     write_json(results, path)

@@ -7,7 +7,6 @@ DIR/photos.json is a list of {"image", "licence", "flickr_url"}. The rule of cho
 photographs of the list that are under CC BY ("Attribution License"), whatever they show. The words
 are those of the first checkpoint, and all checkpoints should share its connector.
 """
-import argparse
 import os
 import sys
 
@@ -39,8 +38,7 @@ def draw(vlm, pixels, picture):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     add("--photos", required=True, metavar="DIR")

@@ -16,7 +16,6 @@ written    the first line that the model writes contains a word of a label of th
 Intervals are 95 % bootstrap intervals over pictures. Images must be squares, because the boxes
 (fractions of a side, {file: {"objects": [{"label", "box": [x0, y0, x1, y1]}]}}) are not cropped.
 """
-import argparse
 import math
 import os
 import random
@@ -217,8 +216,7 @@ def write_reports(pairs, path, measure):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     add("--captions", required=True, help="LLaVA-format captions; the first one of each picture")

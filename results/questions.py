@@ -12,7 +12,6 @@ An answer is right if it is the expected text, apart from case and the order of 
 Each question is asked alone, with its photograph, with the photograph of another record, and
 without one. Intervals are 95 % bootstrap intervals over photographs.
 """
-import argparse
 import os
 import random
 import sys
@@ -91,8 +90,7 @@ def measure(vlm, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("what", choices=("split", "measure"))
     add("names", nargs="+", help="QUESTIONS.json DIR, or NAME=CHECKPOINT [...]")

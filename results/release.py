@@ -7,7 +7,6 @@ Write a checkpoint's connector for others: half precision, hub names, tied to no
 DIR gets config.json, words.json and connector.safetensors. `python transfer.py DIR LLM` and
 `python words.py DIR photo.jpg` read it. The model card, DIR/README.md, is written by hand.
 """
-import argparse
 import os
 import sys
 
@@ -22,8 +21,7 @@ from support.tensors import read_safetensors, write_safetensors
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("out", metavar="DIR")

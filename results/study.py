@@ -8,7 +8,6 @@ The script measures how near the image embeds are to words, and how often the st
 patch names what the image shows. It writes DIR/study.json, study.md and study.png. Folders of one
 name and step (seed1/LB seed2/LB) are seeds of one row. steps/000100 of a run is its step 100.
 """
-import argparse
 import itertools
 import math
 import os
@@ -26,8 +25,7 @@ SMALL = frozenset("and are for from has have into its that the there this with".
 
 
 def read_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders, in the order of the rows")
     add("--data", metavar="FILE", required=True, help="captions in LLaVA's format")

@@ -27,13 +27,14 @@ def check(cfg):
         raise ValueError("the words loss and words_init need the words of a LangBridge, and "
                          "connector is mlp")
     if needs_words(cfg) and cfg.normalize == "none" and not cfg.init:
+        mend = "normalize to softmax" + ", or words_loss to 0" * (cfg.stage != "words")
         raise ValueError("the words loss is for probabilities of words, and normalize is none: set "
-                         "words_loss to 0, or normalize to softmax")
+                         f"{mend}")
     if cfg.tiles and needs_squares(cfg):
         raise ValueError("tiles are for stages that train the LLM, without words_loss and features")
     if cfg.pack and needs_words(cfg):
         raise ValueError("pack puts samples into one row, and the words loss needs them apart: set "
-                         "pack to False, or words_loss to 0")
+                         "pack to False" + ", or words_loss to 0" * (cfg.stage != "words"))
     if cfg.features and "vision_tower" in cfg.trained_parts():
         raise ValueError(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
@@ -62,9 +63,9 @@ def check(cfg):
         return
     if not os.path.isdir(f"{cfg.out}/state"):
         refuse_existing(cfg.out, cfg.overwrite)
-    for path in [*cfg.data.split(","), "" if cfg.init else cfg.words]:
+    for path in [*cfg.data.split(","), cfg.images, "" if cfg.init else cfg.words]:
         if path and not os.path.exists(path):
-            raise ValueError(f"there is no file {path}")
+            raise ValueError(f"there is no file or folder {path}")
 
 
 def check_init(cfg, config):
@@ -98,18 +99,23 @@ def refuse_existing(out, overwrite):
 
     A save that was killed leaves an llm/ without config.json. A user's folder may have one, too.
     """
-    for name in ("config.json", "llm", "vision_tower"):
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"{out} is no folder; name another --out")
+    for name in ("config.json", "llm", "vision_tower", "words.json", "connector.safetensors",
+                 "transfer.json"):
         if os.path.exists(f"{out}/{name}") and not overwrite:
             raise ValueError(f"{out}/{name} exists; name another --out or say --overwrite")
 
 
 def refuse_inside(out, **paths):
-    """Raise ValueError if a path is `out`, or lies in a subfolder of it that a run replaces.
+    """Raise ValueError if a path and `out` are in each other, where a save would replace files.
 
     paths: {what it is: path}. A path may be None or "".
     """
     for kind, path in paths.items():
-        place = os.path.relpath(os.path.realpath(path or ""), os.path.realpath(out))
-        if path and place.split(os.sep)[0] in (".", *FOLDERS):
+        there, here = os.path.realpath(path or ""), os.path.realpath(out)
+        if path and os.path.relpath(there, here).split(os.sep)[0] in (".", *FOLDERS):
             raise ValueError(f"{kind} {path} is in {out}, where it would be overwritten: name "
                              "another out")
+        if path and os.path.relpath(here, there).split(os.sep)[0] in FOLDERS:
+            raise ValueError(f"{out} is a part of {kind} {path}: name another out")

@@ -179,10 +179,10 @@ def cache_argument(decoder):
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def attention_of_here(stored, device):
-    """Return a checkpoint's attn_implementation; None if it is flash_attn's, which is not here."""
-    is_here = is_flash_attn_2_available() and str(device) != "cpu"
-    return None if stored == "flash_attention_2" and not is_here else stored
+def attention_of_here(stored, device, dtype):
+    """Return a checkpoint's attn_implementation; None if it is flash_attn's and cannot run here."""
+    can_run = is_flash_attn_2_available() and str(device) != "cpu" and dtype != torch.float32
+    return None if stored == "flash_attention_2" and not can_run else stored
 
 
 def load_llm(name, dtype, device, attention=None, on_meta=False):

@@ -4,6 +4,7 @@ Several processes that train or evaluate together. torchrun starts them.
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -136,6 +137,22 @@ def on_rank0(work):
     if result[1]:
         raise result[1]
     return result[0]
+
+
+@contextmanager
+def sharing_errors():
+    """Wait for all ranks at the end of the block. An error of one rank is raised on all of them."""
+    errors = [None]
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        errors = [error]
+    if world > 1:
+        own, errors = errors[0], [None] * world
+        dist.all_gather_object(errors, own, group=waiting)
+    for error in errors:
+        if error:
+            raise error
 
 
 def local(tensor):

@@ -4,8 +4,10 @@ States that a run can go on from: out/state/step-00000100, of which the last two
 A state is a folder of safetensors and JSON with the trained weights, AdamW's moments, the settings
 and the fingerprint of all inputs. Every rank writes and reads its own pieces of sharded tensors.
 """
+import fcntl
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import asdict, fields
@@ -24,6 +26,29 @@ from support.ranks import on_rank0
 # torch.distributed.checkpoint says this in every run of one process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 FILE_TENSORS = 8            # of a state, in one of its files
+LOCKED = set()              # the folders that this process has locked
+
+
+def lock(out):
+    """Make the folder of a run and lock it until this process ends. ValueError if a run has it.
+
+    A rank can live on after torchrun was killed, and two writers would spoil the folder.
+    """
+    os.makedirs(out, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        if folder_id(out) not in LOCKED:
+            raise ValueError(f"another process is training in {out}") from None
+    except OSError:
+        print(f"note: the file system of {out} has no locks; start one run only", flush=True)
+    LOCKED.add(folder_id(out))
+
+
+def folder_id(path):
+    return os.stat(path).st_dev, os.stat(path).st_ino
 
 
 def remove_old_run(cfg):
@@ -70,8 +95,8 @@ def save_state(vlm, optimizer, progress, cfg):
         common.write_json(state, f"{temporary}/state.json")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
-        for old in sorted(os.listdir(f"{cfg.out}/state"))[:-2]:
-            shutil.rmtree(f"{cfg.out}/state/{old}")
+        for old in states(cfg.out)[:-2]:
+            shutil.rmtree(old)
 
     on_rank0(begin)
     tensors = state_tensors(vlm, optimizer, progress["step"])
@@ -86,16 +111,23 @@ def save_state(vlm, optimizer, progress, cfg):
     on_rank0(end)
 
 
+def states(out):
+    """Return the folders of a run's states, the oldest first. A user's own files do not count."""
+    return sorted(path for path in glob(f"{escape(out)}/state/step-*")
+                  if re.fullmatch(r"step-\d{8}", os.path.basename(path)))
+
+
 def newest_state(cfg):
     """Return (folder, state.json) of the newest complete state, or None.
 
     A state with a missing or short file is named and passed over.
     """
-    for path in sorted(glob(f"{escape(cfg.out)}/state/step-*"), reverse=True):
+    for path in reversed(states(cfg.out)):
         try:
             state = common.read_json(f"{path}/state.json")
             sizes = state.get("sizes", {})          # a state of an older version has none
-            if all(os.path.getsize(f"{path}/{name}") == size for name, size in sizes.items()):
+            if (all(os.path.getsize(f"{path}/{name}") == size for name, size in sizes.items())
+                    and {"step", "skipped", "settings"} <= state.keys()):
                 return path, state
         except (OSError, ValueError, AttributeError):
             pass

@@ -78,6 +78,8 @@ def check_ranges(settings):
         low, high = f.metadata["low"], f.metadata["high"]
         if choices and value not in choices:
             raise ValueError(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{f.name} is {value}, it must be a finite number")
         if low is not None and not low <= value <= high:
             raise ValueError(f"{f.name} is {value}, it must be at least {low}"
                      + (f" and at most {high}" if high < math.inf else ""))

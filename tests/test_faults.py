@@ -98,7 +98,7 @@ def test_data_check(name, tiny, tmp_path, capsys):
                                   "--image_size=0", "--image_size=-24"])
 def test_sizes_of_the_check_are_at_least_1(flag, tmp_path, capsys):
     argv = ["--check", "none.json", "--images", str(tmp_path), flag, "--tiles=((48, 24),)"]
-    expect(outcome(lambda: data.main(argv), capsys), 2, [flag.split("=")[0] + " must be at least 1"])
+    expect(outcome(lambda: data.main(argv), capsys), 1, [flag.split("=")[0] + " must be at least 1"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_an_mlp_is_moved_by_no_script(tiny, checkpoints, tmp_path, capsys):
     vlm = make(tiny, connector="mlp")
     checkpoint.save(vlm, str(tmp_path / "mlp"), "pretrain", ("connector",))
     found = outcome(lambda: transfer.move(str(tmp_path / "mlp"), tiny.qwen, "cpu", torch.float32), capsys)
-    expect(found, 1, ["mlp has an MLP connector", "means nothing to another LLM"])
+    expect(found, 1, ["mlp has an MLP connector", "which cannot move"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,7 +340,9 @@ TRAIN = {  # name: (arguments, exit status, words)
     "no such policy": (["--on_bad=replace"], 1, ["on_bad is 'replace', it must be one of stop, skip"]),
     "no permission": (["--out=/sys/langbridge"], 1, ["/sys/langbridge"]),
     "negative size": (["--hidden=-3"], 1, ["hidden is -3, it must be at least 0"]),
-    "a value that is no value": (["--words={[]: 1}"], 1, ["there is no file", "{[]: 1}"]),
+    "a value that is no value": (["--words={[]: 1}"], 1, ["there is no file or folder", "{[]: 1}"]),
+    "no such images": (["--images=nowhere"], 1, ["there is no file or folder nowhere"]),
+    "no number": (["--connector_lr=1e999"], 1, ["connector_lr is inf, it must be a finite number"]),
     "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
     "no width": (["--hidden=0"], 1, ["hidden is 0"]),
     "words loss of raw scores": (["--normalize=none", "--words_loss=0.1"], 1, ["the words loss is for probabilities of words"]),
@@ -350,8 +352,8 @@ TRAIN = {  # name: (arguments, exit status, words)
     "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),
     "init is a snapshot in out": (["--init=same/steps/000100", "--out=same/"], 1, ["init same/steps/000100 is in same/"]),
     "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where it would be overwritten"]),
-    "a file named by a number": (["--words=2024"], 1, ["there is no file 2024"]),
-    "no such data": (["--data=none.json"], 1, ["there is no file none.json"]),
+    "a file named by a number": (["--words=2024"], 1, ["there is no file or folder 2024"]),
+    "no such data": (["--data=none.json"], 1, ["there is no file or folder none.json"]),
     "no data but a comma": (["--data=,"], 1, ["there is no data file in ','"]),
 }
 
@@ -420,12 +422,12 @@ def test_a_full_disk(tiny, world, tmp_path):
      "vocab.py: nobody/nothing cannot be loaded: it is no folder and not in the Hugging Face cache"),
     ("transfer.py {c}/ck {c}/qwen --out {c}/ck --overwrite", 1, "source {c}/ck is in {c}/ck, where it would be overwritten"),
     ("tools/export.py {c}/ck {c}/ck --overwrite", 1, "checkpoint {c}/ck is in {c}/ck, where it would be overwritten"),
-    ("tools/export.py {c}/ck {o}/x --image {w}/images/1.png", 2, "and --image to them"),
-    ("tools/import_official.py {w}/words.json --llm {c}/qwen --size 3 --out {o}/x", 2, "--size does not go with a checkpoint"),
-    ("tools/import_official.py {w}/words.json --tokenizer {c}/qwen --words {w}/words.json --out {o}/x", 2,
+    ("tools/export.py {c}/ck {o}/x --image {w}/images/1.png", 1, "and --image to them"),
+    ("tools/import_official.py {w}/words.json --llm {c}/qwen --size 3 --out {o}/x", 1, "--size does not go with a checkpoint"),
+    ("tools/import_official.py {w}/words.json --tokenizer {c}/qwen --words {w}/words.json --out {o}/x", 1,
      "--words does not go with a list of words"),
     ("transfer.py {c}/ck {c}/qwen --out {o}/x --eval {w}/captions.json --limit -1", 1, "--limit is -1"),
-    ("transfer.py {c}/ck", 2, "the following arguments are required: target"),
+    ("transfer.py {c}/ck", 1, "the following arguments are required: target"),
     ("eval.py --score gqa --questions {w}/images/3.png --predictions {w}/chats.json", 1,
      "eval.py: {w}/images/3.png is not a whole JSON file"),
     ("words.py {c}/ck {w}/images/3.png --out {o}/words", 1, "words.py: image '{w}/images/3.png' cannot be read"),
@@ -720,3 +722,62 @@ def test_offline_is_said_before_anything_is_imported(tiny, tmp_path):
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         evaluation.parse_arguments(["x", "--data", "x", "--offline"])
         assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what belongs to a user
+
+def test_a_run_removes_only_its_own_states(tiny, world, tmp_path):
+    for name in ("best", "zz1", "step-00000001-copy"):
+        os.makedirs(tmp_path / "out" / "state" / name)
+    (tmp_path / "out" / "state" / ".DS_Store").write_text("x")
+    with pytest.raises(SystemExit):
+        train_with(tiny, world, tmp_path / "out", "--max_steps=4", "--save_every=1")
+    assert sorted(os.listdir(tmp_path / "out" / "state")) == [".DS_Store", "best", "step-00000001-copy", "step-00000003",
+                                                              "step-00000004", "zz1"]
+
+
+def test_two_runs_in_one_folder(tiny, world, tmp_path):
+    """A rank that outlives its torchrun still holds the folder; when it ends, the folder is free."""
+    hold = "import sys; sys.path.insert(0, sys.argv[1]); from support.resume import lock; lock(sys.argv[2]); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold, ROOT, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"1\n"
+    with pytest.raises(ValueError, match="another process is training in"):
+        train_with(tiny, world, tmp_path / "out", "--max_steps=1")
+    assert not os.listdir(tmp_path / "out")
+    other.communicate(b"\n")
+    with pytest.raises(SystemExit):
+        train_with(tiny, world, tmp_path / "out", "--max_steps=1")
+    assert os.path.isfile(tmp_path / "out" / "config.json")
+
+
+@pytest.mark.parametrize("name", ["words.json", "connector.safetensors", "transfer.json"])
+def test_files_that_a_save_would_replace_are_refused(tiny, world, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} exists"):
+        train_with(tiny, world, tmp_path, "--max_steps=1")
+    assert (tmp_path / name).read_text() == "mine" and os.listdir(tmp_path) == [name]
+
+
+def test_out_is_no_part_of_the_source(tmp_path):
+    (tmp_path / "run" / "llm").mkdir(parents=True)
+    for out in ("run", "run/llm", "run/llm/deeper"):
+        with pytest.raises(ValueError, match="name another out"):
+            refuse_inside(str(tmp_path / out), init=str(tmp_path / "run"))
+    refuse_inside(str(tmp_path / "run" / "next"), init=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("found, words", [([], "was not written by train.py"), ({"mine": 1}, "this run has another")])
+def test_features_in_a_folder_of_something_else(tiny, world, tmp_path, found, words):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "settings.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=words):
+        train_with(tiny, world, tmp_path / "out", "--max_steps=1", f"--features={tmp_path}/f")
+    assert json.loads((tmp_path / "f" / "settings.json").read_text()) == found
+
+
+def test_words_that_no_answer_has(tiny, world, tmp_path):
+    (tmp_path / "words.json").write_text(json.dumps(["Ġzzz", "Ġqqq"]))
+    argv = [arg for arg in settings(tiny, world, tmp_path / "out", "--stage=words") if not arg.startswith("--words=")]
+    with pytest.raises(ValueError, match="no answer of .* has a word of the word list"):
+        train.main(train.read_settings([*argv, f"--words={tmp_path}/words.json"]))

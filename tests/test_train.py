@@ -208,7 +208,7 @@ def test_overwrite_trains_again(tiny, world, tmp_path):
     assert len(losses(out)) == 2 and any(not torch.equal(first[n], t) for n, t in weights(out).items())
 
 
-@pytest.mark.parametrize("flag", ["--vision_tower=nowhere", "--data=nowhere.json", "--snapshots=99"])
+@pytest.mark.parametrize("flag", ["--vision_tower=nowhere", "--data=nowhere.json", "--snapshots=99", "--images=nowhere"])
 def test_a_mistake_beside_overwrite_does_not_cost_the_old_run(tiny, world, tmp_path, pretrained, flag):
     out = tmp_path / "run"
     shutil.copytree(pretrained, out)

@@ -605,7 +605,7 @@ def test_a_connector_that_always_says_red(tiny, world, shared, tmp_path, capsys)
 def test_arguments_that_do_not_fit(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.read_arguments(["somewhere"])
-    assert stop.value.code == 2 and ": error: " in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the following arguments are required: " in str(stop.value.code)
 
 
 class Far(torch.Tensor):

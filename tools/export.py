@@ -9,7 +9,6 @@ read there. FILE gets {"prompt_embeds": [T, D]}, what vLLM takes as prompt embed
 image and question. This works with any connector and an unchanged LLM: after stage 2 the folder
 CHECKPOINT/llm, else the LLM itself.
 """
-import argparse
 import os
 import sys
 
@@ -182,8 +181,7 @@ def check_prompt(processor, question, ids):
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("out", metavar="DIR_OR_FILE", help="what to write")

@@ -10,7 +10,6 @@ OCR-VQA: if ROOT/ocr_vqa/dataset.json is there, the pictures come from the addre
 file lies in the Google Drive folder that https://ocr-vqa.github.io names, and a script cannot get
 it from there. Without it, an archive that another user made of the same pictures is taken.
 """
-import argparse
 import hashlib
 import http.client
 import os
@@ -309,8 +308,7 @@ class Data:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("--only", metavar="NAMES", help=f"with commas between; default all: {','.join(SOURCES)}")
     add("--root", default="data", help="folder to fill (default: data)")

@@ -8,7 +8,6 @@ second makes a checkpoint from the release's mm_projector.bin, from a folder of 
 LLaVA-NeXT or LangBridge, or from a LLaVA or LLaVA-NeXT folder of transformers. --llm is the LLM
 before any visual training: its tokenizer and its E are taken. An MLP needs no --words.
 """
-import argparse
 import os
 import re
 import sys
@@ -356,8 +355,7 @@ def write_words(args):
 # --------------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("file", metavar="FILE_OR_FOLDER", help="what to read")
     add("--out", required=True, help="words.json, or the folder of the checkpoint")

@@ -91,6 +91,14 @@ fewer 112-pixels-476-steps --words_patch_weight=0 --temperature=1 --image_size=1
     --max_steps=476 --features="$OUT/features112"
 measure smollm2-4-epochs="$OUT/words-4-epochs" --number 96 --prompt
 
+# The other way round: the words stage with Gemma's tokenizer and E, moved to SmolLM2.
+train words-of-gemma config/photos/words.py $HERE --vision_tower=$TOWER --llm=$GEMMA \
+    --words="$WORDS"
+[ -f "$OUT/moved-to-smollm2/config.json" ] ||
+    "$PYTHON" transfer.py "$OUT/words-of-gemma" "$SMOL" --out "$OUT/moved-to-smollm2"
+measure gemma-source="$OUT/words-of-gemma" smollm2-target="$OUT/moved-to-smollm2" \
+    --number 96 --prompt
+
 # Stage 2 on captions: one caption of each of 2,560 photographs, 160 steps.
 "$PYTHON" -c "
 import json, random

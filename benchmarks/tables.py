@@ -79,8 +79,12 @@ def check_results(path, made_by, overwrite):
     """Raise ValueError if a results.json is not of this checkpoint and settings, or overwrite."""
     if os.path.exists(path) and not overwrite:
         old = read_json(path)
-        if not isinstance(old, dict) or old.get("made_by") != made_by:
-            raise ValueError(f"{path} is of another run: give another --out, or --overwrite")
+        old = old.get("made_by") if isinstance(old, dict) else None
+        if old != made_by:
+            old = old if isinstance(old, dict) else {}
+            differing = ", ".join(k for k in made_by if old.get(k) != made_by[k])
+            raise ValueError(f"{path} is of another run (other {differing}): give another --out, "
+                             "or --overwrite")
 
 
 def write_results(name, path, made_by, summaries):

@@ -63,7 +63,8 @@ def check(cfg):
         return
     if not os.path.isdir(f"{cfg.out}/state"):
         refuse_existing(cfg.out, cfg.overwrite)
-    for path in [*cfg.data.split(","), cfg.images, "" if cfg.init else cfg.words]:
+    words = cfg.words if cfg.connector == "langbridge" and not cfg.init else ""
+    for path in [*cfg.data.split(","), cfg.images, words]:
         if path and not os.path.exists(path):
             raise ValueError(f"there is no file or folder {path}")
 

@@ -26,29 +26,24 @@ from support.ranks import on_rank0
 # torch.distributed.checkpoint says this in every run of one process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 FILE_TENSORS = 8            # of a state, in one of its files
-LOCKED = set()              # the folders that this process has locked
+LOCKS = []                  # open files; to close one would end its lock
 
 
 def lock(out):
     """Make the folder of a run and lock it until this process ends. ValueError if a run has it.
 
-    A rank can live on after torchrun was killed, and two writers would spoil the folder.
+    A rank can live on after torchrun was killed, and two writers would spoil the folder. flock would
+    not do: a loader's process that outlives a killed run would keep the lock.
     """
     os.makedirs(out, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
+    file = open(f"{out}/.lock", "w")
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        if folder_id(out) not in LOCKED:
-            raise ValueError(f"another process is training in {out}") from None
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another process is training in {out}") from None
     except OSError:
         print(f"note: the file system of {out} has no locks; start one run only", flush=True)
-    LOCKED.add(folder_id(out))
-
-
-def folder_id(path):
-    return os.stat(path).st_dev, os.stat(path).st_ino
+    LOCKS.append(file)
 
 
 def remove_old_run(cfg):

@@ -299,7 +299,7 @@ def main(cfg):
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
     on_rank0(lambda: lock(cfg.out))                 # late: a mistake until here leaves no trace
-    on_rank0(lambda: remove_old_run(cfg))           # and costs no old run
+    on_rank0(lambda: remove_old_run(cfg, dataset[steps[0][0]]))     # and costs no old run
     start, skipped = resume(vlm, optimizer, hashes, cfg)
     print_start(vlm, dataset, steps, start, device, cfg)
     batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)

@@ -46,9 +46,14 @@ def lock(out):
     LOCKS.append(file)
 
 
-def remove_old_run(cfg):
-    """Remove a finished run from the folder of this one."""
+def remove_old_run(cfg, first):
+    """Remove a finished run from the folder of this one. ValueError if this run cannot even begin.
+
+    first: the first sample of the new run, or a BadSample.
+    """
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
+        if isinstance(first, common.BadSample) and cfg.on_bad == "stop":
+            raise first
         for old in FOLDERS:
             shutil.rmtree(f"{cfg.out}/{old}", ignore_errors=True)
         os.remove(f"{cfg.out}/config.json")         # the last one: it says that there is a run

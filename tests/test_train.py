@@ -208,11 +208,13 @@ def test_overwrite_trains_again(tiny, world, tmp_path):
     assert len(losses(out)) == 2 and any(not torch.equal(first[n], t) for n, t in weights(out).items())
 
 
-@pytest.mark.parametrize("flag", ["--vision_tower=nowhere", "--data=nowhere.json", "--snapshots=99", "--images=nowhere"])
+@pytest.mark.parametrize("flag", ["--vision_tower=nowhere", "--data=nowhere.json", "--snapshots=99", "--images=nowhere", "--images=EMPTY"])
 def test_a_mistake_beside_overwrite_does_not_cost_the_old_run(tiny, world, tmp_path, pretrained, flag):
     out = tmp_path / "run"
     shutil.copytree(pretrained, out)
     before = {path: open(path, "rb").read() for path in glob(f"{out}/**", recursive=True) if os.path.isfile(path)}
+    (tmp_path / "images").mkdir()
+    flag = flag.replace("EMPTY", str(tmp_path / "images"))
     done = run("train.py", *settings(tiny, world, out, "--overwrite", flag), check=False)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert before == {path: open(path, "rb").read() for path in before}

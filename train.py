@@ -299,9 +299,10 @@ def main(cfg):
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
     on_rank0(lambda: lock(cfg.out))                 # late: a mistake until here leaves no trace
-    on_rank0(lambda: remove_old_run(cfg, dataset[steps[0][0]]))     # and costs no old run
+    first = dataset[steps[0][0]] if ranks.rank == 0 else None
+    on_rank0(lambda: remove_old_run(cfg, first))    # and costs no old run
     start, skipped = resume(vlm, optimizer, hashes, cfg)
-    print_start(vlm, dataset, steps, start, device, cfg)
+    print_start(vlm, dataset, first, len(steps), start, device, cfg)
     batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)
                for indices in steps]
     remaining = sum(batches[start:], [])
@@ -387,15 +388,14 @@ def main(cfg):
     sys.exit(0 if is_complete else STOPPED)
 
 
-def print_start(vlm, dataset, steps, start, device, cfg):
-    """Print what trains, the size of the run, and one sample with its trained tokens marked."""
+def print_start(vlm, dataset, first, steps, start, device, cfg):
+    """Print what trains, the size of the run, and its first sample with its trained tokens."""
     print_rank0(parts_table(vlm, cfg))
     resumed = f", going on at step {start}" if start else ""
-    print_rank0(f"{len(dataset):,} samples, {len(steps):,} steps of {cfg.global_batch}, "
+    print_rank0(f"{len(dataset):,} samples, {steps:,} steps of {cfg.global_batch}, "
                 f"{ranks.world} rank(s) on {device.type}, {cfg.dtype}{', sharded' * vlm.sharded}"
                 f"{resumed}")
-    first = dataset[steps[0][0]] if ranks.rank == 0 else None
-    if isinstance(first, dict):                     # and no BadSample
+    if isinstance(first, dict):                     # on rank 0, and no BadSample
         print(show_sample(first["input_ids"], first["labels"], vlm.tokenizer), flush=True)
 
 

@@ -57,6 +57,15 @@ def join_answers(questions, stem):
     return path
 
 
+def refuse_other_run(path, old, new):
+    """Raise ValueError if the file `path` was made by `old` and not by the settings `new`."""
+    if old != new:
+        old = old if isinstance(old, dict) else {}
+        differing = ", ".join(key for key in new if old.get(key) != new[key])
+        raise ValueError(f"{path} is of another run (other {differing}): give another --out, or "
+                         "--overwrite")
+
+
 def prepare_files(stem, settings, overwrite):
     """Make the files of an earlier run ready to be continued.
 
@@ -65,11 +74,8 @@ def prepare_files(stem, settings, overwrite):
     path = f"{stem}.settings.json"
     old = common.read_json(path) if os.path.exists(path) else {}
     files = answer_files(stem)
-    if files and old != settings and not overwrite:
-        old = old if isinstance(old, dict) else {}
-        differing = ", ".join(k for k in settings if old.get(k) != settings[k])
-        raise ValueError(f"{stem}.jsonl is of another run (other {differing}): give another "
-                         "--out, or --overwrite")
+    if files and not overwrite:
+        refuse_other_run(f"{stem}.jsonl", old, settings)
     for name in files:
         if old != settings:
             os.remove(name)

@@ -4,6 +4,7 @@ import os
 import statistics
 
 from benchmarks import BENCHMARKS
+from benchmarks.answers import refuse_other_run
 from benchmarks.reading import mean
 from common import read_json, write_json
 
@@ -79,12 +80,7 @@ def check_results(path, made_by, overwrite):
     """Raise ValueError if a results.json is not of this checkpoint and settings, or overwrite."""
     if os.path.exists(path) and not overwrite:
         old = read_json(path)
-        old = old.get("made_by") if isinstance(old, dict) else None
-        if old != made_by:
-            old = old if isinstance(old, dict) else {}
-            differing = ", ".join(k for k in made_by if old.get(k) != made_by[k])
-            raise ValueError(f"{path} is of another run (other {differing}): give another --out, "
-                             "or --overwrite")
+        refuse_other_run(path, old.get("made_by") if isinstance(old, dict) else None, made_by)
 
 
 def write_results(name, path, made_by, summaries):

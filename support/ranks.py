@@ -126,16 +126,12 @@ def on_rank0(work):
 
     Otherwise the other ranks would wait for ever for the rank that failed.
     """
-    result = [None, None]
-    if rank == 0:
-        try:
-            result[0] = work()
-        except (OSError, ValueError) as error:
-            result[1] = error
+    result = [None]
+    with sharing_errors():
+        if rank == 0:
+            result = [work()]
     if world > 1:
         dist.broadcast_object_list(result, group=waiting)
-    if result[1]:
-        raise result[1]
     return result[0]
 
 

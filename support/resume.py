@@ -32,8 +32,8 @@ LOCKS = []                  # open files; to close one would end its lock
 def lock(out):
     """Make the folder of a run and lock it until this process ends. ValueError if a run has it.
 
-    A rank can live on after torchrun was killed, and two writers would spoil the folder. flock would
-    not do: a loader's process that outlives a killed run would keep the lock.
+    A rank can live on after torchrun was killed, and two writers would spoil the folder. flock
+    would not do: a loader's process that outlives a killed run would keep the lock.
     """
     os.makedirs(out, exist_ok=True)
     file = open(f"{out}/.lock", "w")

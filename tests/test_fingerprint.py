@@ -333,11 +333,19 @@ def test_kept_answers_are_of_the_same_models_and_pictures(tiny, place, capsys):
 
     ask()
     ask()                                                           # the same again
-    for change, words in ((weights("tower/model.safetensors", ""), "other vision_tower weights"),
-                          (edit("llm/generation_config.json", eos_token_id=7), "other llm generation_config.json"),
-                          (lambda root: Image.new("RGB", (24, 24), "blue").save(root / "d/pope/val2014/2.jpg", "BMP"), "other images"),
-                          (edit("ck/config.json", vision_layer=-1), "other checkpoint")):
+    for change, file, words in (
+            (weights("tower/model.safetensors", ""), "results.json", "other vision_tower weights"),
+            (edit("llm/generation_config.json", eos_token_id=7), "results.json", "other llm generation_config.json"),
+            (lambda root: Image.new("RGB", (24, 24), "blue").save(root / "d/pope/val2014/2.jpg", "BMP"), "pope.jsonl", "other images"),
+            (edit("ck/config.json", vision_layer=-1), "results.json", "other checkpoint")):
         change(place)
-        with pytest.raises(ValueError, match=rf"e/(pope.jsonl|results.json) is of another run \({words}\)"):
-            ask()
+        before = (place / "e/results.json").read_bytes()
+        for gone in (False, True):                                  # results without answers are refused as well
+            if gone and file == "results.json":
+                os.rename(place / "e/pope.jsonl", place / "pope.jsonl")
+            with pytest.raises(ValueError, match=rf"e/{file} is of another run \({words}\)"):
+                ask()
+        if file == "results.json":
+            os.rename(place / "pope.jsonl", place / "e/pope.jsonl")
+        assert (place / "e/results.json").read_bytes() == before
         ask("--overwrite")

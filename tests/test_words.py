@@ -24,6 +24,7 @@ import model
 import vocab
 import words
 from conftest import ROOT, run
+from test_model import make
 from support import needs, pictures
 
 sys.path.insert(0, f"{ROOT}/results")
@@ -668,3 +669,14 @@ def test_a_published_connector_is_read_with_models_in_folders(tiny, world, share
     assert checkpoint.load(str(tmp_path / "moved")).config.llm == tiny.llama
     failed = run("words.py", out, world / "images" / "0.png", "--out", tmp_path / "other", "--offline", check=False)
     assert failed.returncode and "nobody/" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_checkpoints_of_two_llms_read_with_one_share_a_slider(tiny, tmp_path):
+    """With --llm both become that LLM. Without it they stand side by side."""
+    for llm in ("qwen", "llama"):
+        checkpoint.save(make(tiny, llm=llm), str(tmp_path / llm), "pretrain", ("connector",))
+    folders = [str(tmp_path / llm) for llm in ("qwen", "llama")]
+    for more, panels in (([f"--llm={tiny.gemma}"], [2]), ([], [1, 1])):
+        args = words.read_arguments([*folders, "-", "--device=cpu", *more])
+        states = [words.read_checkpoint(folder, picture(), "pad", args) for folder in folders]
+        assert [len(group) for group in words.make_panels(states)] == panels

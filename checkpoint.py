@@ -32,6 +32,7 @@ from support.pretrained import (attention_of_here, image_settings, load_llm, loa
 from support.tensors import read_tensors, write_safetensors
 
 FORMAT = 1
+OPTIONAL = {"template": str, "image_mode": str, "num_patches": int, "fingerprint": dict}
 NEWLINE = "image_newline.safetensors"
 
 
@@ -271,7 +272,8 @@ def read_config(folder):
     if isinstance(metadata["tiles"], list):         # JSON has no tuples
         metadata["tiles"] = tuple(tuple(t) if isinstance(t, list) else t for t in metadata["tiles"])
     types = {field.name: field.type for field in fields(Config)}
-    for name, kind in (types | {"stage": str, "sum_pieces": bool}).items():
+    optional = {name: kind for name, kind in OPTIONAL.items() if name in metadata}
+    for name, kind in (types | optional | {"stage": str, "sum_pieces": bool}).items():
         if type(metadata.get(name)) is not kind:
             value = str(metadata.get(name))[:60]
             raise ValueError(f"{path}: {name} is {value!r}, it must be of type {kind.__name__}")

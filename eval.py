@@ -232,7 +232,6 @@ def evaluate(args):
         # Ranks only wait for each other. Days, because a slow rank is not a dead one.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         ranks.rank, ranks.world = rank, world
-    barrier = torch.distributed.barrier if world > 1 else lambda: None
     vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
                           attention=args.attention)
     # These decide whether an earlier answer can be used again. Batch size and number of ranks
@@ -248,7 +247,7 @@ def evaluate(args):
         common.print_rank0(f"note: this checkpoint was trained with template {trained_with}, but "
                            "the questions are asked with the LLM's own chat template")
     done = {task: saved_answers(stems[task]) for task in args.tasks}
-    barrier()                               # each rank has read them, before one of them writes
+    ranks.wait_for_all()                    # each rank has read them, before one of them writes
 
     summaries = {}
     for task in args.tasks:
@@ -260,8 +259,7 @@ def evaluate(args):
     if rank == 0:
         table = write_results(checkpoint_name(args.checkpoint), results, made_by, summaries)
         print(f"\n{table}\n\n{results}")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 # ---- command line

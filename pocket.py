@@ -11,7 +11,7 @@ answer questions about it.
 
 Everything follows from --seed: two runs on one machine write the same bytes. This file writes the
 data. support/pocket_world.py holds scenes, pictures and questions, and support/pocket_models.py
-trains the models. results/pocket_probes.py measures what they have learnt.
+trains the models.
 """
 import base64
 import io

@@ -6,7 +6,6 @@ The records of mix665k are simulated. Their number by source is published, and t
 texts are this project's estimate: a log-normal distribution for each source. No model runs. A rank
 computes as many tokens as its micro-batches have with padding, and all ranks wait for the slowest.
 """
-import argparse
 import math
 import random
 import sys
@@ -57,7 +56,7 @@ def padding(steps, tokens, world, batch_size, pack):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = common.argument_parser(__doc__)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--part", type=int, default=8, help="simulate 1/PART of the records")
     args = parser.parse_args()

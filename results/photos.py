@@ -142,7 +142,7 @@ def match_norm(vlm):
 
 @torch.no_grad()
 def measure(vlm, metadata, args):
-    """Return a checkpoint's report, {name: [mean, low, high]}, and print args.show captions."""
+    """Return a checkpoint's report, {name: [mean, low, high]}."""
     if args.match_norm:
         match_norm(vlm)
     settings = {**vlm.image_settings, "mode": metadata["image_mode"]}
@@ -195,8 +195,6 @@ def measure(vlm, metadata, args):
         hits = [(bool(content_words(caption) & things[n - shift]), 1)
                 for n, caption in enumerate(captions)]
         report[f"written{suffix}"] = interval(hits)
-    for name, caption in list(zip(names, captions))[:args.show]:
-        print(f"{name}: {caption}")
     return report
 
 
@@ -228,7 +226,6 @@ def main():
     add("--prompt", action="store_true", help="ask by PROMPT, too")
     add("--match_norm", action="store_true", help="scale image embeds to the length of words")
     add("--features", default="", help="a folder that train.py --features has filled")
-    add("--show", type=int, default=0, help="print so many written captions")
     args = parser.parse_args()
     write_reports(args.checkpoints, args.out, lambda *loaded: measure(*loaded, args))
 

@@ -185,6 +185,8 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "no checkpoint": ("ck", lambda d: os.remove(d / "ck/config.json"), ["ck is no checkpoint: it has no config.json"]),
     "config cut off": ("ck", lambda d: cut(d / "ck/config.json"), ["config.json is not a whole JSON file"]),
     "config of another type": ("ck", config(hidden="28"), ["hidden is '28', it must be of type int"]),
+    "fingerprint of another type": ("ck", config(fingerprint=[]), ["fingerprint is '[]', it must be of type dict"]),
+    "template of another type": ("ck", config(template=["x"]), ["template is \"['x']\", it must be of type str"]),
     "another format": ("ck", config(format=9), ["format '9'; this code reads format 1"]),
     "absolute path": ("ck", config(llm="/etc"), ["config.json names the absolute path /etc"]),
     "another K in the config": ("ck", config(num_words=5), WORDS),
@@ -433,9 +435,7 @@ def test_a_full_disk(tiny, world, tmp_path):
     ("words.py {c}/ck {w}/images/3.png --out {o}/words", 1, "words.py: image '{w}/images/3.png' cannot be read"),
     ("pocket.py --scenes 3", 1, "pocket.py: --scenes and --held_out must be at least 20"),
     ("bench.py compost", 1, "invalid choice: 'compost'"),
-    ("bench.py combine --json {w}/captions.json", 1, "captions.json is no file of bench.py --json"),
-    ("results/words_loss.py compost", 1, "there is no row 'compost'"),
-    ("results/pocket_probes.py --world {o}", 1, "holds no pocket world; python pocket.py makes one")])
+    ("bench.py combine --json {w}/captions.json", 1, "captions.json is no file of bench.py --json")])
 def test_command_lines(command, code, words, spoilt, checkpoints, tmp_path):
     places = {"w": spoilt, "c": checkpoints, "o": tmp_path}
     done = run(*(part.format(**places) for part in command.split()), check=False)

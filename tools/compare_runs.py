@@ -13,7 +13,6 @@ A commit that changes a sum writes the log anew and says why in its message. An 
 computes with AVX2 here, so that a log of a Zen 3 holds to the bit on a Zen 4. Elsewhere (Intel was
 not tried), and where torch is another version, only --tolerance may hold.
 """
-import argparse
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common import read_json, run_script, write_json  # noqa: E402
+from common import argument_parser, read_json, run_script, write_json  # noqa: E402
 
 STEPS = 20
 STAGES = ("pretrain", "sft")
@@ -41,7 +40,7 @@ ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Compare the losses of two commits.")
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("refs", nargs="*", metavar="REF",
         help='a commit, branch or tag, or "." for the working tree, which must not change'

@@ -9,11 +9,11 @@ holds no ids, because each tokenizer gives its own.
     python vocab.py --tokenizers A B [C ...] --corpus X.json [...] --size 19200 --out words.json
 """
 import hashlib
-import os
 from collections import Counter
 
 from common import OFFLINE, argument_parser, go_offline, read_json, run_script, write_json
 from conversation import IMAGE
+from support.checks import refuse_files
 from support.hub import load_tokenizer
 from support.records import read_records, turns_of
 from support.spelling import (BYTE_TOKEN, IN_ALPHABET, RESERVED, Speller, rust_tokenizer, show,
@@ -171,8 +171,7 @@ def read_arguments():
         parser.error("give two or more --tokenizers and a --corpus")
     if args.size < 1:
         parser.error("--size must be at least 1")
-    if os.path.exists(args.out) and not args.overwrite:
-        raise ValueError(f"{args.out} exists; --overwrite replaces it")
+    refuse_files([args.out], args.overwrite)
     return args
 
 

@@ -64,6 +64,7 @@ import checkpoint
 import transfer
 import vocab
 from support import needs, pictures
+from support.checks import refuse_files
 from support.device import own_device
 
 
@@ -379,13 +380,6 @@ def make_page(panels, picture, name, ask):
         return file.read().replace("@DATA@", text)
 
 
-def refuse_to_overwrite(paths, args):
-    """Raise ValueError if a file of `paths` exists, unless --overwrite allows it."""
-    for path in paths:
-        if os.path.exists(path) and not args.overwrite:
-            raise ValueError(f"{path} exists; name another --out or say --overwrite")
-
-
 def print_needs(lost, side):
     """Print the patches and the words without which the answer loses most. lost: see needs.ask."""
     patches = [(f"row {i // side + 1} column {i % side + 1}", nats)
@@ -402,7 +396,7 @@ def main(args):
     image_name = os.path.basename(args.image)
     out = args.out or os.path.join("out", "words", os.path.splitext(image_name)[0])
     png, html = (os.path.join(out, name) for name in ("words.png", "words.html"))
-    refuse_to_overwrite([png, html], args)
+    refuse_files([png, html], args.overwrite)
     image = pictures.open_image(args.image)
     metadata = [checkpoint.read_config(folder)[1] for folder in args.checkpoints]
     # All checkpoints see the same square, or their patches could not be compared.

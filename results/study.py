@@ -54,8 +54,9 @@ import checkpoint
 import data
 from results.photos import plain
 from support import pictures
+from support.checks import refuse_files
 from support.device import own_device
-from words import cosine_null, grid_patches, refuse_to_overwrite, save_figure, vocabulary
+from words import cosine_null, grid_patches, save_figure, vocabulary
 
 # What is measured for each image. A share is the part of the patches whose strongest word names the
 # object on the patch, or stands in the image's caption.
@@ -315,7 +316,7 @@ def draw_study(result):
 
 def main(args):
     paths = [f"{args.out}/study.{kind}" for kind in ("json", "md", "png")]
-    refuse_to_overwrite(paths, args)
+    refuse_files(paths, args.overwrite)
     result = study(args)
     table = study_table(result)
     common.write_json(result, paths[0])

@@ -102,10 +102,16 @@ def refuse_existing(out, overwrite):
     """
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is no folder; name another --out")
-    for name in ("config.json", "llm", "vision_tower", "words.json", "connector.safetensors",
-                 "transfer.json"):
-        if os.path.exists(f"{out}/{name}") and not overwrite:
-            raise ValueError(f"{out}/{name} exists; name another --out or say --overwrite")
+    names = ("config.json", "llm", "vision_tower", "words.json", "connector.safetensors",
+             "transfer.json")
+    refuse_files([f"{out}/{name}" for name in names], overwrite)
+
+
+def refuse_files(paths, overwrite):
+    """Raise ValueError if one of the files or folders exists, unless `overwrite` allows it."""
+    for path in paths:
+        if os.path.exists(path) and not overwrite:
+            raise ValueError(f"{path} exists; --overwrite replaces it, or name another --out")
 
 
 def refuse_inside(out, **paths):

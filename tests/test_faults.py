@@ -667,7 +667,7 @@ def test_a_folder_that_a_save_would_replace_is_refused(tmp_path, checkpoints, na
                 ["train.py", "--llm=a", "--vision_tower=b", "--words=c", "--data=d", f"--out={out}"])
     for command in commands:
         done = run(*command, check=False)
-        assert done.returncode == 1 and f"out/{name} exists; name another --out" in done.stderr
+        assert done.returncode == 1 and f"out/{name} exists; --overwrite" in done.stderr
     assert (out / name / "mine.txt").read_text() == "mine"
 
 

@@ -14,7 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
-from support.checks import refuse_inside
+from support.checks import refuse_files, refuse_inside
 
 BLANK = (8, 8)              # pixels of the picture that the processor of transformers is tried with
 
@@ -87,12 +87,10 @@ def chat_template(tokenizer):
 
     It takes contents that are strings or lists.
     """
-    from support.templates import TEMPLATES
+    from support.templates import TEMPLATES, bos_of
     if tokenizer.chat_template:
         return FLATTEN + tokenizer.chat_template
-    starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    bos = tokenizer.bos_token if starts_with_bos else ""
-    return FLATTEN + f"{{% set bos = {bos!r} %}}" + TEMPLATES["chat"]
+    return FLATTEN + f"{{% set bos = {bos_of(tokenizer)!r} %}}" + TEMPLATES["chat"]
 
 
 def to_llava(vlm):
@@ -201,8 +199,7 @@ def main():
     args = read_arguments()
     if args.offline:
         common.go_offline()
-    if os.path.exists(args.out) and not args.overwrite:
-        raise ValueError(f"{args.out} exists; --overwrite replaces it")
+    refuse_files([args.out], args.overwrite)
     refuse_inside(args.out, checkpoint=args.checkpoint)
     import torch
     import checkpoint

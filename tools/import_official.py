@@ -17,7 +17,7 @@ from glob import escape, glob
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import vocab
-from support.checks import refuse_existing, refuse_inside
+from support.checks import refuse_existing, refuse_files, refuse_inside
 from support.hub import load_tokenizer
 from support.settings import parse_value
 
@@ -380,13 +380,12 @@ def main():
     for flag in other:
         if getattr(args, flag):
             parser.error(f"--{flag} does not go with a {kind}")
-    for path in filter(None, (args.counts, f"{args.out}/config.json" if args.llm else args.out)):
-        if os.path.exists(path) and not args.overwrite:
-            raise ValueError(f"{path} exists; --overwrite replaces it")
     if not (os.path.exists if args.llm else os.path.isfile)(args.file):
         raise ValueError(f"there is no file {args.file}")
-    if args.llm:                        # a save would replace an llm/ that is there
+    if args.llm:
         refuse_existing(args.out, args.overwrite)
+    else:
+        refuse_files(filter(None, (args.out, args.counts)), args.overwrite)
     refuse_inside(args.out, file=args.file, llm=args.llm, vision_tower=args.vision_tower)
     import_checkpoint(args) if args.llm else write_words(args)
     print(f"wrote        {args.out}")

@@ -62,14 +62,17 @@ for seed in 42 43; do
 done
 measure step1-smollm2-42="$OUT/step1-42" --number 64
 
-FRESH="$BASE --init= --image_size=224 --pool=2 --words_loss=0"
-train mlp config/photos/pretrain.py $FRESH --connector=mlp --connector_lr=1e-3
-transfer mlp mlp-gemma --map "$WORDS"
-train plain config/photos/pretrain.py $FRESH --words="$WORDS" --hidden=512
-transfer plain plain-gemma
-measure mlp="$OUT/mlp" mlp-mapped-gemma="$OUT/mlp-gemma" no-words-loss="$OUT/plain" \
-    no-words-loss-gemma="$OUT/plain-gemma" --number 48
-measure mlp-mapped-gemma-text-norm="$OUT/mlp-gemma" --number 48 --match_norm
+for seed in 42 43; do
+    s=; [ $seed = 42 ] || s=-$seed
+    FRESH="$BASE --init= --image_size=224 --pool=2 --words_loss=0 --seed=$seed"
+    train mlp$s config/photos/pretrain.py $FRESH --connector=mlp --connector_lr=1e-3
+    transfer mlp$s mlp-gemma$s --map "$WORDS"
+    train plain$s config/photos/pretrain.py $FRESH --words="$WORDS" --hidden=512
+    transfer plain$s plain-gemma$s
+    measure mlp$s="$OUT/mlp$s" mlp-mapped-gemma$s="$OUT/mlp-gemma$s" \
+        no-words-loss$s="$OUT/plain$s" no-words-loss-gemma$s="$OUT/plain-gemma$s" --number 96
+    measure mlp-mapped-gemma-text-norm$s="$OUT/mlp-gemma$s" --number 96 --match_norm
+done
 
 "$PYTHON" -c "
 import json
@@ -84,6 +87,8 @@ fewer() {                                           # fewer NAME [--key=value ..
 fewer 4-epochs --words_patch_weight=0 --epochs=4
 fewer patches-all-476-steps --words_patch_weight=0.3 --max_steps=476
 fewer patches-quarter-476-steps --words_patch_weight=0.3 --data="$OUT/quarter.json"
+fewer patches-336-pixels-476-steps --words_patch_weight=0.3 --max_steps=476 --image_size=336 \
+    --features="$OUT/features336"
 # The last three were measured at temperature 1, which changes their entropy alone.
 fewer all-476-steps --words_patch_weight=0 --temperature=1 --max_steps=476
 fewer quarter-476-steps --words_patch_weight=0 --temperature=1 --data="$OUT/quarter.json"
@@ -110,20 +115,23 @@ names = sorted(records)
 random.shuffle(names)
 one_each = [random.choice(records[name]) for name in names[:2560]]
 json.dump(one_each, open('$OUT/one-each.json', 'w'))"
-for name in words-42 words-43 mlp; do
-    seed=42; [ $name != words-43 ] || seed=43
+for name in words-42 words-43 mlp mlp-43; do
+    seed=42; [ ${name%43} = $name ] || seed=43
     train "captions-$name" config/photos/questions.py --init="$OUT/$name" $HERE --seed=$seed \
         --data="$OUT/one-each.json" --image_mode=crop --global_batch=16 --batch_size=16
     measure captions-$name="$OUT/captions-$name" --number 96
 done
 
 ROOMS="--images=$QUESTIONS/images --features=$OUT/questions-features"
-train question-words config/photos/words.py --init="$OUT/words-42" $ROOMS \
-    --data="$QUESTIONS/answers.json" --image_mode=pad --epochs=8 --connector_lr=1e-3
-for name in words-42 question-words mlp; do
-    train "questions-$name" config/photos/questions.py --init="$OUT/$name" $ROOMS \
-        --data="$QUESTIONS/train.json"
-    "$PYTHON" results/questions.py measure $name="$OUT/questions-$name" \
-        --data "$QUESTIONS/val.json" --images "$QUESTIONS/images" \
-        --out results/photos/questions.json
+for seed in 42 43; do
+    s=; [ $seed = 42 ] || s=-$seed
+    train question-words$s config/photos/words.py --init="$OUT/words-$seed" $ROOMS --seed=$seed \
+        --data="$QUESTIONS/answers.json" --image_mode=pad --epochs=8 --connector_lr=1e-3
+    for name in words-$seed question-words$s mlp$s; do
+        train "questions-$name" config/photos/questions.py --init="$OUT/$name" $ROOMS \
+            --seed=$seed --data="$QUESTIONS/train.json"
+        "$PYTHON" results/questions.py measure $name="$OUT/questions-$name" \
+            --data "$QUESTIONS/val.json" --images "$QUESTIONS/images" \
+            --out results/photos/questions.json
+    done
 done

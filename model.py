@@ -117,8 +117,8 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
     takes the mean over patches, so different patches can name different words. Words such as "a"
     and "the" have their probability from the frequency, so no patch has to name them. The second
     part rewards a patch for naming any word of the answer, and more for a rare one (a frequency
-    counts as at least 1e-6). Without it a patch that names no word gets hardly a gradient. The
-    factor n gives both parts one scale.
+    counts as at least 1e-6). Without the second part, a patch that names none of the words gets
+    almost no gradient. The first part is a sum of n terms, so the second is multiplied by n.
     """
     # Logarithms, because a probability that underflows to 0 would make the loss infinite.
     log_p = scores.float().log_softmax(dim=-1).flatten(0, 1)        # (N, P, K) -> (N * P, K)

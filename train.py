@@ -295,7 +295,7 @@ def main(cfg):
         vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
         if not vlm.word_frequencies.any():
             raise ValueError(f"no answer of {cfg.data} has a word of the word list")
-    check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"])
+    check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"], vlm.config.tiles)
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
     on_rank0(lambda: lock(cfg.out))                 # late: a mistake until here leaves no trace
@@ -473,7 +473,7 @@ def losses(vlm, batch, cfg):
     """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
 
     In stage "words" the result is (words loss, its number of words, 0, 0). In other stages main
-    divides both sums by the number of trained tokens. Only the log gives the words loss per word.
+    divides both sums by the number of trained tokens, although the log has a loss per word.
     """
     weights = cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":

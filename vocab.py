@@ -26,8 +26,8 @@ def tokenizer_words(tokenizer):
     """Return {word: id} of every ordinary token.
 
     Special, added, reserved and unused tokens are not words. If an ordinary token "a" exists, the
-    tokenizer never produces the byte token "<0x61>", and its embedding was never trained. So that
-    byte token is no word. ValueError if tokens are not bytes.
+    tokenizer never produces the byte token "<0x61>". The embedding of "<0x61>" was therefore never
+    trained, and it is no word. ValueError if tokens are not bytes.
     """
     spelling = spelling_of(tokenizer)
     special, added = special_tokens(tokenizer, spelling)

@@ -374,7 +374,7 @@ def make_page(panels, picture, name, ask):
                "panels": [{"name": states[0]["name"],
                            "states": [page_state(state, maps) for state in states]}
                           for states in panels]}
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")                 # only "<" can end a <script>
     with open(PAGE, encoding="utf-8") as file:
         return file.read().replace("@DATA@", text)

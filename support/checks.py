@@ -32,6 +32,9 @@ def check(cfg):
                          f"{mend}")
     if cfg.tiles and needs_squares(cfg):
         raise ValueError("tiles are for stages that train the LLM, without words_loss and features")
+    if cfg.group and cfg.stage == "words":
+        raise ValueError("group makes steps of text alone, and stage words learns from pictures: "
+                         "set group to False")
     if cfg.pack and needs_words(cfg):
         raise ValueError("pack puts samples into one row, and the words loss needs them apart: set "
                          "pack to False" + ", or words_loss to 0" * (cfg.stage != "words"))
@@ -71,6 +74,11 @@ def check(cfg):
 
 def check_init(cfg, config):
     """Raise ValueError if a setting asks for another model than `config` of the checkpoint init."""
+    # A config file may name these for its --dry_run. On the command line they are a mistake.
+    for key in ("llm", "vision_tower", "words", "words_init"):
+        if cfg.given.get(key) == "the command line":
+            raise ValueError(f"--{key} does not go with init, which has its own; transfer.py moves "
+                             "a connector to another LLM")
     for key, value in asdict(config).items():
         is_free = key in ("llm", "vision_tower", "tiles")
         if key in cfg.given and not is_free and getattr(cfg, key) != value:
@@ -88,11 +96,6 @@ def check_init(cfg, config):
     if config.tiles and "tiles" not in cfg.given and needs_squares(cfg):
         raise ValueError(f"{cfg.init} has tiles: set tiles to (), or train the LLM without "
                          "words_loss and features")
-    # A config file may name these for its --dry_run. On the command line they are a mistake.
-    for key in ("llm", "vision_tower", "words", "words_init"):
-        if cfg.given.get(key) == "the command line":
-            raise ValueError(f"--{key} does not go with init, which has its own; transfer.py moves "
-                             "a connector to another LLM")
 
 
 def refuse_existing(out, overwrite):

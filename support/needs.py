@@ -7,12 +7,11 @@ patch show what the LLM receives, and this test shows what it uses. Letters as i
 With 64 patches, 16 words, an answer of 64 tokens and SmolLM2-135M the test takes 59 seconds of one
 CPU core.
 """
-import math
-
 import torch
 
 import conversation
 from generate import generate
+from model import word_weights
 
 TESTED_WORDS = 16               # the strongest words of a picture
 BATCH_TOKENS = 4096             # of one batch
@@ -57,8 +56,8 @@ def lost_nats(vlm, prompt, answer, pixels, picture_sizes, patches, tile=0, words
     prompt, answer: lists of ids; picture_sizes as for generate; the rest as for `ask`.
     -> float32[P] and float32[n] for n words, in nats; below 0 where the answer gains without it.
     A removed patch gets the mean image embed of the tile. If it lost its position, all later tokens
-    would move. A removed word has the weight 0 in all patches of the tile. The answer does not end
-    with an end token, because it may have been cut off.
+    would move. A removed word leaves the list of words for all patches of the tile. The answer does
+    not end with an end token, because it may have been cut off.
     """
     ids = torch.tensor([prompt + answer[:-1]])
     embeds = vlm.splice(ids, pixels, picture_sizes=picture_sizes)       # (1, T, D)
@@ -99,12 +98,11 @@ def places_of_patches(vlm, ids, num_tiles, P, picture_sizes, tile):
 
 
 def embeds_without(vlm, patches, word):
-    """Return the image embeds if a word had the weight 0: float[N, P, Dv] -> float[N, P, D].
+    """Return the image embeds if a word were not in the list: float[N, P, Dv] -> float[N, P, D].
 
     The other words are normalised as always, so the image embeds keep a length that the LLM knows.
     """
-    to_scores, k = vlm.connector.to_scores, vlm.words.index(word)
-    W, b = to_scores.weight.clone(), to_scores.bias.clone()
-    W[k], b[k] = 0, 0 if vlm.connector.normalize == "none" else -math.inf
-    changed = {"to_scores.weight": W, "to_scores.bias": b}
-    return torch.func.functional_call(vlm.connector, changed, (patches,))
+    connector = vlm.connector
+    kept = torch.arange(len(vlm.words), device=patches.device) != vlm.words.index(word)     # (K,)
+    scores = connector.scores(patches)[..., kept] / connector.temperature       # (N, P, K - 1)
+    return word_weights(scores, connector.normalize) @ connector.vocab_embeds[kept].float()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from support.device import be_deterministic, choose_dtype, own_device
+from support.tiles import most_squares
 
 # NCCL gives up on a collective that waits longer than this. A rank that hangs is noticed then.
 NCCL_TIMEOUT = timedelta(minutes=15)
@@ -63,7 +64,7 @@ def check_restarts():
 # --------------------------------------------------------------------------------------------------
 # what loads the data
 
-def check_shared_memory(workers, batch_size, side):
+def check_shared_memory(workers, batch_size, side, tiles=()):
     """Raise ValueError if /dev/shm cannot hold the pictures that the loader's processes pass on.
 
     A worker would die of a "Bus error" in the middle of the run. Docker's default of 64 MB is too
@@ -72,7 +73,8 @@ def check_shared_memory(workers, batch_size, side):
     if not workers or not os.path.isdir("/dev/shm"):
         return
     processes = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = 2 * processes * batch_size * 3 * side ** 2 * 4         # a worker is two batches ahead
+    of_picture = most_squares(tiles, side) * 3 * side ** 2 * 4
+    needed = 2 * processes * batch_size * of_picture                # a worker is two batches ahead
     free = shutil.disk_usage("/dev/shm").free
     if free < needed:
         raise ValueError(f"/dev/shm has {free / 1e6:.0f} MB free and the loader needs "

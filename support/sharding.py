@@ -57,8 +57,8 @@ def run_gathered(vlm, function):
     """Call a function that uses the parts of a sharded VLM. It runs as FSDP runs vlm.forward."""
     vlm.gathered = function
     register_fsdp_forward_method(vlm, "gathered")
-    # The first call fixes the dtype in which FSDP sums gradients. It reads this dtype from the
-    # parameters that require a gradient, so for this call all parameters must require one.
+    # FSDP chooses the dtype of its gradient sums once, in the first call, from the parameters that
+    # require a gradient. So all parameters require one here.
     vlm.requires_grad_(True)
     vlm.gathered()
     vlm.reshard()                                   # from here on the parameters are pieces again

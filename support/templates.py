@@ -112,8 +112,8 @@ def texts(messages, tokenizer, template):
                                      "so that no answer could end")
             end = CONTROL.search(gap) or re.search("\n", gap)
             answers.append((start, len(text) + (end.end() if end else len(gap))))
-        # The first template of Llama-3 always ends with the opening of one more answer. Cut it off
-        # after the token that ends the turn.
+        # Llama-3's first chat template adds the header of a next answer after the last answer, too.
+        # Cut it off after the token that ends the turn.
         is_last = i == len(roles) - 1 and roles[-2:] == ("user", "assistant")
         if is_last and gaps[-1].strip() == gaps[-2].strip():
             gap = gap[:1]

@@ -67,6 +67,11 @@ def check_tiles(tiles, size):
                              f"multiples of {size}, for example (({size}, {2 * size}),)")
 
 
+def most_squares(tiles, size):
+    """Return the largest number of squares of `size` pixels that a picture becomes."""
+    return 1 + max((width * height // size ** 2 for width, height in tiles), default=0)
+
+
 def cut_tiles(image, size, tiles):
     """Return the tiles of a PIL image, a list of PIL images of S x S pixels.
 

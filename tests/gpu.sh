@@ -7,13 +7,13 @@
 # network, make that folder by
 #     pip download -d wheels --python-version 3.12 --only-binary=:all: --no-deps pillow tqdm \
 #         safetensors matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil \
-#         six pytest iniconfig pluggy pygments hypothesis sortedcontainers
+#         six pytest iniconfig pluggy pygments
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 if [ -n "${WHEELS:-}" ]; then                   # a package that is installed stays as it is
     PIP_BREAK_SYSTEM_PACKAGES=1 "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" \
-        pillow tqdm safetensors matplotlib pytest hypothesis
+        pillow tqdm safetensors matplotlib pytest
 fi
 export DEVICE=${DEVICE:-cuda} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

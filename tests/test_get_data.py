@@ -226,6 +226,13 @@ def test_a_dead_host_is_not_asked_for_all_pictures(server, get, tmp_path, monkey
     assert status == 1 and f"{len(BOOKS)} pictures are still to be had" in text and len(asked) == 2
 
 
+def test_without_the_list_of_pictures_none_is_asked_for_and_the_others_go_on(server, get):
+    server.behaviour[f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json"] = "always 404"
+    status, text = get("--only", "ocr_vqa,gqa")
+    assert status == 1 and "ocr_vqa: llava_v1_5_mix665k.json, which names the pictures, is not there" in text
+    assert not any("ocr_vqa" in path for path, _ in server.seen) and any(path == GQA for path, _ in server.seen)
+
+
 FAILS = {"404": (GQA, "always 404", None, "answers 404"), "403": (GQA, "always 403", None, "answers 403"),
          "a page": (GQA, "page", None, "sends a web page"), "no zip": (GQA, "", b"error: quota", "is no whole zip archive"),
          "out of the root": (GQA, "", archive({"images/1.jpg": picture(), "../../evil.jpg": b"x"}), "leads out of"),

@@ -92,3 +92,8 @@ def test_a_run_learns_the_same(tiny, world, tmp_path, capsys):
 def test_the_words_loss_needs_samples_apart(tiny, world, tmp_path):
     with pytest.raises(ValueError, match="pack puts samples into one row, and the words loss needs them apart"):
         train_here(settings(tiny, world, tmp_path, "--pack", "--words_loss=0.1"))
+
+
+def test_the_words_stage_has_no_steps_of_text_alone(tiny, world, tmp_path):
+    with pytest.raises(ValueError, match="group makes steps of text alone, .*: set group to False"):
+        train_here(settings(tiny, world, tmp_path, "--group", "--stage=words"))

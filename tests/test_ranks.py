@@ -327,6 +327,8 @@ def test_too_little_shared_memory_is_said_before_the_run(monkeypatch):
         check_shared_memory(2, 32, 336)
     check_shared_memory(0, 32, 336)
     check_shared_memory(2, 12, 336)
+    with pytest.raises(ValueError, match="325 MB"):                 # a picture is up to 1 + 4 squares
+        check_shared_memory(2, 12, 336, ((336, 672), (672, 672)))
 
 
 def test_lengths_in_multiples_change_no_loss(tiny, world, five, tmp_path):

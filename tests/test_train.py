@@ -233,10 +233,11 @@ def test_a_mistake_gets_one_sentence(argv, words):
 @pytest.mark.parametrize("flag,words", [("--llm=other", "--llm does not go with init.*transfer.py"), ("--words_init=embeds", "--words_init does not go with init"),
                                         ("--num_words=3", "num_words is set to 3"), ("--hidden=7", "hidden is set to 7"),
                                         ("--connector=mlp", "connector is set to 'mlp'")])
-def test_a_checkpoint_keeps_its_own_parts(tiny, world, tmp_path, pretrained, flag, words):
+def test_a_checkpoint_keeps_its_own_parts(tiny, world, tmp_path, pretrained, flag, words, capsys):
     with pytest.raises(ValueError, match=words):
         train.main(train.read_settings([a for a in settings(tiny, world, tmp_path / "x", f"--init={pretrained}")
                                         if not a.startswith("--hidden")] + [flag]))
+    assert "config file is not used" not in capsys.readouterr().out         # it was not in a config file
 
 
 def test_the_schedule_is_the_recipes():

@@ -243,13 +243,19 @@ def test_what_an_answer_needs_one_by_one_through_transformers(tiny, shared, llm,
     assert of_patches[list(seen)].abs().median() > 1e-3 and (not tested or of_words.abs().max() > 1e-3)
 
 
-def test_a_word_is_removed_by_the_fused_combination_too(tiny, shared):
-    vlm = strong(build(tiny, "qwen", shared[:60]))
-    patches = torch.randn(1, 9, 32)
-    plain_embeds = needs.embeds_without(vlm, patches, vlm.words[3])
-    vlm.connector.plain_bytes = 1                                   # fused.py computes
-    torch.testing.assert_close(needs.embeds_without(vlm, patches, vlm.words[3]), plain_embeds, rtol=1e-4, atol=1e-5)
-    assert vlm.connector.to_scores.weight[3].abs().max() > 0        # the connector itself has not changed
+def test_a_word_is_removed_from_a_readers_own_normalisation_too(tiny, shared, monkeypatch):
+    """The README's exercise, scores divided by their length: the embeds are those of a connector that never had the word."""
+    formula = lambda scores, normalize: scores / scores.norm(dim=-1, keepdim=True)
+    monkeypatch.setattr(model, "word_weights", formula)
+    monkeypatch.setattr(needs, "word_weights", formula)
+    vlm = strong(build(tiny, "qwen", shared[:60], normalize="mine", temperature=0.5))
+    patches, bridge = torch.randn(1, 9, 32), vlm.connector
+    found = needs.embeds_without(vlm, patches, vlm.words[3])
+    fewer = model.LangBridge(32, bridge.mlp[0].out_features, 59, "mine", 0.5)
+    without = lambda tensor: torch.cat([tensor[:3], tensor[4:]])
+    fewer.load_state_dict({name: without(t) if name.startswith("to_scores") else t for name, t in bridge.state_dict().items()})
+    fewer.vocab_embeds = without(bridge.vocab_embeds)
+    torch.testing.assert_close(found, fewer(patches), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_not_tested_is_said(tiny, shared, monkeypatch, capsys):

@@ -142,8 +142,11 @@ def check_sum(part, address, sha256):
     """Raise ValueError, and remove the file, if it does not have the published checksum."""
     for name, want in (("md5", MD5.get(os.path.basename(address))), ("sha256", sha256)):
         if want:
+            digest = hashlib.new(name)
             with open(part, "rb") as file:
-                found = hashlib.file_digest(file, name).hexdigest()
+                for block in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(block)
+            found = digest.hexdigest()
             if found != want:
                 os.remove(part)
                 raise ValueError(f"{address}: the {name} is {found}, published is {want}")
@@ -219,6 +222,8 @@ class Data:
 
     def get(self, name):
         """Download and unpack the files of a source, and the pictures of OCR-VQA."""
+        if name == "ocr_vqa" and not os.path.isfile(f"{self.root}/{MIX}.json"):
+            raise ValueError(f"{MIX}.json, which names the pictures, is not there")
         for address, path, _ in self.todo(name):
             print(f"{name}: {address}", flush=True)
             if not os.path.isfile(path):

@@ -18,7 +18,7 @@ from common import read_json
 from support import pretrained, sharding
 from support.checks import needs_words
 from support.log import parts_table
-from support.tiles import check_tiles, tile_layout
+from support.tiles import check_tiles, most_squares, num_tokens
 from support.tower import pooled_side, side_of
 
 FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -45,18 +45,17 @@ def print_estimate(cfg):
     vlm, config = meta_model(cfg, cfg.trained_parts())
     print(parts_table(vlm, cfg))
     side = pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool)
-    P, squares = side ** 2, 1
-    if cfg.tiles:                                   # the most that a picture can take
-        layouts = [tile_layout(tile, cfg.tiles, vlm.image_size, side)
-                   for tile in cfg.tiles]
-        P = max(layout.num_tokens for layout in layouts)
-        squares = max(1 + layout.columns * layout.rows for layout in layouts)
+    # The most that a picture can take.
+    P = max((num_tokens(tile, side ** 2, cfg.tiles, vlm.image_size) for tile in cfg.tiles),
+            default=side ** 2)
+    squares = most_squares(cfg.tiles, vlm.image_size)
     # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448. Batches of
     # similar length (--group) have the longest conversations together, of up to 1,472 tokens.
     text = 64 if cfg.stage in ("words", "pretrain") else 1472 if cfg.group else 448
     T = min(cfg.max_length, P + text)
-    tables = [memory(vlm, cfg, config, P, T, squares * side ** 2, ranks) for ranks in RANKS]
-    heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in RANKS)
+    possible = [ranks for ranks in RANKS if cfg.global_batch % ranks == 0]
+    tables = [memory(vlm, cfg, config, P, T, squares * side ** 2, ranks) for ranks in possible]
+    heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in possible)
     print(f"{'GiB on each GPU':44}{heads}")
     for name in tables[0]:
         print(f"{name:44}" + "".join(f"{table[name] / 2**30:10.2f}" for table in tables))
@@ -156,6 +155,8 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
         is_small = 4 * patches * config.num_words <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
         if config.normalize != "none" and (config.normalize != "softmax" or is_small):
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
+        if cfg.stage == "words":                    # no words are combined
+            scores = 0
         if needs_words(cfg):                        # its scores and their log_softmax, in float32
             scores += patches * config.num_words * 8
         E = config.num_words * D * width

@@ -182,7 +182,7 @@ def score_task(task, subset, total, stem, args):
     predictions = join_answers(subset, stem)
     paths = official_paths(BENCHMARKS[task], args.data)
     summary, items = score_answers(task, *paths, predictions, args, bool(args.limit))
-    if args.limit:
+    if len(subset) < total:
         summary["partial"] = f"first {len(subset)} of {total} questions, no benchmark score"
     common.write_json(items, f"{stem}.scores.json")
     print(summary_text(task, summary), flush=True)

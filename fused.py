@@ -73,18 +73,19 @@ def combine_raw(z, W, b, E):
 
     The product is associative. W^T E [H, D] can be made first, and then no score is ever made.
     """
-    K, H = W.shape
-    P, D = len(z), E.shape[1]
+    trains = torch.is_grad_enabled() and W.requires_grad
     W, b, E = W.to(z.dtype), b.to(z.dtype), E.to(z.dtype)
-    # Count multiplications. In training z W^T is made three times (forward, and two gradients), and
-    # a product with E twice, because E gets no gradient. multi_dot would count the forward only.
-    training = torch.is_grad_enabled() and W.requires_grad
-    cost, cost_E = (3, 2) if training else (1, 1)
-    folded = cost_E * K * H * D + cost * P * H * D
-    unfolded = cost * P * K * H + cost_E * P * K * D
-    if folded < unfolded:
+    if without_scores(len(z), *W.shape, E.shape[1], trains):
         return F.linear(z, E.T @ W, b @ E)                          # (P, H) x (H, D) -> (P, D)
     return F.linear(z, W, b) @ E                                    # (P, H) x (H, K) x (K, D)
+
+
+def without_scores(P, K, H, D, trains):
+    """Return whether the order without scores needs fewer multiplications."""
+    # In training z W^T is made three times (forward, and two gradients), and a product with E
+    # twice, because E gets no gradient. multi_dot of torch would count the forward only.
+    cost, cost_E = (3, 2) if trains else (1, 1)
+    return cost_E * K * H * D + cost * P * H * D < cost * P * K * H + cost_E * P * K * D
 
 
 class SoftmaxCombine(torch.autograd.Function):

@@ -65,7 +65,7 @@ class LangBridge(nn.Module):
         """Return the image embeds: patches float[N, P, Dv] -> float[N, P, D]."""
         z = self.mlp(patches) / self.temperature                    # (N, P, Dv) -> (N, P, H)
         W, b, E = self.to_scores.weight, self.to_scores.bias / self.temperature, self.vocab_embeds
-        # `combine` below, or the same function with less memory.
+        # `combine` below. If there are many scores, fused.py computes its two formulas in blocks.
         best_combine = fused.choose(combine, z, len(W), self.normalize, self.plain_bytes)
         return best_combine(z, W, b, E, self.normalize)             # (N, P, H) -> (N, P, D)
 
@@ -290,7 +290,7 @@ class VLM(nn.Module):
                              f"{self.config.llm}")
 
     def num_tokens(self, picture_size=None):
-        """Return how many ids an image takes; with tiles this depends on its (width, height)."""
+        """Return how many image embeds an image has; with tiles this depends on its size."""
         return num_tokens(picture_size, self.num_patches, self.config.tiles,
                           self.image_settings["size"])
 

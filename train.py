@@ -93,8 +93,8 @@ class Settings:
                                              "patch for a word", low=0)
     warmup: float = setting(0.03, "part of the steps in which the rate rises", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
-    beta1: float = setting(0.9, "AdamW's")
-    beta2: float = setting(0.999, "AdamW's")
+    beta1: float = setting(0.9, "AdamW's", low=0, high=0.999999)
+    beta2: float = setting(0.999, "AdamW's", low=0, high=0.999999)
     clip: float = setting(1.0, "largest gradient norm; 0 means no clipping", low=0)
     dtype: str = setting("bfloat16", "of activations and frozen weights; trained ones are float32; "
                                      "auto: bfloat16 if the hardware has it, else float32",
@@ -473,7 +473,7 @@ def losses(vlm, batch, cfg):
     """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
 
     In stage "words" the result is (words loss, its number of words, 0, 0). In other stages main
-    divides both sums by the number of trained tokens, although the log has a loss per word.
+    divides both sums by the number of trained tokens. Only the log divides the words loss by words.
     """
     weights = cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":

@@ -131,7 +131,7 @@ def grid_patches(vlm, pixels):
 def make_mode(kind, words, scores, null=0.0, explained=None):
     """Return a mode: what the picture and the page show of the scores float32[P, K] of K words.
 
-    kind: "shares" (weights that sum to 1), "signed" (raw scores), "cosine" or "together" (the
+    kind: "shares" (weights that sum to 1), "signed" (other weights), "cosine" or "together" (the
     coefficients of `pursuit`; explained float[P] is its R^2). null: the value that chance gives.
     "words": the U words that are among the TOP of some patch. "values": their scores float32[P, U].
     "top" int64[P, n]: columns of values, the strongest first. Signed scores have the TOP highest
@@ -165,7 +165,8 @@ def read(vlm, pixels):
     modes = {}
     if vlm.words:
         w = vlm.connector.weights(patches)[0].cpu()                 # (P, K)
-        kind, null = ("signed", 0.0) if (w < 0).any() else ("shares", 1 / len(vlm.words))
+        are_shares = (w >= 0).all() and torch.allclose(w.sum(-1), torch.ones(len(w)), atol=1e-2)
+        kind, null = ("shares", 1 / len(vlm.words)) if are_shares else ("signed", 0.0)
         modes["weights"] = make_mode(kind, vlm.words, w, null)
     tokens, E = vocabulary(vlm)
     modes["cosine"] = make_mode("cosine", tokens, cosine(embeds, E).cpu(), cosine_null(E))

@@ -58,8 +58,9 @@ def check(cfg):
     for key in required:
         if not getattr(cfg, key):
             absent = f", and init {cfg.init} is not there yet" if cfg.init else ""
+            other = "" if key in ("out", "data") else ", or --init=DIR to start from a checkpoint"
             raise ValueError(f"{key} is not set{absent}: give it in the config file or as "
-                             f"--{key}=...")
+                             f"--{key}=...{other}")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
         raise ValueError(f"{cfg.out} holds a finished run; --overwrite trains it again")
     if cfg.dry_run:
@@ -80,13 +81,12 @@ def check_init(cfg, config):
             raise ValueError(f"--{key} does not go with init, which has its own; transfer.py moves "
                              "a connector to another LLM")
     for key, value in asdict(config).items():
-        is_free = key in ("llm", "vision_tower", "tiles")
-        if key in cfg.given and not is_free and getattr(cfg, key) != value:
-            raise ValueError(f"{key} is set to {getattr(cfg, key)!r}, but {cfg.init} has {value!r}")
-    for key in ("llm", "vision_tower"):
-        if key in cfg.given and getattr(cfg, key) != getattr(config, key):
-            print_rank0(f"note: {key} of the config file is not used: {cfg.init} has "
-                        f"{getattr(config, key)}")
+        now, where = getattr(cfg, key), cfg.given.get(key)
+        if not where or now == value or key == "tiles":
+            continue
+        if key not in ("llm", "vision_tower", "normalize") or where == "the command line":
+            raise ValueError(f"{key} is set to {now!r}, but {cfg.init} has {value!r}")
+        print_rank0(f"note: {key} of the config file is not used: {cfg.init} has {value}")
     if needs_words(cfg) and config.connector == "mlp":
         raise ValueError("the words loss needs the words of a LangBridge, and "
                          f"{cfg.init} has an MLP")

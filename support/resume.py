@@ -138,10 +138,11 @@ def resume(vlm, optimizer, inputs, cfg):
     """Load the newest state if there is one. Return (next step, number of samples skipped).
 
     inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
-    inputs of its start. ValueError names those that differ.
+    inputs of its start. ValueError names those that differ. A state of no step at all, which a bad
+    first sample leaves, binds nobody.
     """
     found = on_rank0(lambda: newest_state(cfg))
-    if not found:
+    if not found or found[1]["step"] == 0:
         return 0, 0
     folder, state = found
     differ = []

@@ -24,7 +24,7 @@ def print_help(settings_class):
     """Print a line for each setting."""
     for f in fields(settings_class):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        print(f"  --{f.name:16} {f.default!r:14} {f.metadata['help']}{choices}")
+        print(f"  --{f.name:18} {f.default!r:14} {f.metadata['help']}{choices}")
 
 
 def read(settings_class, argv):

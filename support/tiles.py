@@ -49,7 +49,7 @@ def tile_layout(picture_size, tiles, size, side):
 
 
 def num_tokens(picture_size, num_patches, tiles, size):
-    """Return how many ids an image takes; VLM.arrange_images makes as many embeddings of it.
+    """Return how many image embeds an image has, as VLM.arrange_images makes them.
 
     picture_size: (width, height) in pixels, needed with tiles only. num_patches: P, of one square.
     """

@@ -209,6 +209,8 @@ def test_limit_is_labelled_partial_and_kept_apart(world, capsys):
     assert "PARTIAL (first 5 of 24 questions, no benchmark score)" in capsys.readouterr().out.split("| ckpt |")[1]
     assert not (out / "results.json").exists() and len(lines(out / "pope.first5.jsonl")) == 5
     assert json.loads((out / "results.first5.json").read_text())["tasks"]["pope"]["partial"].startswith("first 5 of 24")
+    world("--limit", "99")                                          # all of them
+    assert "PARTIAL" not in capsys.readouterr().out
 
 
 def test_data_check_comes_before_the_model(world, capsys):

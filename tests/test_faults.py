@@ -402,6 +402,13 @@ def test_a_picture_that_vanishes_under_the_run(tiny, spoilt, tmp_path, capsys, m
     expect(found, 1, ["does not exist", "more than bad_limit 7"])
 
 
+def test_a_first_step_that_failed_does_not_bind_the_next_start(tiny, world, tmp_path, capsys):
+    """max_length was too small for an image. No step was made, so other settings lose nothing."""
+    expect(outcome(lambda: train_with(tiny, world, tmp_path / "out", "--max_length=5"), capsys), 1, ["an image does not fit"])
+    assert os.listdir(tmp_path / "out" / "state")
+    expect(outcome(lambda: train_with(tiny, world, tmp_path / "out", "--max_steps=2"), capsys), 0, ["step     0/2", "wrote"])
+
+
 def test_a_full_disk(tiny, world, tmp_path):
     """A tmpfs of 64 kB in a name space of its own, where the kernel lets us make one"""
     mount = f"mount -t tmpfs -o size=64k none {tmp_path} && "

@@ -25,7 +25,7 @@ import eval as evaluation
 import model
 import train
 from conftest import ROOT, run, settings, train_here
-from support import ranks
+from support import checks, ranks
 from support.device import choose_dtype
 from tools.memory import RANKS, print_estimate
 
@@ -240,6 +240,15 @@ def test_a_checkpoint_keeps_its_own_parts(tiny, world, tmp_path, pretrained, fla
     assert "config file is not used" not in capsys.readouterr().out         # it was not in a config file
 
 
+def test_a_config_file_may_name_for_its_dry_run_what_the_checkpoint_has(tmp_path, pretrained, capsys):
+    (tmp_path / "config.py").write_text('normalize, llm = "none", "other"')
+    config = checkpoint.read_config(pretrained)[0]
+    checks.check_init(train.read_settings([f"{tmp_path}/config.py", f"--init={pretrained}"]), config)
+    assert "normalize of the config file is not used: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="normalize is set to 'none', but .* has 'softmax'"):
+        checks.check_init(train.read_settings(["--normalize=none", f"--init={pretrained}"]), config)
+
+
 def test_the_schedule_is_the_recipes():
     """2,181 steps rise for 66, 5,198 for 156 (transformers' cosine with warm-up ratio 0.03)"""
     for steps, rise in ((2181, 66), (5198, 156)):
@@ -270,6 +279,14 @@ def test_dry_run_tells_the_memory_of_a_sharded_llm(capsys):
     assert rows["sum"] == sorted(rows["sum"], reverse=True) and rows["sum"][0] > 80 > rows["sum"][-2]
     rest = [round(a - b, 2) for a, b in zip(rows["with what is not counted (5 GiB assumed)"], rows["sum"])]
     assert rest == [5.0] * len(RANKS)
+
+
+@pytest.mark.parametrize("normalize, gib", [("none", 0.0), ("softmax", 32 * 576 * 4096 * 8 / 2**30)])
+def test_dry_run_counts_the_scores_that_the_combination_makes(normalize, gib, capsys):
+    """Raw scores are never made at the paper's sizes. A softmax of 1.4 GB of scores has those of a block of words."""
+    print_estimate(train.read_settings([f"{ROOT}/config/paper/pretrain.py", f"--normalize={normalize}", "--plain_bytes=1", "--dry_run"]))
+    row, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scores and weights")]
+    assert float(row.split()[5 + 1]) == pytest.approx(gib, abs=0.01)
 
 
 def test_the_vision_tower_trains_is_saved_and_goes_on(tiny, world, tmp_path, capsys):

@@ -243,6 +243,13 @@ def test_what_an_answer_needs_one_by_one_through_transformers(tiny, shared, llm,
     assert of_patches[list(seen)].abs().median() > 1e-3 and (not tested or of_words.abs().max() > 1e-3)
 
 
+def test_weights_that_do_not_sum_to_1_are_not_called_shares(tiny, shared, monkeypatch):
+    vlm = strong(build(tiny, "qwen", shared[:60]))
+    assert words.read(vlm, torch.randn(3, 24, 24))["weights"]["kind"] == "shares"
+    monkeypatch.setattr(model, "word_weights", lambda scores, normalize: scores.sigmoid())
+    assert words.read(vlm, torch.randn(3, 24, 24))["weights"]["kind"] == "signed"
+
+
 def test_a_word_is_removed_from_a_readers_own_normalisation_too(tiny, shared, monkeypatch):
     """The README's exercise, scores divided by their length: the embeds are those of a connector that never had the word."""
     formula = lambda scores, normalize: scores / scores.norm(dim=-1, keepdim=True)

@@ -151,9 +151,13 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
         activations = layers * tokens * D * (4 if is_wide else width) + block
     scores = E = 0
     if config.connector == "langbridge":
-        scores = patches * min(config.num_words, fused.CUDA_BLOCK) * 8
         is_small = 4 * patches * config.num_words <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
-        if config.normalize != "none" and (config.normalize != "softmax" or is_small):
+        if config.normalize == "none":
+            has_none = fused.without_scores(patches, config.num_words, config.hidden, D, True)
+            scores = 0 if has_none else patches * config.num_words * 2 * width
+        elif config.normalize == "softmax" and not is_small:
+            scores = patches * min(config.num_words, fused.CUDA_BLOCK) * 8
+        else:
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
         if cfg.stage == "words":                    # no words are combined
             scores = 0

@@ -10,8 +10,9 @@ connector_lr = 1e-5
 llm_lr = 1e-5                                           # image_newline has this rate, too
 vision_tower_lr = 2e-6
 tiles = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # (width, height): "anyres"
-data = "data/llava_1_6.json"                            # never published; its authors report about
-images = "data"                                         # 760,000 to 790,000 records
+# The data were never published. The authors report about 760,000 to 790,000 records.
+data = "data/llava_1_6.json"
+images = "data"
 template = "chat"                                       # the release: qwen_1_5
 max_length = 32768                                      # Qwen2-7B has as many positions
 group = True                                            # group_by_modality_length

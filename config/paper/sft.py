@@ -6,8 +6,9 @@ stage = "sft"
 out = "out/paper/sft"
 connector_lr = 2e-5                                     # LLaVA-1.5: one rate for all that trains
 llm_lr = 2e-5
-data = "data/llava_v1_5_mix665k.json"                   # 665,298 records; the paper's filter is
-images = "data"                                         # not published
+# 665,298 records; the paper's filter is not published.
+data = "data/llava_v1_5_mix665k.json"
+images = "data"
 image_mode = "pad"                                      # LLaVA-1.5: stage 1 crops, stage 2 pads
 template = "chat"                                       # the LLM's own
 group = True                                            # LLaVA-1.5: group_by_modality_length
@@ -18,3 +19,4 @@ checkpointing = True                                    # LLaVA-1.5
 # For --dry_run without a checkpoint:
 vision_tower = "openai/clip-vit-large-patch14-336"
 llm = "Qwen/Qwen2-7B-Instruct"
+normalize = "none"

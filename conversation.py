@@ -67,22 +67,6 @@ def encode_prompt(messages, tokenizer, num_patches, template="chat"):
     return ids[:len(labels)]
 
 
-def show_sample(ids, labels, tokenizer):
-    """Return a sample as text for a terminal: trained tokens green, an image as [image x P]."""
-    runs = []                           # (kind, ids): one character can take several tokens
-    for i, label in zip(map(int, ids), map(int, labels)):
-        kind = "image" if i == IMAGE_ID else "other" if label == IGNORE else "trained"
-        if not runs or runs[-1][0] != kind:
-            runs.append((kind, []))
-        runs[-1][1].append(i)
-    shown = ""
-    for kind, run in runs:
-        text = tokenizer.decode(run, clean_up_tokenization_spaces=False) if kind != "image" else ""
-        text = f"[image x {len(run)}]" if kind == "image" else text.replace("\033", "␛")
-        shown += f"\033[{32 if kind == 'trained' else 2}m{text}\033[0m"
-    return shown
-
-
 def eos_ids(llm, tokenizer):
     """Return the set of ids that end an answer.
 

@@ -15,8 +15,9 @@ import os
 
 import common
 from common import BadSample
-from conversation import IGNORE, IMAGE, IMAGE_ID, encode, show_sample
+from conversation import IGNORE, IMAGE, IMAGE_ID, encode
 from support.hub import load_tokenizer
+from support.log import show_sample
 from support.pictures import features_path, image_path, open_image, tile_pixels
 from support.records import image_names, messages_of, read_records, turns_of
 from support.templates import TEMPLATES

@@ -85,9 +85,8 @@ def next_tokens(logits, temperature):
 def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_tokens):
     """Return a cache of the first columns, in which every distinct prefix was computed once.
 
-    A prefix is the ids up to the last image token, and the numbers of the images. The arguments
-    are those of `generate`: embeds float[B, T, D], mask and position int64[B, T]. image_tokens: the
-    number of ids of each image. Two prompts with one prefix (I) and other texts:
+    The arguments are those of `generate`: embeds float[B, T, D], mask and position int64[B, T].
+    image_tokens: see prefixes_of. Two prompts with one prefix (I) and other texts:
 
         . . I I I a a       Column C = 4 is the first one that has text after a prefix. Columns 0
         . I I I b b b       to C - 1 are cached. The last I of the first row is computed again.
@@ -95,9 +94,39 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
     The result is None if no two prompts share a prefix, if C is 0, or if the LLM has layers of a
     type that cannot be copied.
     """
-    B, T = mask.shape
+    prefixes = prefixes_of(prompts, image_index, image_tokens)
+    # The longest prompt of each prefix is computed for all prompts that share the prefix.
+    longest = {}                                                    # {prefix: row of its prompt}
+    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
+        longest.setdefault(prefixes[row], row)
+    C = mask.shape[1] - max(len(p) - len(prefix[0]) for p, prefix in zip(prompts, prefixes))
+    layer_types = getattr(vlm.llm.config.get_text_config(), "layer_types", None) or ()
+    if C == 0 or len(longest) == len(prompts) or not SHAREABLE_LAYERS.issuperset(layer_types):
+        return None
+
+    decoder = vlm.llm.get_decoder()
+    # A cache that was made from the config would drop what leaves a sliding window.
+    cache = DynamicCache()
+    rows = list(longest.values())
+    decoder(inputs_embeds=embeds[rows, :C], attention_mask=mask[rows, :C],
+            position_ids=position[rows, :C], use_cache=True, **{cache_argument(decoder): cache})
+    # A shorter prompt has more padding on the left, so its prefix must move to the right. Between
+    # prefix and question there may be no padding, because the attention of a sliding window counts
+    # columns and not positions.
+    sources = [longest[prefix] for prefix in prefixes]              # for each prompt a row of it
+    shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]
+    columns = (torch.arange(C) + shift).clamp(min=0)                                    # (B, C)
+    copy_cache(cache, torch.tensor([rows.index(s) for s in sources]), columns)
+    return cache
+
+
+def prefixes_of(prompts, image_index, image_tokens):
+    """Return the prefix of each prompt: its ids up to the last image token, its images' numbers.
+
+    image_tokens: the number of ids of each image.
+    """
     remaining_images = iter(image_index)
-    prefixes = []                       # for each prompt: its ids up to the last patch, its images
+    prefixes = []
     for prompt in prompts:
         end = len(prompt) - prompt[::-1].index(IMAGE_ID) if IMAGE_ID in prompt else 0
         images, number = [], prompt.count(IMAGE_ID)
@@ -105,33 +134,16 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
             images.append(next(remaining_images))
             number -= image_tokens[images[-1]]
         prefixes.append((tuple(prompt[:end]), *images))
-    # The longest prompt of each prefix is computed for all prompts that share the prefix.
-    longest = {}
-    for row in sorted(range(B), key=lambda row: -len(prompts[row])):
-        longest.setdefault(prefixes[row], row)
-    columns = T - max(len(p) - len(prefix[0]) for p, prefix in zip(prompts, prefixes))
-    layer_types = getattr(vlm.llm.config.get_text_config(), "layer_types", None) or ()
-    if columns == 0 or len(longest) == B or not SHAREABLE_LAYERS.issuperset(layer_types):
-        return None
+    return prefixes
 
-    decoder = vlm.llm.get_decoder()
-    # A cache that was made from the config would drop what leaves a sliding window.
-    cache = DynamicCache()
-    rows = list(longest.values())
-    decoder(inputs_embeds=embeds[rows, :columns], attention_mask=mask[rows, :columns],
-            position_ids=position[rows, :columns], use_cache=True,
-            **{cache_argument(decoder): cache})
-    # Copy the keys and values to all rows. A shorter prompt has more padding on the left, so its
-    # prefix must move to the right. Between prefix and question there may be no padding, because
-    # the attention of a sliding window counts columns and not positions.
-    sources = [longest[prefix] for prefix in prefixes]
-    row_index = torch.tensor([rows.index(source) for source in sources])[:, None]       # (B, 1)
-    shift = torch.tensor([len(p) - len(prompts[s]) for p, s in zip(prompts, sources)])[:, None]
-    column_index = (torch.arange(columns) + shift).clamp(min=0)                         # (B, C)
 
+def copy_cache(cache, rows, columns):
+    """Fill a cache anew, in place: row i gets what row rows[i] has in columns[i].
+
+    rows int64[B], columns int64[B, C].
+    """
     for layer in cache.layers:
-        row, column = row_index.to(layer.keys.device), column_index.to(layer.keys.device)
+        row, column = rows[:, None].to(layer.keys.device), columns.to(layer.keys.device)
         # float[rows, heads, C, d] -> (B, C, heads, d) -> float[B, heads, C, d]
         layer.keys, layer.values = (tensor[row, :, column].transpose(1, 2)
                                     for tensor in (layer.keys, layer.values))
-    return cache

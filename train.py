@@ -156,10 +156,9 @@ import checkpoint
 import data
 import model
 import vocab
-from conversation import show_sample
 from support import features, fingerprint, pretrained, ranks, sharding
 from support.device import check_compiler
-from support.log import averages, log_step, open_log, parts_table, plot_loss
+from support.log import averages, log_step, open_log, parts_table, plot_loss, show_sample
 from support.ranks import (check_shared_memory, clip_gradients, leave, on_rank0, reduce_gradients,
                            setup_ranks, sharing_errors, sum_up, wait_for_all)
 from support.resume import lock, remove_old_run, resume, save_state

@@ -1,10 +1,11 @@
 """
-The log of a training run: what trains, log.jsonl, the printed line of a step, and loss.png.
+The log of a training run: what trains, a sample, log.jsonl, the printed line of a step, loss.png.
 """
 import json
 import os
 
 import common
+from conversation import IGNORE, IMAGE_ID
 
 
 def parts_table(vlm, cfg):
@@ -21,6 +22,22 @@ def parts_table(vlm, cfg):
         D = len(vlm.image_newline)
         lines.append(f"{'image_newline':14}{D:16,}{D:16,}  {'float32':10}{cfg.llm_lr:8.1e}")
     return "\n".join(lines)
+
+
+def show_sample(ids, labels, tokenizer):
+    """Return a sample as text for a terminal: trained tokens green, an image as [image x P]."""
+    runs = []                           # (kind, ids): one character can take several tokens
+    for i, label in zip(map(int, ids), map(int, labels)):
+        kind = "image" if i == IMAGE_ID else "other" if label == IGNORE else "trained"
+        if not runs or runs[-1][0] != kind:
+            runs.append((kind, []))
+        runs[-1][1].append(i)
+    shown = ""
+    for kind, run in runs:
+        text = tokenizer.decode(run, clean_up_tokenization_spaces=False) if kind != "image" else ""
+        text = f"[image x {len(run)}]" if kind == "image" else text.replace("\033", "␛")
+        shown += f"\033[{32 if kind == 'trained' else 2}m{text}\033[0m"
+    return shown
 
 
 def open_log(path, step):

@@ -25,6 +25,7 @@ from common import BadSample
 from conversation import IGNORE, IMAGE_ID, encode, encode_prompt
 from data import Conversations, collate, global_batches, messages_of
 from support import pictures
+from support.log import show_sample
 
 ROOT = pathlib.Path(data.__file__).parent
 P = 3
@@ -93,7 +94,7 @@ def marked(ids, labels, tokenizer):
     """A sample as text, trained tokens in «», an image as <P>: what tests compare"""
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels)), "a label is its own id or ignored"
     assert all(label == IGNORE for i, label in zip(ids, labels) if i == IMAGE_ID), "images are not trained"
-    text = re.sub("\033\\[2m(.*?)\033\\[0m", r"\1", conversation.show_sample(ids, labels, tokenizer), flags=re.S)
+    text = re.sub("\033\\[2m(.*?)\033\\[0m", r"\1", show_sample(ids, labels, tokenizer), flags=re.S)
     return re.sub("\033\\[32m(.*?)\033\\[0m", r"«\1»", text, flags=re.S).replace(f"[image x {P}]", f"<{P}>")
 
 
@@ -215,7 +216,7 @@ def test_another_chat_template_on_the_same_tokenizer_is_used():
 
 def test_show_decodes_characters_of_several_tokens_and_escapes_terminal_codes():
     tokenizer = make_tokenizer(CHATML)
-    text = conversation.show_sample(*encode(turns("ⴲ\033[31m", "žluť"), tokenizer, P), tokenizer)
+    text = show_sample(*encode(turns("ⴲ\033[31m", "žluť"), tokenizer, P), tokenizer)
     assert "ⴲ␛[31m" in text and "\033[32mžluť<|im_end|>\033[0m" in text
 
 

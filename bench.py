@@ -176,7 +176,7 @@ class Combination:
 
     Ways: "fused" is fused.combine. "plain" is model.combine, which a user would write. "compiled"
     is the same under torch.compile. "below" is the connector as training calls it, where all scores
-    are below the border.
+    fit into plain_bytes.
     """
 
     def __init__(self, P, H, K, D, dtype, spread=1.0):
@@ -232,29 +232,29 @@ def bench_combine(H, dtype):
                    | {way: functools.partial(at.run, way) for way in at.ways})
     t["faster"] = [min(pair) for pair in zip(t["plain"], t["compiled"])]
     is_half = dtype == "bfloat16"
-    yield ("softmax below the border, time by the faster plain chain's",
+    yield ("softmax up to plain_bytes: time / the faster plain formula's",
            ratio(t, "below", "faster"), "<= 1.03", medians(t))
-    yield ("softmax above the border, time by its six products'",
+    yield ("fused softmax: time / its six products'",
            ratio(t, "fused", "six products"), "<= 1.15" if is_half else "<= 1.1")
     ours, plain = (extra_memory(lambda: at.run(way)) for way in ("fused", "plain"))
-    yield ("softmax above the border, extra memory by the plain chain's", ours / plain,
+    yield ("fused softmax: extra memory / the plain formula's", ours / plain,
            "<= 0.125" if not is_half else "<= 0.15" if H == 1024 else "<= 0.3",
            {"ours, MB": ours / 1e6, "plain, MB": plain / 1e6})
     raw = time_raw(at, most=3)
-    yield ("raw, time by the plain chain's", ratio(raw, "ours", "plain"),
+    yield ("raw scores: time / the plain formula's", ratio(raw, "ours", "plain"),
            # With H = 5,120 the products alone take 0.506.
            "<= 0.45" if H == 1024 else "<= 0.531", medians(raw))
     if H == 1024:
         more = Combination(P, H, 4 * K, D, getattr(torch, dtype))
         m = take_turns({"K": lambda: at.run("fused"), "4 K": lambda: more.run("fused")}, most=3)
-        yield "softmax, time at 4 K by K", ratio(m, "4 K", "K"), "<= 4.2", medians(m)
-        yield ("softmax, extra memory at 4 K by K",
+        yield "fused softmax: time at 4 K / at K", ratio(m, "4 K", "K"), "<= 4.2", medians(m)
+        yield ("fused softmax: extra memory at 4 K / at K",
                extra_memory(lambda: more.run("fused")) / ours, "<= 1.1")
 
 
 def bench_many_patches():
     t = time_raw(Combination(16 * P, 1024, K, D, torch.bfloat16), warm_up=False)
-    yield "raw, time by the plain chain's", ratio(t, "ours", "plain"), "<= 0.2", medians(t)
+    yield "raw scores: time / the plain formula's", ratio(t, "ours", "plain"), "<= 0.2", medians(t)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,18 +423,18 @@ def bench_llava_step(tower, llm, side, images, dtype, stage):
         raise ValueError(f"the two steps do not compute the same: {losses}")
     calls["floor"] = floor_of(calls["ours"])
     t = take_turns(calls, warm_up=False)
-    yield ("time by that of its products and attention", ratio(t, "ours", "floor"), "<= 1.12",
+    yield ("time / that of its products and attention", ratio(t, "ours", "floor"), "<= 1.12",
            {"images": images, **medians(t)})
     for way in ("ours", "LLaVA"):       # each with the attention that is faster for it
         both = t[f"{way}, compiled, sdpa"], t[f"{way}, compiled, eager"]
         t[f"{way}, compiled"] = min(both, key=statistics.median)
     yield "the same with --compile", ratio(t, "ours, compiled", "floor"), "<= 1.06"
-    yield "images a second by LLaVA's", ratio(t, "LLaVA", "ours")
+    yield "images a second / LLaVA's", ratio(t, "LLaVA", "ours")
     yield "the same, both compiled", ratio(t, "LLaVA, compiled", "ours, compiled"), ">= 1.7"
-    yield "with --compile by LLaVA's plain loop", ratio(t, "LLaVA", "ours, compiled")
+    yield "with --compile / LLaVA's plain loop", ratio(t, "LLaVA", "ours, compiled")
     memory = {f"{way}, MB": extra_memory(lambda: calls[way]() and None) / 1e6
               for way in ("ours", "LLaVA", "ours, compiled, sdpa", "ours, compiled, eager")}
-    yield "extra memory by LLaVA's", memory["ours, MB"] / memory["LLaVA, MB"], "", memory
+    yield "extra memory / LLaVA's", memory["ours, MB"] / memory["LLaVA, MB"], "", memory
 
 
 def bench_lengths(tower, llm, side, images=4, ranks=32, draws=2):
@@ -468,7 +468,7 @@ def bench_lengths(tower, llm, side, images=4, ranks=32, draws=2):
             times[way] += statistics.median(seconds_of_way)
     speed = {way: counts[way] / times[way] for way in vlms}
     detail = {f"tokens a second, {way}": value for way, value in speed.items()}
-    yield ("tokens a second, ours with --compile by LLaVA's plain loop",
+    yield ("tokens a second, ours with --compile / LLaVA's plain loop",
            speed["ours, compiled"] / speed["LLaVA"], ">= 2.5", detail)
     yield ("tokens a second, both compiled", speed["ours, compiled"] / speed["LLaVA, compiled"])
     yield "tokens a second, none compiled", speed["ours"] / speed["LLaVA"]
@@ -483,7 +483,7 @@ def bench_pool():
         calls[f"{vlm.num_patches} tokens"] = steps(vlm, captions(vlm, 2, 32), "bfloat16")["ours"]
     t = take_turns(calls)
     for fewer in (144, 64):
-        yield (f"images a second with {fewer} by 576 tokens",
+        yield (f"images a second with {fewer} / with 576 tokens",
                ratio(t, "576 tokens", f"{fewer} tokens"), "", medians(t))
 
 
@@ -561,7 +561,7 @@ def bench_eval(tower, llm, side, images=4, each=18, alone=4):
 
     t = take_turns({"ours": ours, "one each": lambda: generate(vlm, prompts[::each], pixels, 2),
                     "loop": loop}, most=3)
-    yield ("questions a second by LLaVA's loop's",
+    yield ("questions a second / LLaVA's loop's",
            ratio(t, "loop", "ours") * len(prompts) / alone, ">= 10",
            {"a second, ours": len(prompts) / statistics.median(t["ours"]),
             "a second, loop": alone / statistics.median(t["loop"])})

@@ -205,8 +205,9 @@ def collate(samples, pad_id, pad_to=1, pack=False):
 def without_images(batch):
     """Return the batch with its images masked; positions count as if the images were not there.
 
-    The trained tokens are the same. If a row starts with an image (template "plain" without BOS),
-    the image's last place stays visible, because its output predicts the first word. Pixels are 0.
+    The trained tokens are the same. Something must predict the first word. If nothing stands before
+    the image (template "plain" without BOS), its last place stays visible, with the embed of a
+    picture of the mean colour: all pixels are 0 after normalisation.
     """
     is_image = batch["input_ids"] == IMAGE_ID                           # (B, T)
     front = is_image.cumprod(1).bool()

@@ -281,7 +281,8 @@ def main(cfg):
     vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)).train() here. The optimizer
-    # takes what requires a gradient. Without train() lora_dropout does nothing.
+    # takes what requires a gradient. Without train() lora_dropout does nothing. Train with
+    # --stage=pretrain, so that the frozen weights stay in `dtype`, and with a higher llm_lr.
     if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
         raise ValueError("shard does not go with LoRA: a sharded adapter cannot be merged")
     optimizer = make_optimizer(vlm, cfg)

@@ -21,9 +21,9 @@ from support.tensors import errors_name
 def shard_vlm(vlm, device, dtype):
     """Cut the LLM into a piece for each rank, and read this rank's piece.
 
-    A block of the transformer is gathered in `dtype` for its computation and freed after it. All
-    other parameters of the LLM stay gathered from forward to backward, because the embedding may be
-    the head as well and the loss calls the head in chunks. Connector and vision tower stay whole.
+    A block of the transformer is gathered in `dtype` for its computation and freed after it.
+    Embedding and head are gathered once for the whole step: they may be one tensor, and the loss
+    calls the head several times. Connector and vision tower stay whole.
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)

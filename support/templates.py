@@ -1,11 +1,12 @@
 """
 Chat templates: the text that a template writes around the turns, and where the answers stand in it.
 
-`texts` works in two steps:
-    1. `gaps_of` renders the template once with a sentinel in place of each content. The text
-       between the sentinels is what the template writes around the turns: the gaps.
+`texts` works in two steps, here for the turns "Hi" and "Ho" and the template of Qwen2:
+    1. `gaps_of` renders the template once with a sentinel in place of each content:
+           <|im_start|>user\nZq0qZ<|im_end|>\n<|im_start|>assistant\nZq1qZ<|im_end|>\n
+       The text between the sentinels is what the template writes around the turns: the gaps.
     2. `texts` joins gaps and contents to one text. It notes at which character each answer begins
-       and ends.
+       and ends: "Ho<|im_end|>" is trained.
 A content may hold "<|im_end|>" as ordinary text. Therefore the control tokens of the gaps are
 written as private characters of Unicode, and `encoder_of` reads only these as control tokens.
 """
@@ -98,27 +99,37 @@ def texts(messages, tokenizer, template):
         raise ValueError("the chat template rewrites these turns (Qwen3's takes <think> out of an "
                          "answer): take that text out of them, or use another template")
 
-    text, answers = mark(gaps[0]), []
-    for i, (role, content, gap) in enumerate(zip(roles, contents, map(mark, gaps[1:]))):
+    first, *gaps = map(mark, gaps)
+    # Llama-3's first chat template adds the header of a next answer after the last answer, too. Of
+    # such a gap only the mark of the token that ends the turn is kept, one character.
+    is_alike = roles[-2:] == ("user", "assistant") and gaps[-1].strip() == gaps[-2].strip()
+    if is_alike and CONTROL.match(gaps[-1]):
+        gaps[-1] = gaps[-1][:1]
+    if template == "chat":
+        gaps = [with_end(gap, tokenizer) if role == "assistant" else gap
+                for role, gap in zip(roles, gaps)]
+    text, answers = first, []
+    for role, content, gap in zip(roles, contents, gaps):
         # A space before an answer (Mistral's) is part of the answer's first token.
         start = len(text.rstrip(" "))
         text += content.replace(IMAGE, IMAGE_MARK) if role == "user" else content
         if role == "assistant":
-            # An answer that no control token ends gets EOS, or the model would never learn to stop.
-            if template == "chat" and not CONTROL.search(gap):
-                gap = mark(tokenizer.eos_token or "") + gap
-                if not CONTROL.search(gap):
-                    raise ValueError("the tokenizer has no end-of-sequence token, "
-                                     "so that no answer could end")
             end = CONTROL.search(gap) or re.search("\n", gap)
             answers.append((start, len(text) + (end.end() if end else len(gap))))
-        # Llama-3's first chat template adds the header of a next answer after the last answer, too.
-        # Cut it off after the token that ends the turn.
-        is_last = i == len(roles) - 1 and roles[-2:] == ("user", "assistant")
-        if is_last and gaps[-1].strip() == gaps[-2].strip():
-            gap = gap[:1]
         text += gap
     return [(text, answers)]
+
+
+def with_end(gap, tokenizer):
+    """Return the gap after an answer, with EOS in front if no control token in it ends the answer.
+
+    Without such a token the model would never learn to stop. ValueError if there is none.
+    """
+    if CONTROL.search(gap):
+        return gap
+    if not tokenizer.eos_token:
+        raise ValueError("the tokenizer has no end-of-sequence token, so that no answer could end")
+    return encoder_of(tokenizer)[1](tokenizer.eos_token) + gap
 
 
 @functools.lru_cache(maxsize=1024)

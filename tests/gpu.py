@@ -158,7 +158,7 @@ def combination_speed(D):
           fused_by_products=ratio, **{f"{name}_s": value for name, value in times.items()})
     fused, plain = (peak_bytes(calls[name]) / 1e9 for name in ("fused", "plain"))
     ratio = fused / max(plain, 1e-9)
-    check(f"combination, D {D}, extra memory by the plain chain's", bar(ratio <= 0.3),
+    check(f"combination, D {D}, extra memory / the plain formula's", bar(ratio <= 0.3),
           "fused <= 0.3", fused_by_plain=ratio, fused_GB=fused, plain_GB=plain)
 
 

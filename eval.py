@@ -227,11 +227,8 @@ def evaluate(args):
     # A trial with --limit has files of its own, so that it cannot be taken for a score.
     suffix = f".first{args.limit}" if args.limit else ""
     stems = {task: os.path.join(out, task + suffix) for task in args.tasks}
-    if world > 1:
-        ranks.check_restarts()
-        # Ranks only wait for each other. Days, because a slow rank is not a dead one.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        ranks.rank, ranks.world = rank, world
+    # Ranks only wait for each other. Days, because a slow rank is not a dead one.
+    ranks.join("gloo", timedelta(days=7))
     vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
                           attention=args.attention)
     # These decide whether an earlier answer can be used again. Batch size and number of ranks

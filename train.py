@@ -278,6 +278,8 @@ def main(cfg):
     if cfg.global_batch % ranks.world:
         raise ValueError(f"global_batch {cfg.global_batch} does not divide by {ranks.world} ranks")
     set_signal_handler(lambda *_: sys.exit(STOPPED))    # before the first step nothing can be lost
+
+    # The model.
     vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)).train() here. The optimizer
@@ -287,6 +289,8 @@ def main(cfg):
         raise ValueError("shard does not go with LoRA: a sharded adapter cannot be merged")
     optimizer = make_optimizer(vlm, cfg)
     trainable = [(name, p) for name, p in vlm.named_parameters() if p.requires_grad]
+
+    # The data.
     dataset, hashes = make_dataset(vlm, cfg)
     steps = data.plan(dataset, cfg)
     if not all(step in range(len(steps)) for step in cfg.snapshots):
@@ -298,15 +302,16 @@ def main(cfg):
     check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"], vlm.config.tiles)
     if cfg.features:
         on_rank0(lambda: features.write_missing(vlm, dataset, cfg.features, cfg.batch_size))
-    on_rank0(lambda: lock(cfg.out))                 # late: a mistake until here leaves no trace
+
+    # The folder of the run. It comes late, so that a mistake until here leaves no trace.
+    on_rank0(lambda: lock(cfg.out))
     first = dataset[steps[0][0]] if ranks.rank == 0 else None
-    on_rank0(lambda: remove_old_run(cfg, first))    # and costs no old run
+    on_rank0(lambda: remove_old_run(cfg, first))    # a mistake costs no old run either
     start, skipped = resume(vlm, optimizer, hashes, cfg)
     print_start(vlm, dataset, first, len(steps), start, device, cfg)
     batches = [data.micro_batches(indices, ranks.rank, ranks.world, cfg.batch_size)
                for indices in steps]
-    remaining = sum(batches[start:], [])
-    loader = data.make_loader(dataset, remaining, vlm, cfg, device)
+    loader = data.make_loader(dataset, sum(batches[start:], []), vlm, cfg, device)
     log = open_log(f"{cfg.out}/log.jsonl", start) if ranks.rank == 0 else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     # A part was trained if anything in it was, such as LoRA's weights in stage "pretrain".

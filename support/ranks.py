@@ -19,7 +19,7 @@ NCCL_TIMEOUT = timedelta(minutes=15)
 # While rank 0 writes a checkpoint, the others wait in a group of gloo, which may take longer.
 WAITING_TIMEOUT = timedelta(hours=6)
 
-# setup_ranks sets these.
+# join and setup_ranks set these.
 rank, world = 0, 1      # number of this process, and how many there are
 waiting = None          # the group to wait in; None is the default group
 
@@ -29,8 +29,7 @@ def setup_ranks(cfg):
 
     The dtype "auto" of the settings becomes the dtype that the device computes in.
     """
-    global rank, world, waiting
-    rank, world = 0, 1
+    global waiting
     device = own_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"training adds its sums up in float64, and {device.type} may not have "
@@ -38,16 +37,23 @@ def setup_ranks(cfg):
     cfg.dtype = choose_dtype(cfg.dtype, device)
     if cfg.deterministic:
         be_deterministic()
-    if "RANK" not in os.environ:
-        return device
-    check_restarts()
     if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=NCCL_TIMEOUT, device_id=device)
-        waiting = dist.new_group(backend="gloo", timeout=WAITING_TIMEOUT)
+        join("nccl", NCCL_TIMEOUT, device_id=device)
+        if dist.is_initialized():
+            waiting = dist.new_group(backend="gloo", timeout=WAITING_TIMEOUT)
     else:
-        dist.init_process_group("gloo", timeout=WAITING_TIMEOUT)
-    rank, world = dist.get_rank(), dist.get_world_size()
+        join("gloo", WAITING_TIMEOUT)
     return device
+
+
+def join(backend, timeout, **options):
+    """Join the other processes of torchrun, if it started this one, and set rank and world."""
+    global rank, world
+    rank, world = 0, 1
+    if "RANK" in os.environ:
+        check_restarts()
+        dist.init_process_group(backend, timeout=timeout, **options)
+        rank, world = dist.get_rank(), dist.get_world_size()
 
 
 def check_restarts():

@@ -39,18 +39,18 @@ NEWLINE = "image_newline.safetensors"
 # --------------------------------------------------------------------------------------------------
 # build
 
-def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=None,
-          frozen_dtype=None, tower_dtype=None, tower_folder=None, shard=False, sum_pieces=True):
+def build(config, words, device="cpu", dtype=torch.float32, attention=None, frozen_dtype=None,
+          tower_dtype=None, llm_folder=None, tower_folder=None, shard=False, sum_pieces=True):
     """Return a VLM with a new connector, in evaluation mode, no parameter of it trainable.
 
     words           list of K strings, None for an MLP
     device          one device, or "auto" for all GPUs
     dtype           of the LLM's weights
-    llm             (LLM, tokenizer) if they are loaded already
     attention       see load_llm
     frozen_dtype    of E, and of the computation; default: dtype
     tower_dtype     of the vision tower's weights; default: frozen_dtype
-    tower_folder    weights to use instead of those of config.vision_tower
+    llm_folder      a checkpoint's own LLM, to use instead of config.llm
+    tower_folder    a checkpoint's own tower, to use instead of config.vision_tower
     shard           each rank holds a piece of the LLM, and every rank must call
     sum_pieces      see embed_words
     ValueError where a model is not what the config needs.
@@ -62,18 +62,18 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
                          dtype=tower_dtype or frozen_dtype)
     Dv = probe_tower(tower, tower_name, config.vision_layer, config.image_size)
     settings = image_settings(tower_name, tower.config, config.image_size)
-    if llm is None:
-        llm = load_llm(config.llm, dtype, device, attention, on_meta=shard)
-    llm, tokenizer = llm
+    llm, tokenizer = load_llm(llm_folder or config.llm, dtype, device, attention, on_meta=shard)
     if device == "auto":
         device = llm.get_input_embeddings().weight.device
     D = llm.get_input_embeddings().embedding_dim
     connector = make_connector(config, Dv, D)
-    vlm = VLM(config, tower.to(device), connector.to(device), llm, tokenizer, words, settings)
+    hashes = {"llm": fingerprint.of_llm(llm.config.name_or_path or config.llm, tokenizer),
+              "vision_tower": fingerprint.of_vision_tower(tower_name)}
+    own_folders = {"llm": llm_folder, "vision_tower": tower_folder}
+    own_parts = {part for part, folder in own_folders.items() if folder}
+    vlm = VLM(config, tower.to(device), connector.to(device), llm, tokenizer, words, settings,
+              hashes, own_parts, sum_pieces)
     vlm.requires_grad_(False).eval()
-    vlm.sum_pieces = sum_pieces
-    if tower_folder:
-        vlm.own_parts.add("vision_tower")
 
     def finish():
         """Do what needs the LLM's weights."""
@@ -82,8 +82,6 @@ def build(config, words, device="cpu", dtype=torch.float32, llm=None, attention=
             connector.vocab_embeds = E.to(device, frozen_dtype)
         probe_llm(vlm, frozen_dtype)
 
-    vlm.fingerprint = {"llm": fingerprint.of_llm(llm.config.name_or_path or config.llm, tokenizer),
-                       "vision_tower": fingerprint.of_vision_tower(tower_name)}
     if shard:
         sharding.shard_vlm(vlm, device, frozen_dtype)
         sharding.run_gathered(vlm, finish)
@@ -206,23 +204,19 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     llm_folder = own_folder(folder, "llm")
     if not attention:
         attention = attention_of_here(metadata.get("attention"), device, frozen_dtype or dtype)
-    llm = load_llm(llm_folder or config.llm, dtype, device, attention, shard)
     words = read_words(folder, config, metadata)
-    vlm = build(config, words, device, dtype, llm, frozen_dtype=frozen_dtype,
-                tower_dtype=tower_dtype, tower_folder=own_folder(folder, "vision_tower"),
-                shard=shard, sum_pieces=metadata["sum_pieces"])
+    vlm = build(config, words, device, dtype, attention, frozen_dtype, tower_dtype, llm_folder,
+                own_folder(folder, "vision_tower"), shard, metadata["sum_pieces"])
     check_patches(vlm, metadata, folder)
     load_connector(vlm.connector, folder)
     if vlm.image_newline is not None and metadata["tiles"]:
         newline = read_tensors(f"{folder}/llm/{NEWLINE}", {"image_newline": vlm.image_newline})
         vlm.image_newline.data.copy_(newline["image_newline"])
-    if llm_folder:
-        vlm.own_parts.add("llm")
-        if words:
-            # The E of the training. `build` has made another one, from the trained LLM.
-            E = vlm.connector.vocab_embeds
-            found = read_tensors(f"{llm_folder}/vocab_embeds.safetensors", {"vocab_embeds": E})
-            vlm.connector.vocab_embeds = found["vocab_embeds"].to(E)
+    if llm_folder and words:
+        # The E of the training. `build` has made another one, from the trained LLM.
+        E = vlm.connector.vocab_embeds
+        found = read_tensors(f"{llm_folder}/vocab_embeds.safetensors", {"vocab_embeds": E})
+        vlm.connector.vocab_embeds = found["vocab_embeds"].to(E)
     fingerprint.check(vlm, folder, metadata)
     return vlm
 

@@ -216,25 +216,27 @@ def make_connector(config, Dv, D):
 class VLM(nn.Module):
     """A vision tower, a connector and an LLM. checkpoint.py makes one with `build` or `load`.
 
-    image_settings: {"size": S, "mean": 3 floats, "std": 3 floats} of the pictures that it takes.
     words: the K shared words as strings, None for an MLP.
+    image_settings: {"size": S, "mean": 3 floats, "std": 3 floats} of the pictures that it takes.
+    fingerprint: {"llm": hashes, "vision_tower": hashes}, see support/fingerprint.py.
+    own_parts: which of "llm" and "vision_tower" the checkpoint holds itself.
+    sum_pieces: see embed_words.
     """
 
-    def __init__(self, config, vision_tower, connector, llm, tokenizer, words, image_settings):
+    def __init__(self, config, vision_tower, connector, llm, tokenizer, words, image_settings,
+                 fingerprint=None, own_parts=(), sum_pieces=True):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
         self.words = words
         self.image_settings = image_settings
+        self.fingerprint = fingerprint or {}
+        self.own_parts = own_parts
+        self.sum_pieces = sum_pieces
         self.vision_tower = vision_tower
         self.connector = connector
         self.llm = llm
-        # Other files set the next five.
-        self.sharded = False                # support/sharding.py: the LLM is cut into pieces
-        self.own_parts = set()              # checkpoint.py: parts that the folder holds itself
-        self.fingerprint = {}               # checkpoint.py: hashes of the LLM and the tower
-        self.sum_pieces = True              # checkpoint.py: see embed_words
-        self.word_frequencies = None        # train.py: float32[K] for words_loss
+        self.sharded = False                # support/sharding.py cuts the LLM into pieces
         self.num_patches = pooled_side(vision_tower.config, image_settings["size"],
                                        config.pool) ** 2
         check_tiles(config.tiles, image_settings["size"])
@@ -369,14 +371,15 @@ class VLM(nn.Module):
         hidden = hidden.index_select(0, trained.to(hidden.device, non_blocking=True))
         return self.token_loss(hidden, targets), len(trained)
 
-    def sum_words_loss(self, batch, background, patch_weight):
+    def sum_words_loss(self, batch, frequencies, background, patch_weight):
         """Return the words loss summed over the words of all answers, and their number (int).
 
         batch: as for forward. Its "word_index" int64[B, T] holds for each trained token which
         shared word it is, or -1. Samples without an image or without a word do not count.
+        frequencies, background, patch_weight: see words_loss.
         """
         if not len(batch["pixel_values"]):
-            return torch.zeros((), device=self.word_frequencies.device), 0
+            return torch.zeros((), device=frequencies.device), 0
         patches = self.patch_features(batch["pixel_values"])        # (N, P, Dv)
         dtype = next(self.connector.parameters()).dtype
         scores = self.connector.scores(patches.to(dtype))           # (N, P, K)
@@ -385,8 +388,8 @@ class VLM(nn.Module):
         for row, image_scores in zip(batch["word_index"], scores.split(counts.tolist())):
             targets = row[row >= 0].to(scores.device, non_blocking=True)
             if len(image_scores) and len(targets):
-                loss = loss + words_loss(image_scores, targets, self.word_frequencies,
-                                         background, patch_weight)
+                loss = loss + words_loss(image_scores, targets, frequencies, background,
+                                         patch_weight)
                 number += len(targets)
         return loss, number
 

@@ -295,9 +295,10 @@ def main(cfg):
     steps = data.plan(dataset, cfg)
     if not all(step in range(len(steps)) for step in cfg.snapshots):
         raise ValueError(f"snapshots {cfg.snapshots}: the last step is {len(steps) - 1}")
+    frequencies = None                              # of the words, for the words loss
     if needs_words(cfg):
-        vlm.word_frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
-        if not vlm.word_frequencies.any():
+        frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
+        if not frequencies.any():
             raise ValueError(f"no answer of {cfg.data} has a word of the word list")
     check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"], vlm.config.tiles)
     if cfg.features:
@@ -337,7 +338,8 @@ def main(cfg):
 
         # 2. Compute the gradients of the summed loss, and add the sums up over all ranks.
         probe = cfg.probe_every and step % cfg.probe_every == 0
-        sums, bad = accumulate(vlm, loader, len(batches[step]), autocast, device, probe, cfg)
+        sums, bad = accumulate(vlm, loader, len(batches[step]), frequencies, autocast, device,
+                               probe, cfg)
         sums["stop"] = len(signals_received)
         sums, grad_counts = sum_up(sums, trainable)
         new_bad = int(sums["bad"])
@@ -426,13 +428,13 @@ def set_signal_handler(handler):
         signal.signal(number, handler)
 
 
-def accumulate(vlm, loader, count, autocast, device, probe, cfg):
+def accumulate(vlm, loader, count, frequencies, autocast, device, probe, cfg):
     """Compute forward and backward of this rank's `count` micro-batches.
 
     -> (sums over them, {name: number}; one sentence for each sample that cannot be used). The loss
     is summed and not averaged; main divides once, by the trained tokens of the whole global batch.
-    probe: compute the loss once more without the images. If it is close to the real loss, the model
-    ignores the images.
+    frequencies: see model.words_loss. probe: compute the loss once more without the images. If it
+    is close to the real loss, the model ignores the images.
     """
     names = ("loss", "trained", "words_loss", "num_words", "tokens", "bad", "images", "blind_loss",
              "blind_trained")
@@ -451,7 +453,7 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
                 continue
             batch = data.dummy_batch(batch)         # other ranks wait for this rank's pieces
         with autocast:
-            loss, trained, words_loss, num_words = losses(vlm, batch, cfg)
+            loss, trained, words_loss, num_words = losses(vlm, batch, frequencies, cfg)
         total = loss + cfg.words_loss * words_loss
         if total.requires_grad:                     # text alone does not reach the connector
             total.backward()
@@ -474,20 +476,20 @@ def accumulate(vlm, loader, count, autocast, device, probe, cfg):
     return sums, bad
 
 
-def losses(vlm, batch, cfg):
+def losses(vlm, batch, frequencies, cfg):
     """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
 
     In stage "words" the result is (words loss, its number of words, 0, 0). In other stages main
     divides both sums by the number of trained tokens. Only the log divides the words loss by words.
     """
-    weights = cfg.words_background, cfg.words_patch_weight
+    of_words = frequencies, cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":
-        return *vlm.sum_words_loss(batch, *weights), 0, 0
+        return *vlm.sum_words_loss(batch, *of_words), 0, 0
     if not (cfg.words_loss and len(batch["pixel_values"])):
         return *vlm(batch), 0, 0
     # Both losses need the patches. The tower computes them once.
     batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    return *vlm(batch), *vlm.sum_words_loss(batch, *weights)
+    return *vlm(batch), *vlm.sum_words_loss(batch, *of_words)
 
 
 if __name__ == "__main__":

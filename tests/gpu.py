@@ -218,8 +218,8 @@ def stage1_step(normalize):
                  for key, value in batch.items()}
     device = torch.device(DEVICE)
     autocast = torch.autocast(device.type, torch.bfloat16)
-    count = waits(lambda: train.accumulate(vlm, iter([dict(batch)]), 1, autocast, device, False,
-                                           train.Settings()))
+    count = waits(lambda: train.accumulate(vlm, iter([dict(batch)]), 1, None, autocast, device,
+                                           False, train.Settings()))
     check(f"stage 1, {normalize}, waits of the CPU in a micro-batch", bar(count <= 1), "at most 1",
           waits=count)
 

@@ -177,17 +177,18 @@ def test_sampling_draws_from_the_distribution_of_the_logits(tiny):
     assert (seen - wanted).abs().sum() < 0.6 * 2 and seen.argmax() in wanted.topk(3).indices
 
 
-def test_an_llm_spread_by_accelerate_answers_the_same(tiny, tmp_path):
+def test_an_llm_spread_by_accelerate_answers_the_same(tiny, tmp_path, monkeypatch):
     """One of its layers is read from the disk at each step: the hooks of a device map, which several GPUs need as well."""
     accelerate = pytest.importorskip("accelerate")
     config = model.Config(tiny.clip, tiny.qwen, "mlp", 24, 0)
-    build = lambda llm=None: (torch.manual_seed(1), checkpoint.build(config, None, "cpu", llm=llm))[1]
+    build = lambda: (torch.manual_seed(1), checkpoint.build(config, None, "cpu"))[1]
     one, (llm, tokenizer) = build(), pretrained.load_llm(tiny.qwen, torch.float32, "cpu")
     places = {name: "cpu" for name, _ in [*llm.model.named_children(), ("lm_head", None)]}
     places = {f"model.{name}" if name != "lm_head" else name: place for name, place in places.items() if name != "layers"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     llm = accelerate.dispatch_model(llm, places, main_device="cpu", offload_dir=str(tmp_path))
-    spread = build((llm, tokenizer))
+    monkeypatch.setattr(checkpoint, "load_llm", lambda *args, **kwargs: (llm, tokenizer))
+    spread = build()
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(7)) * 5
     prompts = [conversation.encode_prompt(turns(q), one.tokenizer, P) for q in ("<image>\nwhat colour?", "<image>\nIs it red?")]
     assert generate(spread, prompts, pixels, 8, image_index=[0, 0]) == generate(one, prompts, pixels, 8, image_index=[0, 0])

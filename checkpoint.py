@@ -47,7 +47,7 @@ def build(config, words, device="cpu", dtype=torch.float32, attention=None, froz
     device          one device, or "auto" for all GPUs
     dtype           of the LLM's weights
     attention       see load_llm
-    frozen_dtype    of E, and of the computation; default: dtype
+    frozen_dtype    of E, of the tower, and of training's autocast; default: dtype
     tower_dtype     of the vision tower's weights; default: frozen_dtype
     llm_folder      a checkpoint's own LLM, to use instead of config.llm
     tower_folder    a checkpoint's own tower, to use instead of config.vision_tower

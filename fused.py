@@ -102,8 +102,8 @@ class SoftmaxCombine(torch.autograd.Function):
 
         p_k = exp(s_k - top - log_total)        dL/ds_k = p_k (g . e_k - g . out)
 
-    so the sum over all words is one number for each patch. Compute (s - top) - log_total. In
-    s - (top + log_total) the sum would be rounded: at top = 1e4 by 5e-4, an error of 0.05 % in p_k.
+    so the sum over all words is one number for each patch. The code computes (s - top) - log_total.
+    In s - (top + log_total) the sum would be rounded: at top = 1e4 by 5e-4, 0.05 % of p_k.
     """
 
     @staticmethod

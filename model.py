@@ -2,10 +2,10 @@
 LangBridge: a connector that writes every image patch as a combination of an LLM's own words.
 (Interpreting Image as a Combination of Language Embeddings, ICCV 2025, arXiv 2503.19404)
 
-    z = MLP(vision_tower(image))             (B, P, H)
-    s = z @ W.T + b                          (B, P, K)   one score for each of K shared words
-    w = softmax(s)  or  w = s                (B, P, K)   the paper's text, or its released code
-    image_embeds = w @ E                     (B, P, D)   E: the LLM's own embeddings of the words
+    z = MLP(vision_tower(image))             (N, P, H)
+    s = z @ W.T + b                          (N, P, K)   one score for each of K shared words
+    w = softmax(s)  or  w = s                (N, P, K)   the paper's text, or its released code
+    image_embeds = w @ E                     (N, P, D)   E: the LLM's own embeddings of the words
 
 The connector trains its MLP, W and b. None of them has a dimension of the LLM. E comes from the
 LLM and is never trained. Therefore the connector moves to another LLM when E is replaced. A "word"
@@ -82,7 +82,7 @@ def word_weights(scores, normalize):
     """Return the weights of the words: scores float[..., K] -> float[..., K].
 
     To try another normalisation, add its name and formula here. Do not edit these two formulas:
-    fused.py holds them again. It does not know yours, so yours keeps all scores in memory.
+    fused.py has a second copy of them. A new formula has none, so all its scores stay in memory.
     """
     if normalize == "softmax":
         return scores.softmax(dim=-1)       # the paper's text
@@ -114,8 +114,8 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
                              -log(sum over targets of p(word | patch) / frequency)
 
     The first part is small if each word of the answer has a high probability in some patch. It
-    takes the mean over patches, so different patches can name different words. Words such as "a"
-    and "the" have their probability from the frequency, so no patch has to name them. The second
+    takes the mean over patches, so different patches can name different words. The background
+    already explains frequent words such as "a", so no patch has to name them. The second
     part rewards a patch for naming any word of the answer, and more for a rare one (a frequency
     counts as at least 1e-6). Without the second part, a patch that names none of the words gets
     almost no gradient. The first part is a sum of n terms, so the second is multiplied by n.
@@ -231,7 +231,7 @@ class VLM(nn.Module):
         self.words = words
         self.image_settings = image_settings
         self.fingerprint = fingerprint or {}
-        self.own_parts = own_parts
+        self.own_parts = set(own_parts)
         self.sum_pieces = sum_pieces
         self.vision_tower = vision_tower
         self.connector = connector
@@ -248,11 +248,11 @@ class VLM(nn.Module):
             device = next(connector.parameters()).device
             self.image_newline = nn.Parameter((torch.randn(D) / D ** 0.5).to(device))       # (D,)
         self.eos_ids = eos_ids(llm, tokenizer)
-        # The mask comes from lengths, so any id can pad. These ids print as nothing of a text.
+        # The mask comes from lengths, so any id can pad. These ids are no part of a printed text.
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = min(self.eos_ids, default=0)
-        # No other change of the logits is supported; support/pretrained.py refuses such an LLM.
+        # The cap on Gemma-2's logits. support/pretrained.py refuses LLMs with other changes.
         self.softcap = getattr(llm.config, "final_logit_softcapping", None)
         self.max_positions = getattr(llm.config, "max_position_embeddings", None)
 

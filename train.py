@@ -44,7 +44,7 @@ class Settings:
     stage: str = setting("pretrain", "what trains, see above", choices=tuple(STAGES))
     out: str = setting("", "the checkpoint folder to write", free=True)
     init: str = setting("", "start from this checkpoint's connector, LLM and vision tower")
-    # The model. With init the checkpoint has these settings; only tiles may be changed.
+    # The model. With init these settings come from the checkpoint. Only tiles may differ.
     vision_tower: str = setting("", "hub name or folder")
     llm: str = setting("", "hub name or folder")
     words: str = setting("", "the shared vocabulary, as vocab.py writes it")
@@ -345,8 +345,8 @@ def main(cfg):
         new_bad = int(sums["bad"])
         reason = report_bad(bad, new_bad, skipped, step, cfg)
         if reason:                                  # on every rank
-            # Save without the hash of the data, so that a user can repair records and resume here.
-            # The number of records must stay the same: the order of the data depends on it.
+            # This state has no hash of the data, or a resume would refuse repaired records. The
+            # number of records must stay the same: the order of the data depends on it.
             repairable = hashes | {"data": {"number of records": len(dataset)}, "images": {}}
             progress = {"step": step, "skipped": skipped, "fingerprint": repairable}
             save_state(vlm, optimizer, progress, cfg)
@@ -479,8 +479,8 @@ def accumulate(vlm, loader, count, frequencies, autocast, device, probe, cfg):
 def losses(vlm, batch, frequencies, cfg):
     """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
 
-    In stage "words" the result is (words loss, its number of words, 0, 0). In other stages main
-    divides both sums by the number of trained tokens. Only the log divides the words loss by words.
+    In stage "words" the words loss takes the place of the loss, and words that of tokens. In other
+    stages main divides both losses by the number of tokens. Only the log gives a loss per word.
     """
     of_words = frequencies, cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":

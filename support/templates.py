@@ -100,8 +100,8 @@ def texts(messages, tokenizer, template):
                          "answer): take that text out of them, or use another template")
 
     first, *gaps = map(mark, gaps)
-    # Llama-3's first chat template adds the header of a next answer after the last answer, too. Of
-    # such a gap only the mark of the token that ends the turn is kept, one character.
+    # Llama-3's first chat template opens a next answer after the last one, too. Of such a gap only
+    # the first character is kept, the mark of the token that ends the turn.
     is_alike = roles[-2:] == ("user", "assistant") and gaps[-1].strip() == gaps[-2].strip()
     if is_alike and CONTROL.match(gaps[-1]):
         gaps[-1] = gaps[-1][:1]

@@ -51,9 +51,10 @@ def tile_layout(picture_size, tiles, size, side):
 def num_tokens(picture_size, num_patches, tiles, size):
     """Return how many image embeds an image has, as VLM.arrange_images makes them.
 
-    picture_size: (width, height) in pixels, needed with tiles only. num_patches: P, of one square.
+    picture_size: (width, height) in pixels. Without it, and without tiles, an image is one square
+    of num_patches.
     """
-    if not tiles:
+    if not (tiles and picture_size):
         return num_patches
     return tile_layout(picture_size, tiles, size, math.isqrt(num_patches)).num_tokens
 

@@ -44,4 +44,4 @@ def test_every_file_named_in_the_text_is_in_the_tree():
 
 
 def test_the_readme_stays_short():
-    assert len(PAGES["README.md"].split()) < 1700
+    assert len(PAGES["README.md"].split()) < 1800

@@ -4,8 +4,8 @@ Build a VLM from a config, save it and load it. A checkpoint is a folder:
     config.json              what the VLM is made of, and what ties it to its LLM and words
     words.json               the K shared words as strings
     connector.safetensors    the connector; a LangBridge's tensors have no dimension of the LLM
-    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, E;
-                             with tiles always image_newline, which has the LLM's dimension
+    llm/                     if a stage trained the LLM: a Hugging Face folder, its tokenizer, E
+    llm/image_newline.safetensors    with tiles; it has the LLM's dimension
     vision_tower/            if a stage trained the vision tower: a Hugging Face folder
 
 support/pretrained.py reads the LLM and the vision tower that a config names.
@@ -205,8 +205,9 @@ def load(folder, device="cpu", dtype=torch.float32, attention=None, frozen_dtype
     if not attention:
         attention = attention_of_here(metadata.get("attention"), device, frozen_dtype or dtype)
     words = read_words(folder, config, metadata)
-    vlm = build(config, words, device, dtype, attention, frozen_dtype, tower_dtype, llm_folder,
-                own_folder(folder, "vision_tower"), shard, metadata["sum_pieces"])
+    vlm = build(config, words, device, dtype, attention, frozen_dtype, tower_dtype,
+                llm_folder=llm_folder, tower_folder=own_folder(folder, "vision_tower"),
+                shard=shard, sum_pieces=metadata["sum_pieces"])
     check_patches(vlm, metadata, folder)
     load_connector(vlm.connector, folder)
     if vlm.image_newline is not None and metadata["tiles"]:

@@ -182,7 +182,7 @@ def collate(samples, pad_id, pad_to=1, pack=False):
     labels = torch.full((B, T), IGNORE)                                 # (B, T)
     word_index = torch.full((B, T), -1)                                 # (B, T)
     mask = torch.zeros(B, T, dtype=torch.int64)                         # (B, T)
-    # Padding of a packed row gets position 0, because the row may be longer than the LLM's limit.
+    # A packed row may be longer than the LLM's positions, so its padding gets position 0.
     positions = torch.arange(T).repeat(B, 1) * (not pack)               # (B, T)
     for s, n, row, start in zip(good, lengths, rows, starts):
         place = row, slice(start, start + n)

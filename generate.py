@@ -83,8 +83,9 @@ def next_tokens(logits, temperature):
 
 
 def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_tokens):
-    """Return a cache of the first columns, in which every distinct prefix was computed once.
+    """Return a cache of the columns before the first question, or None.
 
+    Each distinct prefix is computed once, and its keys and values are copied to all its prompts.
     The arguments are those of `generate`: embeds float[B, T, D], mask and position int64[B, T].
     image_tokens: see prefixes_of. Two prompts with one prefix (I) and other texts:
 

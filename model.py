@@ -65,7 +65,7 @@ class LangBridge(nn.Module):
         """Return the image embeds: patches float[N, P, Dv] -> float[N, P, D]."""
         z = self.mlp(patches) / self.temperature                    # (N, P, Dv) -> (N, P, H)
         W, b, E = self.to_scores.weight, self.to_scores.bias / self.temperature, self.vocab_embeds
-        # `combine` below. If there are many scores, fused.py computes its two formulas in blocks.
+        # `combine` below, or its version in fused.py, which needs less memory.
         best_combine = fused.choose(combine, z, len(W), self.normalize, self.plain_bytes)
         return best_combine(z, W, b, E, self.normalize)             # (N, P, H) -> (N, P, D)
 
@@ -88,7 +88,7 @@ def word_weights(scores, normalize):
         return scores.softmax(dim=-1)       # the paper's text
     if normalize == "none":
         return scores                       # the released code: scores of any sign
-    raise ValueError(f"normalize is {normalize!r}, and model.word_weights has no such formula")
+    raise ValueError(f"normalize is {normalize!r}, and model.word_weights has softmax and none only")
 
 
 def combine(z, W, b, E, normalize):
@@ -313,7 +313,7 @@ class VLM(nn.Module):
         input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; picture_sizes: see
         `arrange_images`. Images fill the positions in reading order, row by row. image_index: which
         image stands at each place, default 0, 1, 2, ...; one that stands twice is encoded once.
-        Keep the ids on the CPU: to search them on a GPU, the CPU must wait for the GPU.
+        Keep the ids on the CPU: a search in a tensor of the GPU makes the CPU wait.
         ValueError if the number of image positions is not that of the image embeds.
         """
         device = self.llm.device
@@ -325,8 +325,8 @@ class VLM(nn.Module):
             if is_image.any():
                 raise ValueError("the ids have image positions, and there is no image")
             if self.sharded:
-                # Every rank must run the same backward pass, which gathers the LLM's pieces.
-                # Another rank may have images, so add 0 x a blank image here.
+                # FSDP gathers pieces in the backward pass, so all ranks need the same graph. A rank
+                # without images adds a blank image times 0.
                 side = self.image_settings["size"]
                 blank = self.encode(torch.zeros(1, 3, side, side, device=embeds.device))
                 embeds = embeds + 0 * blank.sum().to(embeds.dtype)
@@ -348,7 +348,7 @@ class VLM(nn.Module):
 
         batch: as data.collate makes it. The caller divides, because only the caller knows the
         number of trained tokens in the whole global batch. `sum_words_loss` is another loss.
-        Ids, labels and masks stay on the CPU: to search them on a GPU, the CPU must wait for it.
+        Ids, labels and masks stay on the CPU, see `splice`.
         """
         self.check_positions(int(batch["position_ids"].max()) + 1)
         embeds = self.splice(batch["input_ids"], batch["pixel_values"],

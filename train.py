@@ -345,8 +345,8 @@ def main(cfg):
         new_bad = int(sums["bad"])
         reason = report_bad(bad, new_bad, skipped, step, cfg)
         if reason:                                  # on every rank
-            # This state has no hash of the data, or a resume would refuse repaired records. The
-            # number of records must stay the same: the order of the data depends on it.
+            # Save without the hash of the data, which would make a resume refuse repaired records.
+            # The number of records must stay the same: the order of the data depends on it.
             repairable = hashes | {"data": {"number of records": len(dataset)}, "images": {}}
             progress = {"step": step, "skipped": skipped, "fingerprint": repairable}
             save_state(vlm, optimizer, progress, cfg)

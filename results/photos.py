@@ -161,7 +161,7 @@ def measure(vlm, metadata, args):
     entropies = []
     all_labels = [labels_of_patches(boxes[name]["objects"], side) for name in names]
     for n, sample in enumerate(samples):
-        patches = vlm.patch_features(sample["images"]).float()
+        patches = words.grid_patches(vlm, sample["images"])
         said, weights = strongest_words(vlm, patches)
         if vlm.words and vlm.config.normalize != "none":
             entropies.append(torch.special.entr(weights).sum(dim=-1).mean().item() / math.log(2))

@@ -17,6 +17,9 @@ fi
 WORDS=${WORDS:-$DATA/words.json}
 # Checked now, because it is used after hours.
 [ -z "${MORE:-}" ] || : "${QUESTIONS:?MORE=1 needs QUESTIONS, see below}"
+for file in captions_train captions_val boxes_val; do
+    [ -f "$DATA/$file.json" ] || { echo "photos.sh: there is no $DATA/$file.json" >&2; exit 1; }
+done
 mkdir -p results/photos "$OUT"
 [ -f "$WORDS" ] || "$PYTHON" vocab.py --tokenizers "$SMOL" "$GEMMA" ${MORE_TOKENIZERS:-} \
     --corpus ${CORPUS:-$DATA/captions_train.json} --count answers --size 3072 --out "$WORDS"

@@ -13,8 +13,8 @@ from dataclasses import field, fields
 def setting(default, text, choices=None, low=None, high=math.inf, free=False):
     """Return a dataclass field that knows what it means and which values it may have.
 
-    free: it may change when a run is resumed. Results stay the same, except for rounding and for
-    which bad samples are skipped.
+    free: it may differ when a run is resumed. The result does not depend on it, except for rounding
+    and for which bad samples are skipped.
     """
     metadata = {"help": text, "choices": choices, "low": low, "high": high, "free": free}
     return field(default=default, metadata=metadata)

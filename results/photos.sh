@@ -90,8 +90,6 @@ fewer() {                                           # fewer NAME [--key=value ..
 fewer 4-epochs --words_patch_weight=0 --epochs=4
 fewer patches-all-476-steps --words_patch_weight=0.3 --max_steps=476
 fewer patches-quarter-476-steps --words_patch_weight=0.3 --data="$OUT/quarter.json"
-fewer patches-336-pixels-476-steps --words_patch_weight=0.3 --max_steps=476 --image_size=336 \
-    --features="$OUT/features336"
 # The last three were measured at temperature 1, which changes their entropy alone.
 fewer all-476-steps --words_patch_weight=0 --temperature=1 --max_steps=476
 fewer quarter-476-steps --words_patch_weight=0 --temperature=1 --data="$OUT/quarter.json"

@@ -251,8 +251,8 @@ def test_weights_that_do_not_sum_to_1_are_not_called_shares(tiny, shared, monkey
 
 
 def test_a_word_is_removed_from_a_readers_own_normalisation_too(tiny, shared, monkeypatch):
-    """The README's exercise, scores divided by their length: the embeds are those of a connector that never had the word."""
-    formula = lambda scores, normalize: scores / scores.norm(dim=-1, keepdim=True)
+    """As in the README's exercise: the embeds are those of a connector that never had the word."""
+    formula = lambda scores, normalize: scores.sigmoid() / scores.norm(dim=-1, keepdim=True)
     monkeypatch.setattr(model, "word_weights", formula)
     monkeypatch.setattr(needs, "word_weights", formula)
     vlm = strong(build(tiny, "qwen", shared[:60], normalize="mine", temperature=0.5))

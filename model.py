@@ -88,7 +88,7 @@ def word_weights(scores, normalize):
         return scores.softmax(dim=-1)       # the paper's text
     if normalize == "none":
         return scores                       # the released code: scores of any sign
-    raise ValueError(f"normalize is {normalize!r}, and model.word_weights has softmax and none only")
+    raise ValueError(f"normalize is {normalize!r}, model.word_weights has softmax and none only")
 
 
 def combine(z, W, b, E, normalize):

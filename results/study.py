@@ -276,8 +276,8 @@ def study_table(result):
                      f"patches{words}, {row['seeds']} seed(s)")
     lines += ["", "Cosine similarity of a patch and its nearest token; entropy of the weights in "
               "bits; percent of the patches whose strongest word names the object that covers the "
-              "patch (shape or colour), or stands in the picture's caption: right picture / another "
-              "picture / words drawn blindly.", "",
+              "patch (shape or colour), or stands in the picture's caption: right picture / "
+              "another picture / words drawn blindly.", "",
               f"| | {' | '.join(NEAR + SHARES)} |", "|---" * (1 + len(NEAR + SHARES)) + "|"]
     for row in rows:
         cells = [cell(row, [measure], 1, 3) for measure in NEAR]

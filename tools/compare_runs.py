@@ -118,7 +118,7 @@ def git(*command):
 
 
 def check_out(ref, folder):
-    """Return the folder of a ref's files: "." is the working tree, others git writes to `folder`."""
+    """Return the folder of a ref's files: "." is the working tree, and git writes others."""
     if ref == ".":
         return ROOT
     git("archive", f"--output={folder}.tar", ref)

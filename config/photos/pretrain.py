@@ -1,6 +1,6 @@
 # Photographs, after words.py: captions on SmolLM2, which stays frozen. The words loss holds the
-# words. It was measured after words.py --temperature=1 --words_patch_weight=0, and brings nothing over
-# words.py alone: see docs/results.md.
+# words. It was measured after words.py --temperature=1 --words_patch_weight=0, and brings nothing
+# over words.py alone: see docs/results.md.
 stage = "pretrain"
 out = "out/photos/pretrain"
 init = "out/photos/words"

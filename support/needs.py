@@ -10,8 +10,8 @@ CPU core.
 import torch
 
 import conversation
+import model
 from generate import generate
-from model import word_weights
 
 TESTED_WORDS = 16               # the strongest words of a picture
 BATCH_TOKENS = 4096             # of one batch
@@ -105,4 +105,4 @@ def embeds_without(vlm, patches, word):
     connector = vlm.connector
     kept = torch.arange(len(vlm.words), device=patches.device) != vlm.words.index(word)     # (K,)
     scores = connector.scores(patches)[..., kept] / connector.temperature       # (N, P, K - 1)
-    return word_weights(scores, connector.normalize) @ connector.vocab_embeds[kept].float()
+    return model.word_weights(scores, connector.normalize) @ connector.vocab_embeds[kept].float()

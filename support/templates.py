@@ -100,36 +100,42 @@ def texts(messages, tokenizer, template):
                          "answer): take that text out of them, or use another template")
 
     first, *gaps = map(mark, gaps)
-    # Llama-3's first chat template opens a next answer after the last one, too. Of such a gap only
-    # the first character is kept, the mark of the token that ends the turn.
     is_alike = roles[-2:] == ("user", "assistant") and gaps[-1].strip() == gaps[-2].strip()
-    if is_alike and CONTROL.match(gaps[-1]):
-        gaps[-1] = gaps[-1][:1]
     if template == "chat":
-        gaps = [with_end(gap, tokenizer) if role == "assistant" else gap
+        eos = mark(tokenizer.eos_token or "")
+        gaps = [with_end(gap, eos) if role == "assistant" else gap
                 for role, gap in zip(roles, gaps)]
+    # Llama-3's first chat template opens a next answer after the last one, too. It is cut off.
+    if is_alike:
+        gaps[-1] = gaps[-1][:end_of_answer(gaps[-1])]
     text, answers = first, []
     for role, content, gap in zip(roles, contents, gaps):
         # A space before an answer (Mistral's) is part of the answer's first token.
         start = len(text.rstrip(" "))
         text += content.replace(IMAGE, IMAGE_MARK) if role == "user" else content
         if role == "assistant":
-            end = CONTROL.search(gap) or re.search("\n", gap)
-            answers.append((start, len(text) + (end.end() if end else len(gap))))
+            answers.append((start, len(text) + end_of_answer(gap)))
         text += gap
     return [(text, answers)]
 
 
-def with_end(gap, tokenizer):
-    """Return the gap after an answer, with EOS in front if no control token in it ends the answer.
+def end_of_answer(gap):
+    """Return up to which character the gap after an answer ends the answer and is trained."""
+    end = CONTROL.search(gap) or re.search("\n", gap)
+    return end.end() if end else len(gap)
 
-    Without such a token the model would never learn to stop. ValueError if there is none.
+
+def with_end(gap, eos):
+    """Return the gap after an answer, with eos in front if no control token in it ends the answer.
+
+    Without such a token the model would never learn to stop. ValueError if eos is not the mark of
+    one: the tokenizer has no EOS, or one that is ordinary text.
     """
     if CONTROL.search(gap):
         return gap
-    if not tokenizer.eos_token:
+    if not CONTROL.search(eos):
         raise ValueError("the tokenizer has no end-of-sequence token, so that no answer could end")
-    return encoder_of(tokenizer)[1](tokenizer.eos_token) + gap
+    return eos + gap
 
 
 @functools.lru_cache(maxsize=1024)

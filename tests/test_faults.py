@@ -314,6 +314,10 @@ def test_a_tokenizer_of_words_that_has_no_end_token(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match="has no end-of-sequence token"):
         conversation.encode(turns, load_tokenizer(str(tmp_path)), 4)
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.eos_token = "a"                                       # ordinary text, which no answer may end with
+    with pytest.raises(ValueError, match="has no end-of-sequence token"):
+        conversation.encode(turns, tokenizer, 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

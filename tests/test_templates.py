@@ -6,7 +6,7 @@ The mask is found in another way than data.py does: an answer is what follows th
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from support.hub import DATE
+from support.hub import DATE, load_tokenizer
 from conversation import IGNORE, encode, encode_prompt
 from test_data import make_tokenizer
 
@@ -298,3 +298,11 @@ def test_a_tokenizer_whose_ids_differ_from_the_rendered_template_is_refused(monk
     assert encode(CHATS["one"], good, 1)
     with pytest.raises(ValueError, match="gives other ids"):
         encode(CHATS["one"], odd, 1)
+
+
+def test_a_template_that_writes_the_same_after_every_turn_keeps_the_end_of_the_last_answer(tiny):
+    """A space stands before the end token. The answer is trained up to this token, and nothing follows it."""
+    tokenizer = load_tokenizer(tiny.qwen)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' <|im_end|>\n' }}{% endfor %}"
+    ids, labels = encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}], tokenizer, 0)
+    assert ids[-1] == labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") and labels[-2] == ids[-2]

@@ -185,13 +185,14 @@ def test_two_questions_share_a_tiled_image(pair):
 
 @torch.no_grad()
 def test_without_sizes_each_square_is_an_image(tiny):
-    """As without tiles. generate and forward of one model agree on what that means."""
+    """As of a model without tiles."""
     vlm = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "mlp", 0, 0, tiles=TILES), None)
     plain = checkpoint.build(model.Config(tiny.clip, tiny.qwen, "mlp", 0, 0), None)
     plain.load_state_dict(vlm.state_dict(), strict=False)           # it lacks image_newline
     P, pixels = vlm.num_patches, torch.randn(2, 3, S, S)
     prompts = [[5] + [conversation.IMAGE_ID] * P + [9], [7] + [conversation.IMAGE_ID] * P + [8, 8]]
-    assert generate(vlm, prompts, pixels, 6) == generate(plain, prompts, pixels, 6)
+    answers = generate(vlm, prompts, pixels, 6)
+    assert answers == generate(plain, prompts, pixels, 6) and any(answers)
 
 
 # ---- checkpoints and command lines

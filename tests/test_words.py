@@ -252,9 +252,7 @@ def test_weights_that_do_not_sum_to_1_are_not_called_shares(tiny, shared, monkey
 
 def test_a_word_is_removed_from_a_readers_own_normalisation_too(tiny, shared, monkeypatch):
     """As in the README's exercise: the embeds are those of a connector that never had the word."""
-    formula = lambda scores, normalize: scores.sigmoid() / scores.norm(dim=-1, keepdim=True)
-    monkeypatch.setattr(model, "word_weights", formula)
-    monkeypatch.setattr(needs, "word_weights", formula)
+    monkeypatch.setattr(model, "word_weights", lambda scores, normalize: scores.sigmoid() / scores.norm(dim=-1, keepdim=True))
     vlm = strong(build(tiny, "qwen", shared[:60], normalize="mine", temperature=0.5))
     patches, bridge = torch.randn(1, 9, 32), vlm.connector
     found = needs.embeds_without(vlm, patches, vlm.words[3])

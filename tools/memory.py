@@ -152,15 +152,15 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
     scores = E = 0
     if config.connector == "langbridge":
         is_small = 4 * patches * config.num_words <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
-        if config.normalize == "none":
-            has_none = fused.without_scores(patches, config.num_words, config.hidden, D, True)
-            scores = 0 if has_none else patches * config.num_words * 2 * width
+        if cfg.stage == "words":                    # no words are combined
+            scores = 0
+        elif config.normalize == "none":
+            makes_none = fused.without_scores(patches, config.num_words, config.hidden, D, True)
+            scores = 0 if makes_none else patches * config.num_words * 2 * width
         elif config.normalize == "softmax" and not is_small:
             scores = patches * min(config.num_words, fused.CUDA_BLOCK) * 8
         else:
             scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
-        if cfg.stage == "words":                    # no words are combined
-            scores = 0
         if needs_words(cfg):                        # its scores and their log_softmax, in float32
             scores += patches * config.num_words * 8
         E = config.num_words * D * width

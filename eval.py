@@ -129,7 +129,7 @@ def answer_batch(vlm, batch, prompts, loaded, max_new_tokens):
     return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
-def answer_questions(vlm, task, questions, done, stem, args, rank, world):
+def answer_questions(vlm, task, questions, done, stem, args):
     """Answer this rank's share of the questions and append the answers to <stem>.rank<rank>.jsonl.
 
     done: {question_key: record} of earlier runs; these questions are not asked again. The answers
@@ -137,6 +137,8 @@ def answer_questions(vlm, task, questions, done, stem, args, rank, world):
     cuts it off.
     """
     from tqdm import tqdm
+    from support import ranks
+    rank, world = ranks.rank, ranks.world
     # A share is a contiguous piece, so that most images are needed by one rank only.
     ordered = [q for group in group_by_image(questions) for q in group]
     start = rank * len(ordered) // world
@@ -208,8 +210,6 @@ def keep_or_refuse_answers(questions, stems, results, made_by, args):
 
 def evaluate(args):
     """Check the data, answer, score, print. Each rank answers a share; rank 0 does the rest."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
     out = os.path.abspath(args.out or os.path.join(args.checkpoint, "eval"))
     config_path = os.path.join(args.checkpoint, "config.json")
     if not os.path.isfile(config_path):
@@ -221,14 +221,14 @@ def evaluate(args):
     import checkpoint
     from support import fingerprint, ranks
     from support.device import own_device
+    # Ranks only wait for each other. Days, because a slow rank is not a dead one.
+    ranks.join("gloo", timedelta(days=7))
     # Under torchrun each rank loads the whole model on its own GPU.
-    device = own_device(args.device, most=1 if world > 1 else None)
+    device = own_device(args.device, most=1 if ranks.world > 1 else None)
     dtype = args.dtype or ("float32" if str(device) == "cpu" else "bfloat16")
     # A trial with --limit has files of its own, so that it cannot be taken for a score.
     suffix = f".first{args.limit}" if args.limit else ""
     stems = {task: os.path.join(out, task + suffix) for task in args.tasks}
-    # Ranks only wait for each other. Days, because a slow rank is not a dead one.
-    ranks.join("gloo", timedelta(days=7))
     vlm = checkpoint.load(args.checkpoint, device=device, dtype=getattr(torch, dtype),
                           attention=args.attention)
     # These decide whether an earlier answer can be used again. Batch size and number of ranks
@@ -250,10 +250,10 @@ def evaluate(args):
     for task in args.tasks:
         subset = questions[task][:args.limit or None]
         with ranks.sharing_errors():        # at its end all answers are there
-            answer_questions(vlm, task, subset, done[task], stems[task], args, rank, world)
-        if rank == 0:
+            answer_questions(vlm, task, subset, done[task], stems[task], args)
+        if ranks.rank == 0:
             summaries[task] = score_task(task, subset, len(questions[task]), stems[task], args)
-    if rank == 0:
+    if ranks.rank == 0:
         table = write_results(checkpoint_name(args.checkpoint), results, made_by, summaries)
         print(f"\n{table}\n\n{results}")
     ranks.leave()

@@ -439,57 +439,70 @@ def accumulate(vlm, loader, count, frequencies, autocast, device, probe, cfg):
     names = ("loss", "trained", "words_loss", "num_words", "tokens", "bad", "images", "blind_loss",
              "blind_trained")
     sums, bad = dict.fromkeys(names, 0), []
+
+    def add(name, value):
+        # In float64, and on the device: .item() would make the CPU wait for the device.
+        sums[name] += value.detach().double() if torch.is_tensor(value) else value
+
     for _ in range(count):
         batch = next(loader)
-        sums["tokens"] += int(batch["attention_mask"].sum())
         # The integers stay on the CPU: model.py says why.
         batch["pixel_values"] = batch["pixel_values"].to(device, non_blocking=True)
         images = len(batch["pixel_values"])
-        sums["images"] += images
-        sums["bad"] += len(batch["bad"])
+        add("tokens", int(batch["attention_mask"].sum()))
+        add("images", images)
+        add("bad", len(batch["bad"]))
         bad += batch["bad"]
         if not len(batch["ids"]):
             if not vlm.sharded:
                 continue
             batch = data.dummy_batch(batch)         # other ranks wait for this rank's pieces
         with autocast:
-            loss, trained, words_loss, num_words = losses(vlm, batch, frequencies, cfg)
-        total = loss + cfg.words_loss * words_loss
+            results = losses(vlm, batch, frequencies, cfg)
+        total = results["loss"] + cfg.words_loss * results.get("words_loss", 0)
         if total.requires_grad:                     # text alone does not reach the connector
             total.backward()
-        # In float64, and on the device: .item() would make the CPU wait for the device.
-        sums["loss"] += loss.detach().double()
-        sums["trained"] += trained
-        if num_words:
-            sums["words_loss"] += words_loss.detach().double()
-            sums["num_words"] += num_words
+        for name, value in results.items():
+            add(name, value)
         if probe and not cfg.pack and cfg.stage != "words" and (images or vlm.sharded):
-            # The probe must not change what dropout draws next.
-            devices = [device] if device.type == "cuda" else []
-            with torch.no_grad(), autocast, torch.random.fork_rng(devices):
-                blind_loss, blind_trained = vlm(data.without_images(batch))
-            if vlm.sharded:
-                vlm.reshard()                       # the optimizer updates pieces only
+            loss, trained = blind_loss(vlm, batch, autocast, device)
             if images:
-                sums["blind_loss"] += blind_loss.double()
-                sums["blind_trained"] += blind_trained
+                add("blind_loss", loss)
+                add("blind_trained", trained)
     return sums, bad
 
 
 def losses(vlm, batch, frequencies, cfg):
-    """Return (loss, its number of tokens, words loss, its number of words), both losses summed.
+    """Return {"loss", "trained"[, "words_loss", "num_words"]}: summed losses and their counts.
 
-    In stage "words" the words loss takes the place of the loss, and words that of tokens. In other
-    stages main divides both losses by the number of tokens. Only the log gives a loss per word.
+    "trained" counts tokens. In stage "words" the words loss takes the place of the loss, and words
+    that of tokens. In other stages main divides both losses by the number of tokens. Only the log
+    gives a loss per word.
     """
     of_words = frequencies, cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":
-        return *vlm.sum_words_loss(batch, *of_words), 0, 0
-    if not (cfg.words_loss and len(batch["pixel_values"])):
-        return *vlm(batch), 0, 0
-    # Both losses need the patches. The tower computes them once.
-    batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    return *vlm(batch), *vlm.sum_words_loss(batch, *of_words)
+        loss, trained = vlm.sum_words_loss(batch, *of_words)
+        return {"loss": loss, "trained": trained}
+    with_words = cfg.words_loss and len(batch["pixel_values"])
+    if with_words:                                  # both losses need the patches: computed once
+        batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
+    loss, trained = vlm(batch)
+    results = {"loss": loss, "trained": trained}
+    if with_words:
+        results["words_loss"], results["num_words"] = vlm.sum_words_loss(batch, *of_words)
+    return results
+
+
+@torch.no_grad()
+def blind_loss(vlm, batch, autocast, device):
+    """Return (summed loss, number of trained tokens) of a batch whose images are hidden."""
+    # The probe must not change what dropout draws next.
+    devices = [device] if device.type == "cuda" else []
+    with autocast, torch.random.fork_rng(devices):
+        results = vlm(data.without_images(batch))
+    if vlm.sharded:
+        vlm.reshard()                               # the optimizer updates pieces only
+    return results
 
 
 if __name__ == "__main__":

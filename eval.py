@@ -26,10 +26,9 @@ from datetime import timedelta
 import common
 from benchmarks import BENCHMARKS
 from benchmarks.answers import (answer_record, checkpoint_name, join_answers, prepare_files,
-                                question_key, saved_answers)
-from benchmarks.files import load_all_questions, official_paths
-from benchmarks.tables import (check_results, comparison_table, summary_text, table_of_files,
-                               write_results)
+                                question_key, refuse_other_run, saved_answers)
+from benchmarks.files import load_all_questions, official_paths, score_files
+from benchmarks.tables import comparison_table, summary_text, table_of_files, write_results
 
 # torch and what needs it are imported inside functions, so that --help and --score answer at once.
 
@@ -165,15 +164,6 @@ def answer_questions(vlm, task, questions, done, stem, args, rank, world):
 
 # ---- scores
 
-def score_answers(task, questions, truth, predictions, args, partial=False):
-    """Return (summary, items) as the benchmark's `score` does. A judge may have to grade first."""
-    benchmark = BENCHMARKS[task]
-    # Only a benchmark with a judge has `grades`. If they are given by --truth, no judge is asked.
-    if truth is None and hasattr(benchmark, "grades"):
-        truth = benchmark.grades(questions, predictions, args, partial)
-    return benchmark.score(questions, truth, predictions, partial)
-
-
 def score_task(task, subset, total, stem, args):
     """Score the answers of one task, write a score for each question, print and return the summary.
 
@@ -181,7 +171,7 @@ def score_task(task, subset, total, stem, args):
     """
     predictions = join_answers(subset, stem)
     paths = official_paths(BENCHMARKS[task], args.data)
-    summary, items = score_answers(task, *paths, predictions, args, bool(args.limit))
+    summary, items = score_files(task, *paths, predictions, args, bool(args.limit))
     if len(subset) < total:
         summary["partial"] = f"first {len(subset)} of {total} questions, no benchmark score"
     common.write_json(items, f"{stem}.scores.json")
@@ -194,7 +184,8 @@ def score_task(task, subset, total, stem, args):
 def keep_or_refuse_answers(questions, stems, results, made_by, args):
     """Keep earlier answers that the same model and settings have made. ValueError for others."""
     from support import fingerprint
-    check_results(results, made_by, args.overwrite)
+    if os.path.exists(results) and not args.overwrite:
+        refuse_other_run(results, common.read_json(results).get("made_by", {}), made_by)
     os.makedirs(os.path.dirname(results), exist_ok=True)
     for task, stem in stems.items():
         benchmark = BENCHMARKS[task]
@@ -314,7 +305,7 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.score:
-        summary, _ = score_answers(args.score, args.questions, args.truth, args.predictions, args)
+        summary, _ = score_files(args.score, args.questions, args.truth, args.predictions, args)
         print(json.dumps(summary, ensure_ascii=False, allow_nan=False))
     elif args.compare:
         print(comparison_table(*args.compare))

@@ -9,19 +9,20 @@ Each file declares
     QUESTIONS       the official file that the score reads; may be the same file
     TRUTH           the folder of the labels, or None if they are in QUESTIONS
     SOURCE          where the official files come from
-    questions(data) -> list of dicts, see reading.question
-    score(questions, truth, predictions, partial=False) -> (summary, items)
+    IMAGES          folder of the images, if ASK has JSON lines in LLaVA's format
+    read(questions, truth) -> {key: what is known about the question, with its label}
+    score(official, answers) -> (summary, items)
 
-All files are relative to the folder `data`. The arguments of `score` are paths, as in
-`eval.py --score`. `predictions` are JSON lines in LLaVA's format. They are paired with the
-questions by identity, so their order does not matter. partial=True scores only the questions that
-have an answer. `summary` is what --score prints. It is not rounded, and a mean over no values is 0.
-`items` is {question: score from 0 to 1}; a paired test compares these. ValueError, in one
-sentence, for incomplete JSON, for an answer that is missing, double or unknown, and for labels
-that do not fit the questions.
+All files are relative to the folder `data`. The arguments of `read` are paths, as in `eval.py
+--score`. `official` is what `read` returns, and `answers` is {key: record of the answer file} in
+its order. `summary` is what --score prints. It is not rounded, and a mean over no values is 0.
+`items` is {question: score from 0 to 1}; a paired test compares these. An error in a function may
+leave out the file's name: its caller adds it.
 
-Two names are optional: TABLE_NOTE, a format string for more of the summary in the table, and
-grades(questions, predictions, args, partial) -> path or None, which asks a judge for `truth`.
+Some names are optional: key(answer) if the key is not the question_id; questions(data), a list of
+dicts as reading.question returns them, if there is no IMAGES; TABLE_NOTE, a format string for more
+of the summary in the table; grades(questions, predictions, args, partial), which asks a judge for
+the file `truth`.
 """
 from importlib import import_module
 

@@ -60,7 +60,6 @@ def join_answers(questions, stem):
 def refuse_other_run(path, old, new):
     """Raise ValueError if the file `path` was made by `old` and not by the settings `new`."""
     if old != new:
-        old = old if isinstance(old, dict) else {}
         differing = ", ".join(key for key in new if old.get(key) != new[key])
         raise ValueError(f"{path} is of another run (other {differing}): give another --out, or "
                          "--overwrite")

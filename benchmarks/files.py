@@ -1,17 +1,45 @@
 """The official files of the benchmarks: found, read and checked before a model is loaded."""
 import os
-import tempfile
 
 import common
 from benchmarks import BENCHMARKS
-from benchmarks.answers import answer_record, question_key, write_lines
-from benchmarks.reading import unique
+from benchmarks.answers import answer_record, question_key
+from benchmarks.reading import (naming, pair_answers, question_id, questions_from_lines, read_lines,
+                                unique)
 
 
 def official_paths(benchmark, data):
     """Return the paths of the official questions and of the labels (None if there is no folder)."""
     truth = os.path.join(data, benchmark.TRUTH) if benchmark.TRUTH else None
     return os.path.join(data, benchmark.QUESTIONS), truth
+
+
+def read_and_pair(benchmark, questions, truth, answers, predictions, partial=False):
+    """Return the official records and the answers, see benchmarks/__init__.py.
+
+    ValueError in one sentence if they do not fit. predictions: the file of the answers.
+    """
+    with naming(questions, truth):
+        official = benchmark.read(questions, truth)
+    key = getattr(benchmark, "key", question_id)
+    return official, pair_answers(answers, official, key, predictions, partial)
+
+
+def score_files(task, questions, truth, predictions, args, partial=False):
+    """Return (summary, items) of a file of answers. A judge may have to grade them first.
+
+    partial: score only the questions that have an answer.
+    """
+    benchmark = BENCHMARKS[task]
+    answers = read_lines(predictions, "question_id", "text")
+    official, answers = read_and_pair(benchmark, questions, truth, answers, predictions, partial)
+    with naming(questions, truth, predictions):
+        # If --truth gives the grades, no judge is asked.
+        if truth is None and hasattr(benchmark, "grade"):
+            ungraded = benchmark.grade(official, answers, predictions, args)
+            if ungraded:
+                return ungraded, {}
+        return benchmark.score(official, answers)
 
 
 def load_questions(task, data):
@@ -25,15 +53,21 @@ def load_questions(task, data):
     files = sorted({benchmark.ASK, benchmark.QUESTIONS})
     missing = [file for file in files if not os.path.isfile(os.path.join(data, file))]
     questions = []
+    path = os.path.join(data, benchmark.ASK)
     if benchmark.ASK not in missing:
-        questions = benchmark.questions(data)
+        with naming(path):
+            if hasattr(benchmark, "IMAGES"):
+                questions = questions_from_lines(path, os.path.join(data, benchmark.IMAGES))
+            else:
+                questions = benchmark.questions(data)
         # Two questions with one key would share one answer.
-        unique(questions, question_key, os.path.join(data, benchmark.ASK))
+        unique(questions, question_key, path)
         if not questions:
-            raise ValueError(f"{os.path.join(data, benchmark.ASK)} has no question")
+            raise ValueError(f"{path} has no question")
     if not missing:
+        empty = [answer_record(q, "") for q in questions]
         try:
-            score_empty_answers(benchmark, data, questions)
+            read_and_pair(benchmark, *official_paths(benchmark, data), empty, path)
         except FileNotFoundError as error:              # a file of labels
             missing.append(os.path.relpath(error.filename, data))
     # MMBench has its images as bytes in the question file; the others name files.
@@ -43,14 +77,6 @@ def load_questions(task, data):
         example = os.path.relpath(absent[0], data)
         missing.append(f"{len(absent)} of {len(images)} images, such as {example}")
     return questions, missing
-
-
-def score_empty_answers(benchmark, data, questions):
-    """Score an empty answer to each question. This reads all labels and pairs them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, os.path.basename(benchmark.ASK))    # errors name this file
-        write_lines([answer_record(q, "") for q in questions], path)
-        benchmark.score(*official_paths(benchmark, data), path)
 
 
 def load_all_questions(tasks, data):

@@ -7,10 +7,8 @@ import json
 import os
 import sys
 import time
-import urllib.error
 import urllib.request
 
-from benchmarks.reading import require
 from common import read_json, write_json
 
 INSTRUCTION = """\
@@ -45,22 +43,21 @@ def ask_judge(prompt, judge, temperature, timeout):
     if os.environ.get("OPENAI_API_KEY"):
         # "unredirected": a redirect to another host must not carry the key along.
         request.add_unredirected_header("Authorization", f"Bearer {os.environ['OPENAI_API_KEY']}")
-    for wait in (*WAITS, None):
+    problem = ""
+    for wait in (0, *WAITS):
+        if problem:
+            print(f"judge: {problem}, again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 reply = json.loads(response.read())
-            content = reply["choices"][0]["message"]["content"] or ""
-            return str(reply.get("model", judge)), content
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP status {error.code}"
-            if error.code in (400, 401, 403, 404):      # another try will not help
-                break
+            return str(reply.get("model", judge)), reply["choices"][0]["message"]["content"] or ""
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
                 AttributeError) as error:               # no connection, or no chat completion
-            problem = type(getattr(error, "reason", error)).__name__
-        if wait is not None:
-            print(f"judge: {problem}, again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
+            status = getattr(error, "code", "")
+            problem = f"{type(error).__name__} {status}".strip()
+            if status in (400, 401, 403, 404):          # another try will not help
+                break
     # A URL may hold a password before the @.
     raise ValueError(f"the judge at {base.split('@')[-1]} gives no reply ({problem}); "
                      "the grades so far are kept")
@@ -86,29 +83,28 @@ def grade(question, text, judge, timeout):
 
 
 def grade_all(questions, answers, path, judge, runs, timeout):
-    """Write `runs` grades of each answer to `path`, in the official format.
+    """Write `runs` grades of each answer to `path`, in the official format, and return them.
 
     The file is written after each grade, and the next start reads it. Its "text" and "judge" tell
     whether a grade belongs to this answer and this judge.
     """
-    old = require(read_json(path), (), path) if os.path.exists(path) else {}
+    old = read_json(path) if os.path.exists(path) else {}
     grades = {}
     for k, text in answers.items():
         grades[k] = {"model": [], "content": [], "score": [], "text": text, "judge": judge}
-        entry = require(old.get(k, {}), (), f"{path}: question {k}")
-        if entry.get("text") == text and entry.get("judge") == judge:
-            grades[k] = entry
+        if k in old and (old[k].get("text"), old[k].get("judge")) == (text, judge):
+            grades[k] = old[k]
     for run in range(runs):
         for number, (k, text) in enumerate(answers.items(), 1):
             if len(grades[k]["score"]) > run:
                 continue
-            model, content, score = grade(questions[k], text, judge, timeout)
-            grades[k]["model"].append(model)
-            grades[k]["content"].append(content)
-            grades[k]["score"].append(score)
+            reply = grade(questions[k], text, judge, timeout)
+            for field, value in zip(("model", "content", "score"), reply):
+                grades[k][field].append(value)
             write_json(grades, path)
             print(f"judge: run {run + 1}/{runs}, {number}/{len(answers)}", file=sys.stderr)
     for entry in grades.values():           # an earlier start may have made more runs
         for field in ("model", "content", "score"):
-            entry[field] = entry[field][:runs]
+            del entry[field][runs:]
     write_json(grades, path)
+    return grades

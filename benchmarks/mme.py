@@ -2,14 +2,15 @@
 import math
 import os
 
-from benchmarks.reading import (SHORT, group, mean, questions_from_lines, read_answers, read_lines,
-                                stderr, unique)
+from benchmarks.reading import (SHORT, group, match_labels, mean, naming, read_lines, stderr,
+                                unique)
 
 COLUMN = "MME"
 HEADLINE, SCALE = "total", 1
 TABLE_NOTE = " (P {perception:.1f} + C {cognition:.1f})"    # papers report either sum
 MAX_NEW_TOKENS = 128
 ASK = "mme/llava_mme.jsonl"
+IMAGES = "mme/MME_Benchmark_release_version"
 QUESTIONS = ASK
 TRUTH = "mme/ground_truth"                                  # <task>.txt
 SOURCE = "MME's authors: images; labels from the templates in eval_tool.zip"
@@ -18,10 +19,6 @@ PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity",
               "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
              "code_reasoning")
-
-
-def questions(data):
-    return questions_from_lines(data, ASK, "mme/MME_Benchmark_release_version")
 
 
 def parse(text):
@@ -54,42 +51,31 @@ def image_of(key):
     return key.split(" / ")[0]
 
 
-def read_labels(path, task):
-    """Return {key_of: "yes" or "no"} of <task>.txt: image, official question, Yes or No."""
-    labels = {}
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            parts = line.strip("\r\n").split("\t")
-            if len(parts) != 3 or parts[2].strip().lower() not in ("yes", "no"):
-                raise ValueError(f"{path}, line {number}: not image, question, Yes or No with "
-                                 "tabs between")
-            key = key_of(f"{task}/{parts[0]}", parts[1])
-            if key in labels:
-                raise ValueError(f"{path}, line {number}: {key} is labelled twice")
-            labels[key] = parts[2].strip().lower()
-    return labels
+def key(answer):
+    return key_of(answer["question_id"], answer["prompt"])
 
 
-def score(questions, truth, predictions, partial=False):
-    """questions: llava_mme.jsonl. truth: a folder with <task>.txt for each task in it."""
-    official = unique(read_lines(questions, "question_id", "text"),
-                      lambda q: key_of(str(q["question_id"]), q["text"]), questions)
-    for image, keys in group(official, image_of).items():
-        if len(keys) != 2:
-            raise ValueError(f"{questions}: {image} has {len(keys)} questions instead of two")
-    labels = {}
+def read(questions, truth):
+    """Return {key_of: record with "label": "yes" or "no"} of llava_mme.jsonl.
+
+    truth: a folder with <task>.txt for each task: lines of image, official question, Yes or No.
+    """
+    official = unique(read_lines(questions), lambda q: key_of(q["question_id"], q["text"]),
+                      questions)
     for task, keys in group(official, task_of).items():
         path = os.path.join(truth, f"{task}.txt")
-        of_task = read_labels(path, task)
-        for k in of_task.keys() ^ set(keys):
-            raise ValueError(f"{path}: labels and questions differ: {k} is in one of them")
-        labels |= of_task
-    answers = read_answers(predictions, official, partial,
-                           lambda a: key_of(str(a["question_id"]), a["prompt"]),
-                           ("question_id", "prompt", "text"))
-    parsed = {k: parse(answer["text"]) for k, answer in answers.items()}
-    right = {k: int(parsed[k] == labels[k]) for k in parsed}
+        with naming(path), open(path, encoding="utf-8-sig", newline="\n") as file:
+            rows = [line.strip("\r\n").split("\t") for line in file]
+            labels = [(key_of(f"{task}/{image}", question), label.strip().lower())
+                      for image, question, label in rows]
+        for k, label in match_labels(labels, keys, path).items():
+            official[k]["label"] = label
+    return official
 
+
+def score(official, answers):
+    parsed = {k: parse(answer["text"]) for k, answer in answers.items()}
+    right = {k: int(parsed[k] == official[k]["label"]) for k in parsed}
     per_task, variance = {}, 0
     for task, keys in sorted(group(right, task_of).items()):
         pairs = [[right[k] for k in both] for both in group(keys, image_of).values()]

@@ -4,84 +4,74 @@ import os
 from collections import defaultdict
 
 from benchmarks import judge
-from benchmarks.reading import mean, questions_from_lines, read_answers, read_objects, stderr
+from benchmarks.reading import match_labels, mean, stderr
 from common import read_json, write_json
 
 COLUMN = "MM-Vet"
 HEADLINE, SCALE = "total", 1
 MAX_NEW_TOKENS = 1024
 ASK = "mmvet/llava-mm-vet.jsonl"
+IMAGES = "mmvet/images"
 QUESTIONS = "mmvet/mm-vet.json"
 TRUTH = None                                # the grades, which a judge writes after the answers
 SOURCE = "yuweihao/MM-Vet, release v1: mm-vet.zip"
 
 
-def questions(data):
-    return questions_from_lines(data, ASK, "mmvet/images")
+def key(answer):
+    return f"v1_{answer['question_id']}"
 
 
-def read_both(questions, predictions, partial=False):
-    """Return the content of mm-vet.json, and {"v1_0": text, ...}, which any judge takes."""
-    official = read_objects(questions, "question", "answer", "capability")
-    for k, q in official.items():
-        if not all(isinstance(text, str) for text in [q["answer"], *q["capability"]]):
-            raise ValueError(f"{questions}: question {k} has an answer or a capability that is "
-                             "no text")
-    answers = read_answers(predictions, official, partial, lambda a: f"v1_{a['question_id']}")
-    return official, {k: answer["text"] for k, answer in answers.items()}
+def read(questions, truth):
+    """Return {key: record} of mm-vet.json, with "grades" if there is a file `truth`.
 
-
-def grades(questions, predictions, args, partial=False):
-    """Return the path of the judge's grades. Without --judge write the file for a judge, and None.
-
-    ValueError if that file exists with other answers and --overwrite is not given.
+    truth: the official evaluator's grades, {"v1_0": {"score": [one per run], ...}, ...}.
     """
-    official, answers = read_both(questions, predictions, partial)
+    official = read_json(questions)
+    if truth:
+        for k, entry in match_labels(read_json(truth).items(), official, truth).items():
+            official[k]["grades"] = entry["score"]
+    return official
+
+
+def grade(official, answers, predictions, args):
+    """Add a judge's grades to `official`.
+
+    Without --judge write the file {"v1_0": text, ...} that any judge takes, and return the summary
+    that names it. ValueError if the file exists with other answers and --overwrite is not given.
+    """
+    texts = {k: answer["text"] for k, answer in answers.items()}
+    stem = os.path.splitext(predictions)[0]
     if args.judge:
-        path = f"{os.path.splitext(predictions)[0]}.mm-vet-grades.json"
-        judge.grade_all(official, answers, path, args.judge, args.runs, args.timeout)
-        return path
-    path = judge_file(predictions)
-    if os.path.exists(path) and read_json(path) != answers and not args.overwrite:
+        grades = judge.grade_all(official, texts, f"{stem}.mm-vet-grades.json", args.judge,
+                                 args.runs, args.timeout)
+        for k in grades:
+            official[k]["grades"] = grades[k]["score"]
+        return None
+    path = f"{stem}.mm-vet.json"
+    if os.path.exists(path) and read_json(path) != texts and not args.overwrite:
         raise ValueError(f"{path} exists and differs; --overwrite replaces it")
-    write_json(answers, path)
-    return None
+    write_json(texts, path)
+    return {"judge_file": path}
 
 
-def judge_file(predictions):
-    return f"{os.path.splitext(predictions)[0]}.mm-vet.json"
+def score(official, answers):
+    grades = {k: official[k]["grades"] for k in answers}
+    runs = max([1, *map(len, grades.values())])
+    for k, values in grades.items():
+        numbers = [v for v in values if type(v) in (int, float) and 0 <= v <= 1]
+        if not len(values) == len(numbers) == runs:
+            raise ValueError(f"question {k} has not {runs} grades, each a number from 0 to 1")
 
-
-def score(questions, truth, predictions, partial=False):
-    """questions: mm-vet.json. truth: the official evaluator's grades, or None before there are any.
-
-    The grades are {"v1_0": {"score": [one per run], ...}, ...}.
-    """
-    official, answers = read_both(questions, predictions, partial)
-    if truth is None:
-        return {"judge_file": judge_file(predictions)}, {}
-    scores = {k: entry["score"] for k, entry in read_objects(truth, "score").items()}
-    for k in scores:
-        if k not in official:
-            raise ValueError(f"{truth}: question {k} is unknown: it is not in the question file")
-    runs = max(map(len, scores.values()), default=0)
-    for k in answers:
-        count = len(scores.get(k, ()))
-        if not runs or count != runs:
-            raise ValueError(f"{truth}: question {k} has {count} grades, another has {runs}")
-        if not all(type(s) in (int, float) and 0 <= s <= 1 for s in scores[k]):
-            raise ValueError(f"{truth}: question {k} has a grade that is no number from 0 to 1")
-
-    totals = [mean((scores[k][run] for k in answers), 100) for run in range(runs)]
-    items = {k: mean(scores[k]) for k in answers}
+    totals = [mean((values[run] for values in grades.values()), 100) for run in range(runs)]
+    items = {k: mean(values) for k, values in grades.items()}
     # A question counts in each of its capabilities, and in exactly one set of them. All runs have
     # the same questions, so the mean of all grades is the mean over runs.
     capabilities, integrations = defaultdict(list), defaultdict(list)
-    for k in answers:
+    for k, values in grades.items():
         names = sorted(set(official[k]["capability"]))
-        integrations["_".join(names)] += scores[k]
+        integrations["_".join(names)] += values
         for name in names:
-            capabilities[name] += scores[k]
+            capabilities[name] += values
     return {
         "total": mean(totals),
         "totals": totals,

@@ -2,8 +2,8 @@
 import os
 import re
 
-from benchmarks.reading import (LETTER, image_file, mean, question, read_answers, read_lines,
-                                require, stderr, unique)
+from benchmarks.reading import (LETTER, image_file, match_labels, mean, question, read_lines,
+                                stderr, unique)
 from common import read_json
 
 COLUMN = "SciQA"
@@ -16,12 +16,7 @@ SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
 
 
 def read_records(path):
-    """Return {id: record} of llava_test_CQM-A.json; each has a first turn that has a text."""
-    records = read_lines(path, "id", "conversations")
-    for i, record in enumerate(records):
-        turns = record["conversations"]
-        require(turns[0] if turns else None, ("value",), f"{path}: record {i}, first turn")
-    return unique(records, lambda record: str(record["id"]), path)
+    return unique(read_lines(path), lambda record: str(record["id"]), path)
 
 
 def text_of(record):
@@ -29,18 +24,29 @@ def text_of(record):
 
 
 def questions(data):
-    path = os.path.join(data, ASK)
-    return [to_question(record, data, path) for record in read_records(path).values()]
+    found = []
+    for record in read_records(os.path.join(data, ASK)).values():
+        image = None
+        text = prompt = f"{text_of(record)}\n{LETTER}"
+        if record.get("image"):
+            image = image_file(os.path.join(data, "scienceqa/test"), record["image"])
+            prompt = f"<image>\n{text}"    # the score looks for this line in the stored prompt
+        found.append(question(record["id"], text, image, prompt))
+    return found
 
 
-def to_question(record, data, path):
-    text = f"{text_of(record)}\n{LETTER}"
-    if not record.get("image"):
-        return question(record["id"], text)
-    where = f"{path}: question {record['id']}"
-    image = image_file(os.path.join(data, "scienceqa/test"), record["image"], where)
-    # The stored prompt has the <image> line: the score looks for it there.
-    return question(record["id"], text, image, f"<image>\n{text}")
+def read(questions, truth):
+    """Return {id: record with "problem"}: llava_test_CQM-A.json and problems.json belong together.
+
+    truth: the folder of problems.json and of pid_splits.json, which names the test questions.
+    """
+    official = read_records(questions)
+    path = os.path.join(truth, "pid_splits.json")
+    problems = read_json(os.path.join(truth, "problems.json"))
+    labels = [(str(k), problems[str(k)]) for k in read_json(path)["test"]]
+    for k, problem in match_labels(labels, official, path).items():
+        official[k]["problem"] = problem
+    return official
 
 
 def parse(text):
@@ -54,29 +60,17 @@ def parse(text):
     return found[0] if len(found) == 1 else "FAILED"
 
 
-def score(questions, truth, predictions, partial=False):
-    """questions: llava_test_CQM-A.json. truth: a folder with problems.json and pid_splits.json."""
-    official = read_records(questions)
-    splits_path = os.path.join(truth, "pid_splits.json")
-    problems_path = os.path.join(truth, "problems.json")
-    test_ids = require(read_json(splits_path), ("test",), splits_path)["test"]
-    if sorted(map(str, test_ids)) != sorted(official):
-        raise ValueError(f"{splits_path}: its test ids are not those of the questions")
-    problems = require(read_json(problems_path), official, problems_path)
-    answers = read_answers(predictions, official, partial, fields=("question_id", "prompt", "text"))
-
+def score(official, answers):
     letters, right, with_image = {}, {}, {}
     for k, answer in answers.items():
+        record, problem = official[k], official[k]["problem"]
         has_image = "<image>" in answer["prompt"]
-        same_text = text_of(official[k]) in answer["prompt"]
-        if has_image != bool(official[k].get("image")) or not same_text:
-            raise ValueError(f"{predictions}: the prompt of question {k} is not that of the "
-                             "question file")
-        require(problems[k], ("choices", "answer"), f"{problems_path}: question {k}")
+        if has_image != bool(record.get("image")) or text_of(record) not in answer["prompt"]:
+            raise ValueError(f"the prompt of question {k} is not that of the question file")
         letters[k] = parse(answer["text"])
         # A letter beyond the choices counts as parsed, and as wrong.
-        choices = "ABCDE"[:len(problems[k]["choices"])]
-        right[k] = int(choices.find(letters[k]) == problems[k]["answer"])
+        choices = "ABCDE"[:len(problem["choices"])]
+        right[k] = int(choices.find(letters[k]) == problem["answer"])
         if has_image:
             with_image[k] = right[k]
     return {

@@ -4,8 +4,7 @@ import os
 import statistics
 
 from benchmarks import BENCHMARKS
-from benchmarks.answers import refuse_other_run
-from benchmarks.reading import mean
+from benchmarks.reading import group, mean
 from common import read_json, write_json
 
 
@@ -27,13 +26,12 @@ def results_table(rows, over_seeds=False):
     and become one row with mean and standard deviation. Otherwise ± is one standard error.
     """
     tasks = [task for task in BENCHMARKS if any(task in results for _, results in rows)]
+    runs = [(name, [results]) for name, results in rows]
     if over_seeds:
-        names = dict.fromkeys(name for name, _ in rows)
-        runs = [(name, [results for other, results in rows if other == name]) for name in names]
-        runs = [(name if len(seeds) > 1 else f"{name} (one seed, ± standard error)", seeds)
-                for name, seeds in runs]
-    else:
-        runs = [(name, [results]) for name, results in rows]
+        runs = []
+        for name, seeds in group(rows, lambda row: row[0]).items():
+            label = name if len(seeds) > 1 else f"{name} (one seed, ± standard error)"
+            runs.append((label, [results for _, results in seeds]))
     title = "mean ± standard deviation over seeds" if over_seeds else ""
     columns = [BENCHMARKS[task].COLUMN for task in tasks]
     lines = [f"| {' | '.join([title, *columns])} |", "|---" * (len(tasks) + 1) + "|"]
@@ -70,17 +68,10 @@ def table_of_files(paths, over_seeds):
     for path in paths:
         path = f"{results_folder(path)}/results.json" if os.path.isdir(path) else path
         results = read_json(path)
-        if not isinstance(results, dict) or not {"name", "tasks"} <= results.keys():
+        if "tasks" not in results:
             raise ValueError(f"{path}: --table takes results.json files of eval.py")
         rows.append((results["name"], results["tasks"]))
     return results_table(rows, over_seeds)
-
-
-def check_results(path, made_by, overwrite):
-    """Raise ValueError if a results.json is not of this checkpoint and settings, or overwrite."""
-    if os.path.exists(path) and not overwrite:
-        old = read_json(path)
-        refuse_other_run(path, old.get("made_by") if isinstance(old, dict) else None, made_by)
 
 
 def write_results(name, path, made_by, summaries):
@@ -88,14 +79,11 @@ def write_results(name, path, made_by, summaries):
 
     Summaries of earlier runs stay if the same checkpoint and settings made them.
     """
-    results = {"name": name, "made_by": made_by, "tasks": {}}
-    if os.path.exists(path):
-        old = read_json(path)
-        if isinstance(old, dict) and old.get("made_by") == made_by:
-            results["tasks"] = old["tasks"]
-    results["tasks"].update(summaries)
-    write_json(results, path)
-    return results_table([(name, results["tasks"])])
+    old = read_json(path) if os.path.exists(path) else {}
+    kept = old["tasks"] if old.get("made_by") == made_by else {}
+    tasks = {**kept, **summaries}
+    write_json({"name": name, "made_by": made_by, "tasks": tasks}, path)
+    return results_table([(name, tasks)])
 
 
 def mcnemar(only_a, only_b):
@@ -109,19 +97,17 @@ def mcnemar(only_a, only_b):
     return min(1.0, 2 * tail / 2 ** n)
 
 
-def sign_flip(differences, rounds=100):
+def sign_flip(differences):
     """Return a two-sided p for soft scores: how often a sum with random signs is as far from 0.
 
-    It draws 100 * rounds times from a seeded generator, so the same data give the same p.
+    The 10,000 draws come from a seeded generator, so the same data give the same p.
     """
     import numpy as np
     differences = np.array([d for d in differences if d])
     generator = np.random.default_rng(0)
-    sums = []
-    for _ in range(rounds):
-        signs = generator.choice([-1, 1], (100, len(differences)))
-        sums.append(signs @ differences)
-    sums = np.concatenate(sums)
+    # In pieces of 100, because the signs of all draws would need much memory.
+    sums = np.concatenate([generator.choice([-1, 1], (100, len(differences))) @ differences
+                           for _ in range(100)])
     extreme = np.count_nonzero(abs(sums) >= abs(differences.sum()) - 1e-9)
     return float((extreme + 1) / (len(sums) + 1))
 

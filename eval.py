@@ -28,7 +28,7 @@ from benchmarks import BENCHMARKS
 from benchmarks.answers import (answer_record, checkpoint_name, join_answers, prepare_files,
                                 question_key, refuse_other_run, saved_answers)
 from benchmarks.files import load_all_questions, official_paths, score_files
-from benchmarks.tables import comparison_table, summary_text, table_of_files, write_results
+from benchmarks.tables import comparison_table, results_table, write_results
 
 # torch and what needs it are imported inside functions, so that --help and --score answer at once.
 
@@ -175,7 +175,7 @@ def score_task(task, subset, total, stem, args):
     if len(subset) < total:
         summary["partial"] = f"first {len(subset)} of {total} questions, no benchmark score"
     common.write_json(items, f"{stem}.scores.json")
-    print(summary_text(task, summary), flush=True)
+    print(f"{task}: {json.dumps(summary, ensure_ascii=False)}", flush=True)
     return summary
 
 
@@ -245,8 +245,8 @@ def evaluate(args):
         if rank == 0:
             summaries[task] = score_task(task, subset, len(questions[task]), stems[task], args)
     if rank == 0:
-        table = write_results(checkpoint_name(args.checkpoint), results, made_by, summaries)
-        print(f"\n{table}\n\n{results}")
+        write_results(checkpoint_name(args.checkpoint), results, made_by, summaries)
+        print(f"\n{results_table([results])}\n\n{results}")
     ranks.leave()
 
 
@@ -310,7 +310,7 @@ def main(argv=None):
     elif args.compare:
         print(comparison_table(*args.compare))
     elif args.table:
-        print(table_of_files(args.table, args.mean))
+        print(results_table(args.table, args.mean))
     else:
         evaluate(args)
 

@@ -1,51 +1,61 @@
-"""Summaries as text and as markdown tables, and paired tests of two models."""
+"""Tables of results in markdown, and paired tests of two models."""
 import math
 import os
 import statistics
 
 from benchmarks import BENCHMARKS
-from benchmarks.reading import group, mean
+from benchmarks.reading import mean
 from common import read_json, write_json
 
 
-def summary_text(title, summary, indent=""):
-    """Return all of a summary as indented lines: counts, splits, unparsed answers."""
-    values = [f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
-              for key, value in summary.items() if not isinstance(value, dict)]
-    lines = [f"{indent}{title}: {', '.join(values)}"]
-    for key, value in summary.items():
-        if isinstance(value, dict):
-            lines.append(summary_text(key, value, indent + "  "))
-    return "\n".join(lines)
+def write_results(name, path, made_by, summaries):
+    """Add the summaries {task: summary} to a results.json.
+
+    Summaries of earlier runs stay if the same checkpoint and settings made them.
+    """
+    old = read_json(path) if os.path.exists(path) else {}
+    kept = old["tasks"] if old.get("made_by") == made_by else {}
+    write_json({"name": name, "made_by": made_by, "tasks": {**kept, **summaries}}, path)
 
 
-def results_table(rows, over_seeds=False):
+def results_folder(path):
+    """Return the folder of results: that of a checkpoint, or `path` itself."""
+    return f"{path}/eval" if os.path.isdir(f"{path}/eval") else path
+
+
+def results_table(paths, over_seeds=False):
     """Return a markdown table with one column for each benchmark that has a score.
 
-    rows: [(name, {task: summary}), ...]. over_seeds: rows of one name are seeds of one experiment
-    and become one row with mean and standard deviation. Otherwise ± is one standard error.
+    paths: results.json files, their folders or their checkpoints. over_seeds: files of one name are
+    seeds of one experiment and become one row with mean and standard deviation. Otherwise ± is one
+    standard error.
     """
-    tasks = [task for task in BENCHMARKS if any(task in results for _, results in rows)]
-    runs = [(name, [results]) for name, results in rows]
-    if over_seeds:
-        runs = []
-        for name, seeds in group(rows, lambda row: row[0]).items():
-            label = name if len(seeds) > 1 else f"{name} (one seed, ± standard error)"
-            runs.append((label, [results for _, results in seeds]))
+    rows = {}                               # lists of results; those of one list are one row
+    for path in paths:
+        path = f"{results_folder(path)}/results.json" if os.path.isdir(path) else path
+        results = read_json(path)
+        if "tasks" not in results:
+            raise ValueError(f"{path}: --table takes results.json files of eval.py")
+        rows.setdefault(results["name"] if over_seeds else len(rows), []).append(results)
+    tasks = [task for task in BENCHMARKS
+             if any(task in results["tasks"] for runs in rows.values() for results in runs)]
     title = "mean ± standard deviation over seeds" if over_seeds else ""
     columns = [BENCHMARKS[task].COLUMN for task in tasks]
     lines = [f"| {' | '.join([title, *columns])} |", "|---" * (len(tasks) + 1) + "|"]
-    for name, seeds in runs:
-        cells = [table_cell(BENCHMARKS[task], [seed[task] for seed in seeds if task in seed])
-                 for task in tasks]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+    for runs in rows.values():
+        name = runs[0]["name"]
+        if over_seeds and len(runs) == 1:
+            name += " (one seed, ± standard error)"
+        lines.append(f"| {' | '.join([name, *(table_cell(task, runs) for task in tasks)])} |")
     return "\n".join(lines)
 
 
-def table_cell(benchmark, summaries):
+def table_cell(task, runs):
     """Return one field of the table, for one run or for several seeds."""
+    benchmark = BENCHMARKS[task]
+    summaries = [results["tasks"].get(task, {}) for results in runs]
     # A summary has no headline as long as a judge has not graded the answers.
-    summaries = [s for s in summaries if benchmark.HEADLINE in s]
+    summaries = [summary for summary in summaries if benchmark.HEADLINE in summary]
     if not summaries:
         return "–"
     first = summaries[0]
@@ -55,35 +65,6 @@ def table_cell(benchmark, summaries):
     if len(values) == 1:
         text += getattr(benchmark, "TABLE_NOTE", "").format(**first)
     return f"PARTIAL ({first['partial']}): {text}" if "partial" in first else text
-
-
-def results_folder(path):
-    """Return the folder of results: that of a checkpoint, or `path` itself."""
-    return f"{path}/eval" if os.path.isdir(f"{path}/eval") else path
-
-
-def table_of_files(paths, over_seeds):
-    """Return the table of several results.json files, their folders or their checkpoints."""
-    rows = []
-    for path in paths:
-        path = f"{results_folder(path)}/results.json" if os.path.isdir(path) else path
-        results = read_json(path)
-        if "tasks" not in results:
-            raise ValueError(f"{path}: --table takes results.json files of eval.py")
-        rows.append((results["name"], results["tasks"]))
-    return results_table(rows, over_seeds)
-
-
-def write_results(name, path, made_by, summaries):
-    """Add the summaries {task: summary} to a results.json and return the table of all in it.
-
-    Summaries of earlier runs stay if the same checkpoint and settings made them.
-    """
-    old = read_json(path) if os.path.exists(path) else {}
-    kept = old["tasks"] if old.get("made_by") == made_by else {}
-    tasks = {**kept, **summaries}
-    write_json({"name": name, "made_by": made_by, "tasks": tasks}, path)
-    return results_table([(name, tasks)])
 
 
 def mcnemar(only_a, only_b):
@@ -117,36 +98,29 @@ def comparison_table(a, b):
 
     a, b: result folders, or checkpoints that have one.
     """
-    folders = [results_folder(a), results_folder(b)]
     lines = ["| task | questions | A | B | B - A | only A right | only B right | p | test |",
              "|---" * 9 + "|"]
     for name, benchmark in BENCHMARKS.items():
-        paths = [os.path.join(folder, f"{name}.scores.json") for folder in folders]
+        paths = [os.path.join(results_folder(path), f"{name}.scores.json") for path in (a, b)]
         if all(os.path.exists(path) for path in paths):
-            A, B = (read_json(path) for path in paths)
+            A, B = map(read_json, paths)        # {question: score}
             if A.keys() != B.keys():
                 raise ValueError(f"{paths[0]} and {paths[1]} are not about the same questions")
             lines.append(comparison_row(benchmark.COLUMN, A, B))
     if len(lines) == 2:
-        raise ValueError(f"{folders[0]} and {folders[1]} have no task in common: "
-                         "no <task>.scores.json is in both")
-    lines += ["", f"A is {a}, B is {b}: mean score of a question in percent "
-              "(MMBench: a group; SciQA: with image)."]
-    return "\n".join(lines)
+        raise ValueError(f"{a} and {b} have no task in common: no <task>.scores.json is in both")
+    return "\n".join([*lines, "", f"A is {a}, B is {b}: mean score of a question in percent "
+                      "(MMBench: a group; SciQA: with image)."])
 
 
 def comparison_row(column, A, B):
-    """Return one row of the table. A, B: {question: score} with the same keys."""
+    only_a, only_b, test = "–", "–", "random signs"
     if {*A.values(), *B.values()} <= {0, 1}:
         only_a = sum(A[k] > B[k] for k in A)
         only_b = sum(B[k] > A[k] for k in A)
-        p = mcnemar(only_a, only_b)
-        test = "McNemar, exact"
+        p, test = mcnemar(only_a, only_b), "McNemar, exact"
     else:
-        only_a = only_b = "–"
         p = sign_flip([B[k] - A[k] for k in A])
-        test = "random signs"
-    mean_a = mean(A.values(), 100)
-    mean_b = mean(B.values(), 100)
+    mean_a, mean_b = mean(A.values(), 100), mean(B.values(), 100)
     return (f"| {column} | {len(A)} | {mean_a:.2f} | {mean_b:.2f} | {mean_b - mean_a:+.2f} | "
             f"{only_a} | {only_b} | {p:.2g} | {test} |")

@@ -25,8 +25,8 @@ from datetime import timedelta
 
 import common
 from benchmarks import BENCHMARKS
-from benchmarks.answers import (answer_record, checkpoint_name, join_answers, prepare_files,
-                                question_key, refuse_other_run, saved_answers)
+from benchmarks.answers import (answer_record, join_answers, prepare_files, question_key,
+                                refuse_other_run, saved_answers)
 from benchmarks.files import load_all_questions, official_paths, score_files
 from benchmarks.tables import comparison_table, results_table, write_results
 
@@ -144,7 +144,7 @@ def answer_questions(vlm, task, questions, done, stem, args, rank, world):
     # All prompts are made first: a batch needs their lengths, and a bad prompt stops the run now.
     prompts = {question_key(q): prompt_ids(vlm, q) for q in todo}
     lengths = {key: len(ids) for key, ids in prompts.items()}
-    model_id = checkpoint_name(args.checkpoint)
+    model_id = os.path.basename(os.path.abspath(args.checkpoint))
     max_new_tokens = BENCHMARKS[task].MAX_NEW_TOKENS
     batches = list(make_batches(group_by_image(todo), lengths, args.batch_size))
     progress = tqdm(total=len(todo), desc=task, disable=rank > 0)
@@ -245,7 +245,8 @@ def evaluate(args):
         if rank == 0:
             summaries[task] = score_task(task, subset, len(questions[task]), stems[task], args)
     if rank == 0:
-        write_results(checkpoint_name(args.checkpoint), results, made_by, summaries)
+        name = os.path.basename(os.path.abspath(args.checkpoint))
+        write_results(name, results, made_by, summaries)
         print(f"\n{results_table([results])}\n\n{results}")
     ranks.leave()
 
@@ -291,7 +292,7 @@ def parse_arguments(argv):
         parser.error("--limit must not be negative, --batch_size and --runs must be at least 1")
     if args.score:
         required = ["questions", "predictions"]
-        if BENCHMARKS[args.score].TRUTH:
+        if hasattr(BENCHMARKS[args.score], "TRUTH"):
             required.append("truth")
         missing = [f"--{flag}" for flag in required if not getattr(args, flag)]
         if missing:

@@ -25,7 +25,7 @@ def answer_record(question, text, task="", model_id=""):
     identity = json.dumps([model_id, task, *question_key(question)])
     return {"question_id": question["question_id"], "prompt": question["prompt"], "text": text,
             "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
-            "model_id": model_id, "metadata": {}, **question["extra"]}
+            "model_id": model_id, "metadata": {}, **question.get("extra", {})}
 
 
 def answer_files(stem):
@@ -82,7 +82,3 @@ def prepare_files(stem, settings, overwrite):
             with open(name, "r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)     # half a line at the end
     common.write_json(settings, path)
-
-
-def checkpoint_name(folder):
-    return os.path.basename(os.path.abspath(folder))

@@ -10,14 +10,14 @@ from benchmarks.reading import (naming, pair_answers, question_id, questions_fro
 
 def official_paths(benchmark, data):
     """Return the paths of the official questions and of the labels (None if there is no folder)."""
-    truth = os.path.join(data, benchmark.TRUTH) if benchmark.TRUTH else None
-    return os.path.join(data, benchmark.QUESTIONS), truth
+    truth = os.path.join(data, benchmark.TRUTH) if hasattr(benchmark, "TRUTH") else None
+    return os.path.join(data, getattr(benchmark, "QUESTIONS", benchmark.ASK)), truth
 
 
 def read_and_pair(benchmark, questions, truth, answers, predictions, partial=False):
-    """Return the official records and the answers, see benchmarks/__init__.py.
+    """Return (official, answers) as benchmarks/__init__.py has them. ValueError if they do not fit.
 
-    ValueError in one sentence if they do not fit. predictions: the file of the answers.
+    answers: records of the file `predictions`.
     """
     with naming(questions, truth):
         official = benchmark.read(questions, truth)
@@ -33,12 +33,12 @@ def score_files(task, questions, truth, predictions, args, partial=False):
     benchmark = BENCHMARKS[task]
     answers = read_lines(predictions, "question_id", "text")
     official, answers = read_and_pair(benchmark, questions, truth, answers, predictions, partial)
+    # If --truth gives the grades, no judge is asked.
+    if truth is None and hasattr(benchmark, "grade"):
+        ungraded = benchmark.grade(official, answers, predictions, args)
+        if ungraded:
+            return ungraded, {}
     with naming(questions, truth, predictions):
-        # If --truth gives the grades, no judge is asked.
-        if truth is None and hasattr(benchmark, "grade"):
-            ungraded = benchmark.grade(official, answers, predictions, args)
-            if ungraded:
-                return ungraded, {}
         return benchmark.score(official, answers)
 
 
@@ -49,25 +49,23 @@ def load_questions(task, data):
     labels do not fit the questions: this must be known before the model runs, not after.
     """
     benchmark = BENCHMARKS[task]
-    # ASK is what the model gets, QUESTIONS what the score reads. They may be the same file.
-    files = sorted({benchmark.ASK, benchmark.QUESTIONS})
-    missing = [file for file in files if not os.path.isfile(os.path.join(data, file))]
+    asked = os.path.join(data, benchmark.ASK)
+    official, truth = official_paths(benchmark, data)
+    files = sorted({asked, official})                   # they may be the same file
+    missing = [os.path.relpath(file, data) for file in files if not os.path.isfile(file)]
     questions = []
-    path = os.path.join(data, benchmark.ASK)
-    if benchmark.ASK not in missing:
-        with naming(path):
-            if hasattr(benchmark, "IMAGES"):
-                questions = questions_from_lines(path, os.path.join(data, benchmark.IMAGES))
-            else:
-                questions = benchmark.questions(data)
+    if os.path.isfile(asked):
+        make_questions = getattr(benchmark, "questions", questions_from_lines)
+        with naming(asked):
+            questions = make_questions(asked, os.path.join(data, benchmark.IMAGES))
         # Two questions with one key would share one answer.
-        unique(questions, question_key, path)
+        unique(questions, question_key, asked)
         if not questions:
-            raise ValueError(f"{path} has no question")
+            raise ValueError(f"{asked} has no question")
     if not missing:
-        empty = [answer_record(q, "") for q in questions]
+        empty = [answer_record(question, "") for question in questions]
         try:
-            read_and_pair(benchmark, *official_paths(benchmark, data), empty, path)
+            read_and_pair(benchmark, official, truth, empty, asked)
         except FileNotFoundError as error:              # a file of labels
             missing.append(os.path.relpath(error.filename, data))
     # MMBench has its images as bytes in the question file; the others name files.

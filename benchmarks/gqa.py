@@ -2,13 +2,11 @@
 from benchmarks.reading import by_group, mean, stderr
 from common import read_json
 
-COLUMN = "GQA"
 HEADLINE, SCALE = "accuracy", 1
 MAX_NEW_TOKENS = 128
 ASK = "gqa/llava_gqa_testdev_balanced.jsonl"
 IMAGES = "gqa/images"
 QUESTIONS = "gqa/testdev_balanced_questions.json"
-TRUTH = None
 SOURCE = "GQA's site: questions v1.2, images"
 
 

@@ -1,18 +1,15 @@
 """MMBench, dev file of 2023-07-12: single choice. All rotations of a question must be right."""
 import base64
 import csv
-import os
 import re
 from itertools import takewhile
 
-from benchmarks.reading import LETTER, by_group, group, mean, question, stderr
+from benchmarks.reading import LETTER, by_group, group, mean, stderr
 
-COLUMN = "MMBench"
 HEADLINE, SCALE = "circular", 1
 MAX_NEW_TOKENS = 1024
-ASK = "mmbench/mmbench_dev_20230712.tsv"    # the images are in it, in base64
-QUESTIONS = ASK
-TRUTH = None
+ASK = "mmbench/mmbench_dev_20230712.tsv"
+IMAGES = ""                                 # they are in the file above, in base64
 SOURCE = "MMBench's site: dev file of 2023-07-12, images inside"
 
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -43,16 +40,19 @@ def read(path, truth=None):
     return rows
 
 
-def questions(data):
+def questions(path, images):
     found = []
-    for row in read(os.path.join(data, ASK)).values():
+    for row in read(path).values():
         options = options_of(row)
         hint = [] if is_missing(row.get("hint")) else [row["hint"]]
         choices = [f"{letter}. {option}" for letter, option in options.items()]
         prompt = "\n".join([*hint, row["question"], *choices])  # what is stored lacks the last line
-        image = base64.b64decode(row["image"])
-        found.append(question(int(row["index"]), f"{prompt}\n{LETTER}", image, prompt, round_id=0,
-                              options=list(options.values()), option_char=list(options)))
+        found.append({
+            "question_id": int(row["index"]), "text": f"{prompt}\n{LETTER}", "prompt": prompt,
+            "image": base64.b64decode(row["image"]),
+            "extra": {"round_id": 0, "options": list(options.values()),
+                      "option_char": list(options)},
+        })
     return found
 
 

@@ -2,16 +2,13 @@
 import math
 import os
 
-from benchmarks.reading import (SHORT, group, match_labels, mean, naming, read_lines, stderr,
-                                unique)
+from benchmarks.reading import SHORT, group, match_labels, mean, read_lines, stderr, unique
 
-COLUMN = "MME"
 HEADLINE, SCALE = "total", 1
 TABLE_NOTE = " (P {perception:.1f} + C {cognition:.1f})"    # papers report either sum
 MAX_NEW_TOKENS = 128
 ASK = "mme/llava_mme.jsonl"
 IMAGES = "mme/MME_Benchmark_release_version"
-QUESTIONS = ASK
 TRUTH = "mme/ground_truth"                                  # <task>.txt
 SOURCE = "MME's authors: images; labels from the templates in eval_tool.zip"
 
@@ -32,42 +29,35 @@ def parse(text):
     return "no" if "no" in start else "other"
 
 
-def key_of(question_id, question):
+def key(answer):
     """Return what ties question, label and answer: "task/image / question" without instructions.
 
     An image's name counts up to its first dot. Seven official questions have two spaces before the
     instruction, so spaces are stripped.
     """
-    task, file = question_id.split("/")[0], question_id.split("/")[-1]
-    bare = question.replace(SHORT, "").strip().removesuffix("Please answer yes or no.").strip()
-    return f"{task}/{file.split('.')[0]} / {bare}"
+    task, *_, file = answer["question_id"].split("/")
+    question = answer["prompt"].replace(SHORT, "").strip()
+    question = question.removesuffix("Please answer yes or no.").strip()
+    return f"{task}/{file.split('.')[0]} / {question}"
 
 
 def task_of(key):
     return key.split("/")[0]
 
 
-def image_of(key):
-    return key.split(" / ")[0]
-
-
-def key(answer):
-    return key_of(answer["question_id"], answer["prompt"])
-
-
 def read(questions, truth):
-    """Return {key_of: record with "label": "yes" or "no"} of llava_mme.jsonl.
+    """Return {key: record with "label": "yes" or "no"} of llava_mme.jsonl.
 
     truth: a folder with <task>.txt for each task: lines of image, official question, Yes or No.
     """
-    official = unique(read_lines(questions), lambda q: key_of(q["question_id"], q["text"]),
-                      questions)
+    records = [{**record, "prompt": record["text"]} for record in read_lines(questions)]
+    official = unique(records, key, questions)
     for task, keys in group(official, task_of).items():
         path = os.path.join(truth, f"{task}.txt")
-        with naming(path), open(path, encoding="utf-8-sig", newline="\n") as file:
-            rows = [line.strip("\r\n").split("\t") for line in file]
-            labels = [(key_of(f"{task}/{image}", question), label.strip().lower())
-                      for image, question, label in rows]
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            rows = [line.strip().split("\t") for line in file]
+        labels = [(key({"question_id": f"{task}/{row[0]}", "prompt": row[1]}), row[-1].lower())
+                  for row in rows]
         for k, label in match_labels(labels, keys, path).items():
             official[k]["label"] = label
     return official
@@ -78,7 +68,8 @@ def score(official, answers):
     right = {k: int(parsed[k] == official[k]["label"]) for k in parsed}
     per_task, variance = {}, 0
     for task, keys in sorted(group(right, task_of).items()):
-        pairs = [[right[k] for k in both] for both in group(keys, image_of).values()]
+        images = group(keys, lambda k: k.split(" / ")[0])
+        pairs = [[right[k] for k in both] for both in images.values()]
         acc = mean(right[k] for k in keys)
         acc_plus = mean(int(pair == [1, 1]) for pair in pairs)
         per_task[task] = {

@@ -3,15 +3,12 @@ import math
 import os
 from collections import defaultdict
 
-from benchmarks.reading import (group, match_labels, mean, naming, question_id, read_lines,
-                                unique)
+from benchmarks.reading import group, match_labels, mean, question_id, read_lines, unique
 
-COLUMN = "POPE"
 HEADLINE, SCALE = "mean_f1", 100
 MAX_NEW_TOKENS = 128
 ASK = "pope/llava_pope_test.jsonl"
 IMAGES = "pope/val2014"
-QUESTIONS = ASK
 TRUTH = "pope/coco"                         # coco_pope_<split>.json
 SOURCE = "AoiDragon/POPE at e3e3926, output/coco; COCO val2014"
 
@@ -43,8 +40,7 @@ def read(questions, truth):
     official = unique(read_lines(questions), question_id, questions)
     for split, members in group(official.values(), lambda q: q["category"]).items():
         path = os.path.join(truth, f"coco_pope_{split}.json")
-        with naming(path):
-            labels = [(asked(record), record["label"]) for record in read_lines(path)]
+        labels = [(asked(record), record["label"]) for record in read_lines(path)]
         labels = match_labels(labels, list(map(asked, members)), path)
         for q in members:
             q["label"] = labels[asked(q)]

@@ -75,21 +75,11 @@ def pair_answers(answers, official, key, path, partial=False):
         found = unique(answers, key, path)
     for k in found:
         if k not in official:
-            raise ValueError(f"{path}: question {k} is unknown: it is none of those that are scored")
+            raise ValueError(f"{path}: question {k} is unknown: none of the questions has this key")
     for k in official:
         if k not in found and not partial:
             raise ValueError(f"{path}: question {k} has no answer")
     return {k: found[k] for k in official if k in found}
-
-
-def question(record_id, text, image=None, prompt=None, **extra):
-    """Return a question for the model.
-
-    text: what is sent, without <image>. image: a path, the bytes of an image file, or None.
-    prompt: what the answer file stores, by default the text. extra: more fields of the answer file.
-    """
-    prompt = text if prompt is None else prompt
-    return dict(question_id=record_id, prompt=prompt, text=text, image=image, extra=extra)
 
 
 def image_file(folder, name):
@@ -101,7 +91,8 @@ def image_file(folder, name):
 
 def questions_from_lines(path, images):
     """Return the questions of a file of JSON lines in LLaVA's format. images: a folder."""
-    return [question(record["question_id"], record["text"], image_file(images, record["image"]))
+    return [{"question_id": record["question_id"], "text": record["text"],
+             "prompt": record["text"], "image": image_file(images, record["image"])}
             for record in read_lines(path)]
 
 

@@ -2,15 +2,14 @@
 import os
 import re
 
-from benchmarks.reading import (LETTER, image_file, match_labels, mean, question, read_lines,
-                                stderr, unique)
+from benchmarks.reading import (LETTER, image_file, match_labels, mean, read_lines, stderr,
+                                unique)
 from common import read_json
 
-COLUMN = "SciQA"
 HEADLINE, SCALE = "img_accuracy", 1
 MAX_NEW_TOKENS = 1024
 ASK = "scienceqa/llava_test_CQM-A.json"
-QUESTIONS = ASK
+IMAGES = "scienceqa/test"
 TRUTH = "scienceqa"                         # problems.json and pid_splits.json
 SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
 
@@ -23,29 +22,29 @@ def text_of(record):
     return record["conversations"][0]["value"].replace("<image>", "").strip()
 
 
-def questions(data):
+def questions(path, images):
     found = []
-    for record in read_records(os.path.join(data, ASK)).values():
+    for record in read_records(path).values():
         image = None
         text = prompt = f"{text_of(record)}\n{LETTER}"
         if record.get("image"):
-            image = image_file(os.path.join(data, "scienceqa/test"), record["image"])
-            prompt = f"<image>\n{text}"    # the score looks for this line in the stored prompt
-        found.append(question(record["id"], text, image, prompt))
+            image = image_file(images, record["image"])
+            prompt = f"<image>\n{text}"     # the score looks for this line in the stored prompt
+        found.append({"question_id": record["id"], "text": text, "prompt": prompt, "image": image})
     return found
 
 
 def read(questions, truth):
-    """Return {id: record with "problem"}: llava_test_CQM-A.json and problems.json belong together.
+    """Return {id: record with "label": a letter} of llava_test_CQM-A.json.
 
     truth: the folder of problems.json and of pid_splits.json, which names the test questions.
     """
     official = read_records(questions)
     path = os.path.join(truth, "pid_splits.json")
     problems = read_json(os.path.join(truth, "problems.json"))
-    labels = [(str(k), problems[str(k)]) for k in read_json(path)["test"]]
-    for k, problem in match_labels(labels, official, path).items():
-        official[k]["problem"] = problem
+    labels = [(str(k), "ABCDE"[problems[str(k)]["answer"]]) for k in read_json(path)["test"]]
+    for k, label in match_labels(labels, official, path).items():
+        official[k]["label"] = label
     return official
 
 
@@ -63,14 +62,12 @@ def parse(text):
 def score(official, answers):
     letters, right, with_image = {}, {}, {}
     for k, answer in answers.items():
-        record, problem = official[k], official[k]["problem"]
+        record = official[k]
         has_image = "<image>" in answer["prompt"]
         if has_image != bool(record.get("image")) or text_of(record) not in answer["prompt"]:
             raise ValueError(f"the prompt of question {k} is not that of the question file")
         letters[k] = parse(answer["text"])
-        # A letter beyond the choices counts as parsed, and as wrong.
-        choices = "ABCDE"[:len(problem["choices"])]
-        right[k] = int(choices.find(letters[k]) == problem["answer"])
+        right[k] = int(letters[k] == record["label"])
         if has_image:
             with_image[k] = right[k]
     return {

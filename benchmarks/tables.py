@@ -3,7 +3,7 @@ import math
 import os
 import statistics
 
-from benchmarks import BENCHMARKS
+from benchmarks import BENCHMARKS, COLUMNS
 from benchmarks.reading import mean
 from common import read_json, write_json
 
@@ -40,8 +40,8 @@ def results_table(paths, over_seeds=False):
     tasks = [task for task in BENCHMARKS
              if any(task in results["tasks"] for runs in rows.values() for results in runs)]
     title = "mean ± standard deviation over seeds" if over_seeds else ""
-    columns = [BENCHMARKS[task].COLUMN for task in tasks]
-    lines = [f"| {' | '.join([title, *columns])} |", "|---" * (len(tasks) + 1) + "|"]
+    columns = [title, *(COLUMNS[task] for task in tasks)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for runs in rows.values():
         name = runs[0]["name"]
         if over_seeds and len(runs) == 1:
@@ -100,13 +100,13 @@ def comparison_table(a, b):
     """
     lines = ["| task | questions | A | B | B - A | only A right | only B right | p | test |",
              "|---" * 9 + "|"]
-    for name, benchmark in BENCHMARKS.items():
-        paths = [os.path.join(results_folder(path), f"{name}.scores.json") for path in (a, b)]
+    for task, column in COLUMNS.items():
+        paths = [os.path.join(results_folder(path), f"{task}.scores.json") for path in (a, b)]
         if all(os.path.exists(path) for path in paths):
             A, B = map(read_json, paths)        # {question: score}
             if A.keys() != B.keys():
                 raise ValueError(f"{paths[0]} and {paths[1]} are not about the same questions")
-            lines.append(comparison_row(benchmark.COLUMN, A, B))
+            lines.append(comparison_row(column, A, B))
     if len(lines) == 2:
         raise ValueError(f"{a} and {b} have no task in common: no <task>.scores.json is in both")
     return "\n".join([*lines, "", f"A is {a}, B is {b}: mean score of a question in percent "

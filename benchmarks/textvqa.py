@@ -4,13 +4,11 @@ import re
 from benchmarks.reading import mean, stderr, unique
 from common import read_json
 
-COLUMN = "TextVQA"
 HEADLINE, SCALE = "accuracy", 1
 MAX_NEW_TOKENS = 128
 ASK = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
 IMAGES = "textvqa/train_images"
 QUESTIONS = "textvqa/TextVQA_0.5.1_val.json"
-TRUTH = None
 SOURCE = "TextVQA's site: val 0.5.1, train_val_images.zip"
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()

@@ -30,15 +30,13 @@ def answer_record(question, text, task="", model_id=""):
 
 def answer_files(stem):
     """Return the files of answers that exist: one for each rank, and that of a finished run."""
-    files = sorted(glob(f"{escape(stem)}.rank*.jsonl"))
-    return files + [path for path in [f"{stem}.jsonl"] if os.path.exists(path)]
+    return sorted(glob(f"{escape(stem)}.rank*.jsonl")) + glob(f"{escape(stem)}.jsonl")
 
 
 def saved_answers(stem):
     """Return {question_key: record} of all answers so far. The number of ranks may have changed."""
-    records = [record for path in answer_files(stem)
-               for record in read_lines(path, "question_id", "prompt", "text")]
-    return {question_key(record): record for record in records}
+    return {question_key(record): record
+            for path in answer_files(stem) for record in read_lines(path)}
 
 
 def write_lines(records, path):

@@ -4,8 +4,7 @@ import os
 import common
 from benchmarks import BENCHMARKS
 from benchmarks.answers import answer_record, question_key
-from benchmarks.reading import (naming, pair_answers, question_id, questions_from_lines, read_lines,
-                                unique)
+from benchmarks.reading import naming, question_id, questions_from_lines, read_lines, unique
 
 
 def official_paths(benchmark, data):
@@ -15,14 +14,22 @@ def official_paths(benchmark, data):
 
 
 def read_and_pair(benchmark, questions, truth, answers, predictions, partial=False):
-    """Return (official, answers) as benchmarks/__init__.py has them. ValueError if they do not fit.
+    """Return (official, answers) as benchmarks/__init__.py has them.
 
-    answers: records of the file `predictions`.
+    answers: records of the file `predictions`. ValueError if an answer is double or unknown, or if
+    one is missing and `partial` is False.
     """
     with naming(questions, truth):
         official = benchmark.read(questions, truth)
-    key = getattr(benchmark, "key", question_id)
-    return official, pair_answers(answers, official, key, predictions, partial)
+    with naming(predictions):
+        found = unique(answers, getattr(benchmark, "key", question_id))
+        for k in found:
+            if k not in official:
+                raise ValueError(f"question {k} is unknown: none of the questions has this key")
+        for k in official:
+            if k not in found and not partial:
+                raise ValueError(f"question {k} has no answer")
+    return official, {k: found[k] for k in official if k in found}
 
 
 def score_files(task, questions, truth, predictions, args, partial=False):
@@ -58,10 +65,9 @@ def load_questions(task, data):
         make_questions = getattr(benchmark, "questions", questions_from_lines)
         with naming(asked):
             questions = make_questions(asked, os.path.join(data, benchmark.IMAGES))
-        # Two questions with one key would share one answer.
-        unique(questions, question_key, asked)
-        if not questions:
-            raise ValueError(f"{asked} has no question")
+            unique(questions, question_key)     # two questions with one key would share one answer
+            if not questions:
+                raise ValueError("the file has no question")
     if not missing:
         empty = [answer_record(question, "") for question in questions]
         try:

@@ -2,7 +2,7 @@
 import math
 import os
 
-from benchmarks.reading import SHORT, group, match_labels, mean, read_lines, stderr, unique
+from benchmarks.reading import SHORT, add_labels, group, mean, read_lines, stderr, unique
 
 HEADLINE, SCALE = "total", 1
 TABLE_NOTE = " (P {perception:.1f} + C {cognition:.1f})"    # papers report either sum
@@ -51,15 +51,14 @@ def read(questions, truth):
     truth: a folder with <task>.txt for each task: lines of image, official question, Yes or No.
     """
     records = [{**record, "prompt": record["text"]} for record in read_lines(questions)]
-    official = unique(records, key, questions)
+    official = unique(records, key)
     for task, keys in group(official, task_of).items():
         path = os.path.join(truth, f"{task}.txt")
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             rows = [line.strip().split("\t") for line in file]
         labels = [(key({"question_id": f"{task}/{row[0]}", "prompt": row[1]}), row[-1].lower())
                   for row in rows]
-        for k, label in match_labels(labels, keys, path).items():
-            official[k]["label"] = label
+        add_labels({k: official[k] for k in keys}, labels, path)
     return official
 
 

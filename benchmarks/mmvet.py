@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections import defaultdict
 
-from benchmarks.reading import match_labels, mean, stderr
+from benchmarks.reading import add_labels, mean, stderr
 from common import read_json, write_json
 
 HEADLINE, SCALE = "total", 1
@@ -49,14 +49,14 @@ def key(answer):
 
 
 def read(questions, truth):
-    """Return {key: record} of mm-vet.json, with "grades" if there is a file `truth`.
+    """Return {key: record} of mm-vet.json. A file `truth` gives "label", the list of its grades.
 
     truth: the official evaluator's grades, {"v1_0": {"score": [one per run], ...}, ...}.
     """
     official = read_json(questions)
     if truth:
-        for k, entry in match_labels(read_json(truth).items(), official, truth).items():
-            official[k]["grades"] = entry["score"]
+        labels = [(k, entry["score"]) for k, entry in read_json(truth).items()]
+        add_labels(official, labels, truth)
     return official
 
 
@@ -111,7 +111,7 @@ def grade_answer(question, text, args):
 
 
 def grade_all(official, answers, path, args):
-    """Add "grades" to the records of the answered questions: args.runs grades of each answer.
+    """Add "label" to the records of the answered questions: args.runs grades of each answer.
 
     answers: {key: text}. The grades are kept in `path`, in the official format, which is written
     after each grade and read by the next start. Its "text" and "judge" tell whether a grade belongs
@@ -135,7 +135,7 @@ def grade_all(official, answers, path, args):
     for k, entry in grades.items():
         for field in GRADE_FIELDS:
             del entry[field][args.runs:]    # an earlier start may have made more runs
-        official[k]["grades"] = entry["score"]
+        official[k]["label"] = entry["score"]
     write_json(grades, path)
 
 
@@ -157,7 +157,7 @@ def grade(official, answers, predictions, args):
 
 
 def score(official, answers):
-    grades = {k: official[k]["grades"] for k in answers}
+    grades = {k: official[k]["label"] for k in answers}
     runs = max([1, *map(len, grades.values())])
     for k, values in grades.items():
         numbers = [v for v in values if type(v) in (int, float) and 0 <= v <= 1]

@@ -3,7 +3,7 @@ import math
 import os
 from collections import defaultdict
 
-from benchmarks.reading import group, match_labels, mean, question_id, read_lines, unique
+from benchmarks.reading import add_labels, group, mean, question_id, read_lines, unique
 
 HEADLINE, SCALE = "mean_f1", 100
 MAX_NEW_TOKENS = 128
@@ -37,13 +37,11 @@ def read(questions, truth):
     other ids. POPE's later random file does not fit; paired by position, as the official tool does,
     it would give 50 % without a warning.
     """
-    official = unique(read_lines(questions), question_id, questions)
+    official = unique(read_lines(questions), question_id)
     for split, members in group(official.values(), lambda q: q["category"]).items():
         path = os.path.join(truth, f"coco_pope_{split}.json")
         labels = [(asked(record), record["label"]) for record in read_lines(path)]
-        labels = match_labels(labels, list(map(asked, members)), path)
-        for q in members:
-            q["label"] = labels[asked(q)]
+        add_labels({asked(q): q for q in members}, labels, path)
     return official
 
 
@@ -53,13 +51,12 @@ def split_figures(outcomes):
     outcomes: list of "TP", "FP", "TN" and "FN"; yes is the positive class.
     """
     TP, FP, TN, FN = (outcomes.count(kind) for kind in ("TP", "FP", "TN", "FN"))
-    total = max(len(outcomes), 1)
     return {
-        "accuracy": (TP + TN) / total,
+        "accuracy": (TP + TN) / len(outcomes),
         "precision": TP / max(TP + FP, 1),
         "recall": TP / max(TP + FN, 1),
         "f1": 2 * TP / max(2 * TP + FP + FN, 1),
-        "yes_ratio": (TP + FP) / total,
+        "yes_ratio": (TP + FP) / len(outcomes),
         "TP": TP, "FP": FP, "TN": TN, "FN": FN,
     }
 

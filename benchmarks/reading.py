@@ -39,12 +39,12 @@ def read_lines(path, *fields):
     return [record for _, record in records]
 
 
-def unique(records, key, path):
+def unique(records, key):
     """Return {key(record): record} in order. ValueError if two records have the same key."""
     found = {}
     for record in records:
         if key(record) in found:
-            raise ValueError(f"{path}: question {key(record)} is there twice")
+            raise ValueError(f"question {key(record)} is there twice")
         found[key(record)] = record
     return found
 
@@ -53,33 +53,17 @@ def question_id(record):
     return str(record["question_id"])
 
 
-def match_labels(labels, keys, path):
-    """Return {key: label}. labels: pairs (key, label) of the file `path`.
+def add_labels(records, labels, path):
+    """Add its "label" to each of the records {key: record}. labels: pairs (key, label) of `path`.
 
-    ValueError if there is not exactly one label for each of the keys: labels of another version
-    of the questions would give a wrong score without a warning.
+    ValueError if there is not exactly one label for each record: labels of another version of the
+    questions would give a wrong score without a warning.
     """
-    found, expected = Counter(key for key, _ in labels), Counter(list(keys))
+    found, expected = Counter(key for key, _ in labels), Counter(list(records))
     for key in (found - expected) + (expected - found):
         raise ValueError(f"{path}: labels and questions do not match one to one, see {key}")
-    return dict(labels)
-
-
-def pair_answers(answers, official, key, path, partial=False):
-    """Return {key(answer): answer} in the order of the dict `official`.
-
-    path: the file of the answers. ValueError if an answer is double or unknown, or if one is
-    missing and `partial` is False.
-    """
-    with naming(path):
-        found = unique(answers, key, path)
-    for k in found:
-        if k not in official:
-            raise ValueError(f"{path}: question {k} is unknown: none of the questions has this key")
-    for k in official:
-        if k not in found and not partial:
-            raise ValueError(f"{path}: question {k} has no answer")
-    return {k: found[k] for k in official if k in found}
+    for key, label in labels:
+        records[key]["label"] = label
 
 
 def image_file(folder, name):

@@ -2,8 +2,7 @@
 import os
 import re
 
-from benchmarks.reading import (LETTER, image_file, match_labels, mean, read_lines, stderr,
-                                unique)
+from benchmarks.reading import LETTER, add_labels, image_file, mean, read_lines, stderr, unique
 from common import read_json
 
 HEADLINE, SCALE = "img_accuracy", 1
@@ -15,7 +14,7 @@ SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
 
 
 def read_records(path):
-    return unique(read_lines(path), lambda record: str(record["id"]), path)
+    return unique(read_lines(path), lambda record: str(record["id"]))
 
 
 def text_of(record):
@@ -43,8 +42,7 @@ def read(questions, truth):
     path = os.path.join(truth, "pid_splits.json")
     problems = read_json(os.path.join(truth, "problems.json"))
     labels = [(str(k), "ABCDE"[problems[str(k)]["answer"]]) for k in read_json(path)["test"]]
-    for k, label in match_labels(labels, official, path).items():
-        official[k]["label"] = label
+    add_labels(official, labels, path)
     return official
 
 

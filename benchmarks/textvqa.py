@@ -77,7 +77,7 @@ def read(questions, truth):
     for q in data:
         if len(q["answers"]) != 10:
             raise ValueError(f"{q['question']!r} on {q['image_id']} has not ten answers")
-    return unique(data, lambda q: f"{q['image_id']} / {q['question'].lower()}", questions)
+    return unique(data, lambda q: f"{q['image_id']} / {q['question'].lower()}")
 
 
 def score(official, answers):

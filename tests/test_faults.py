@@ -656,7 +656,7 @@ def test_questions_of_a_benchmark_stay_in_its_folder(tmp_path, image, words):
 
 def test_a_benchmark_without_a_question_has_no_score(tmp_path):
     test_benchmarks.save(tmp_path / "pope/llava_pope_test.jsonl", [])
-    with pytest.raises(ValueError, match="llava_pope_test.jsonl has no question"):
+    with pytest.raises(ValueError, match="llava_pope_test.jsonl: the file has no question"):
         load_questions("pope", str(tmp_path))
 
 

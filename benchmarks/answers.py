@@ -19,7 +19,7 @@ def question_key(question):
     return str(question["question_id"]), question["prompt"]
 
 
-def answer_record(question, text, task="", model_id=""):
+def answer_record(question, text, task, model_id):
     """Return a line of the answer file in LLaVA's format."""
     # LLaVA's answer_id is random. A hash lets the same run write the same file.
     identity = json.dumps([model_id, task, *question_key(question)])

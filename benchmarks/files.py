@@ -3,7 +3,6 @@ import os
 
 import common
 from benchmarks import BENCHMARKS
-from benchmarks.answers import answer_record, question_key
 from benchmarks.reading import naming, question_id, questions_from_lines, read_lines, unique
 
 
@@ -52,8 +51,8 @@ def score_files(task, questions, truth, predictions, args, partial=False):
 def load_questions(task, data):
     """Return (questions, missing): the questions of a benchmark, and what the folder lacks for it.
 
-    questions: dicts as benchmarks/reading.py makes them. missing: sentences. ValueError if the
-    labels do not fit the questions: this must be known before the model runs, not after.
+    questions: dicts, see benchmarks/__init__.py. missing: sentences. ValueError if the labels do
+    not fit the questions: this must be known before the model runs, not after.
     """
     benchmark = BENCHMARKS[task]
     asked = os.path.join(data, benchmark.ASK)
@@ -65,13 +64,11 @@ def load_questions(task, data):
         make_questions = getattr(benchmark, "questions", questions_from_lines)
         with naming(asked):
             questions = make_questions(asked, os.path.join(data, benchmark.IMAGES))
-            unique(questions, question_key)     # two questions with one key would share one answer
             if not questions:
                 raise ValueError("the file has no question")
     if not missing:
-        empty = [answer_record(question, "") for question in questions]
-        try:
-            read_and_pair(benchmark, official, truth, empty, asked)
+        try:                    # a question stands for its answer: it has the same id and prompt
+            read_and_pair(benchmark, official, truth, questions, asked)
         except FileNotFoundError as error:              # a file of labels
             missing.append(os.path.relpath(error.filename, data))
     # MMBench has its images as bytes in the question file; the others name files.
@@ -89,14 +86,14 @@ def load_all_questions(tasks, data):
     incomplete = []
     for task in tasks:
         questions[task], missing = load_questions(task, data)
-        if not missing:
-            common.print_rank0(f"{task}: {len(questions[task])} questions, all files are there")
-            continue
-        incomplete.append(task)
         for sentence in missing:
             common.print_rank0(f"{task}: MISSING {sentence}")
-        source = BENCHMARKS[task].SOURCE
-        common.print_rank0(f"{task}: the official files come from {source}; LLaVA's eval.zip")
+        if missing:
+            incomplete.append(task)
+            source = BENCHMARKS[task].SOURCE
+            common.print_rank0(f"{task}: the official files come from {source}; LLaVA's eval.zip")
+        else:
+            common.print_rank0(f"{task}: {len(questions[task])} questions, all files are there")
     if incomplete:
         raise ValueError(f"files are missing under {data} for {', '.join(incomplete)}")
     return questions

@@ -1,4 +1,4 @@
-"""What the benchmarks share: reading files, pairing answers with questions, averages."""
+"""What the benchmarks share: reading files, adding labels to questions, averages."""
 import math
 import os
 from collections import Counter, defaultdict
@@ -75,9 +75,8 @@ def image_file(folder, name):
 
 def questions_from_lines(path, images):
     """Return the questions of a file of JSON lines in LLaVA's format. images: a folder."""
-    return [{"question_id": record["question_id"], "text": record["text"],
-             "prompt": record["text"], "image": image_file(images, record["image"])}
-            for record in read_lines(path)]
+    return [{"question_id": q["question_id"], "text": q["text"], "prompt": q["text"],
+             "image": image_file(images, q["image"])} for q in read_lines(path)]
 
 
 def mean(values, scale=1):

@@ -13,17 +13,13 @@ TRUTH = "scienceqa"                         # problems.json and pid_splits.json
 SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
 
 
-def read_records(path):
-    return unique(read_lines(path), lambda record: str(record["id"]))
-
-
 def text_of(record):
     return record["conversations"][0]["value"].replace("<image>", "").strip()
 
 
 def questions(path, images):
     found = []
-    for record in read_records(path).values():
+    for record in read_lines(path):
         image = None
         text = prompt = f"{text_of(record)}\n{LETTER}"
         if record.get("image"):
@@ -38,7 +34,7 @@ def read(questions, truth):
 
     truth: the folder of problems.json and of pid_splits.json, which names the test questions.
     """
-    official = read_records(questions)
+    official = unique(read_lines(questions), lambda record: str(record["id"]))
     path = os.path.join(truth, "pid_splits.json")
     problems = read_json(os.path.join(truth, "problems.json"))
     labels = [(str(k), "ABCDE"[problems[str(k)]["answer"]]) for k in read_json(path)["test"]]

@@ -94,10 +94,7 @@ def sign_flip(differences):
 
 
 def comparison_table(a, b):
-    """Return a markdown table with a paired test for each benchmark that both folders have.
-
-    a, b: result folders, or checkpoints that have one.
-    """
+    """Return a markdown table of paired tests. a, b: result folders, or checkpoints with one."""
     lines = ["| task | questions | A | B | B - A | only A right | only B right | p | test |",
              "|---" * 9 + "|"]
     for task, column in COLUMNS.items():

@@ -24,7 +24,7 @@ def read_and_pair(benchmark, questions, truth, answers, predictions, partial=Fal
         found = unique(answers, getattr(benchmark, "key", question_id))
         for k in found:
             if k not in official:
-                raise ValueError(f"question {k} is unknown: none of the questions has this key")
+                raise ValueError(f"question {k} is unknown: it is none of those that are scored")
         for k in official:
             if k not in found and not partial:
                 raise ValueError(f"question {k} has no answer")

@@ -17,12 +17,15 @@ def naming(*paths):
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error)
+        if isinstance(error, KeyError):
+            reason = f"no field {error}"
+        elif not isinstance(error, ValueError):
+            reason = f"a record of another form: {error}"
         paths = [path for path in paths if path]
-        is_sentence = isinstance(error, ValueError)
-        if is_sentence and any(path in str(error) for path in paths):
-            raise
-        reason = error if is_sentence else f"a record of another form, {error!r}"
-        raise ValueError(f"{' or '.join(paths)}: {reason}") from error
+        if not any(path in reason for path in paths):
+            reason = f"{' or '.join(paths)}: {reason}"
+        raise ValueError(reason) from error
 
 
 def read_lines(path, *fields):

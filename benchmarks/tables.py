@@ -34,7 +34,7 @@ def results_table(paths, over_seeds=False):
     for path in paths:
         path = f"{results_folder(path)}/results.json" if os.path.isdir(path) else path
         results = read_json(path)
-        if "tasks" not in results:
+        if not isinstance(results, dict) or "tasks" not in results:
             raise ValueError(f"{path}: --table takes results.json files of eval.py")
         rows.setdefault(results["name"] if over_seeds else len(rows), []).append(results)
     tasks = [task for task in BENCHMARKS

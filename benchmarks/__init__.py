@@ -17,7 +17,8 @@ and, if it needs them,
     questions(path, images)     reads ASK, if it is no file of JSON lines: a list of dicts with a
                     question_id; text, which is sent; prompt, which the answer file stores; image: a
                     path, the bytes of an image file, or None; extra, more fields of the answer file
-    grade(official, answers, predictions, args)     asks a judge for the labels
+    grade(official, answers, predictions, args)     adds a judge's labels to `official` and returns
+                    None, or returns a summary without a score
 
 The names of files are relative to the folder `data`, but the arguments of `read` are paths.
 `official` is what `read` returns; `answers` is {key: record of the answer file} in its order.

@@ -163,7 +163,6 @@ def score(official, answers):
         numbers = [v for v in values if type(v) in (int, float) and 0 <= v <= 1]
         if not len(values) == len(numbers) == runs:
             raise ValueError(f"question {k} has not {runs} grades, each a number from 0 to 1")
-
     totals = [mean((values[run] for values in grades.values()), 100) for run in range(runs)]
     items = {k: mean(values) for k, values in grades.items()}
     # A question counts in each of its capabilities, and in exactly one set of them. All runs have

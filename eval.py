@@ -25,11 +25,10 @@ from datetime import timedelta
 
 import common
 from benchmarks import BENCHMARKS
-from benchmarks.answers import (answer_record, checkpoint_name, join_answers, prepare_files,
-                                question_key, saved_answers)
-from benchmarks.files import load_all_questions, official_paths
-from benchmarks.tables import (check_results, comparison_table, summary_text, table_of_files,
-                               write_results)
+from benchmarks.answers import (answer_record, join_answers, prepare_files, question_key,
+                                refuse_other_run, saved_answers)
+from benchmarks.files import load_all_questions, official_paths, score_files
+from benchmarks.tables import comparison_table, results_table, write_results
 
 # torch and what needs it are imported inside functions, so that --help and --score answer at once.
 
@@ -147,7 +146,7 @@ def answer_questions(vlm, task, questions, done, stem, args):
     # All prompts are made first: a batch needs their lengths, and a bad prompt stops the run now.
     prompts = {question_key(q): prompt_ids(vlm, q) for q in todo}
     lengths = {key: len(ids) for key, ids in prompts.items()}
-    model_id = checkpoint_name(args.checkpoint)
+    model_id = os.path.basename(os.path.abspath(args.checkpoint))
     max_new_tokens = BENCHMARKS[task].MAX_NEW_TOKENS
     batches = list(make_batches(group_by_image(todo), lengths, args.batch_size))
     progress = tqdm(total=len(todo), desc=task, disable=rank > 0)
@@ -167,15 +166,6 @@ def answer_questions(vlm, task, questions, done, stem, args):
 
 # ---- scores
 
-def score_answers(task, questions, truth, predictions, args, partial=False):
-    """Return (summary, items) as the benchmark's `score` does. A judge may have to grade first."""
-    benchmark = BENCHMARKS[task]
-    # Only a benchmark with a judge has `grades`. If they are given by --truth, no judge is asked.
-    if truth is None and hasattr(benchmark, "grades"):
-        truth = benchmark.grades(questions, predictions, args, partial)
-    return benchmark.score(questions, truth, predictions, partial)
-
-
 def score_task(task, subset, total, stem, args):
     """Score the answers of one task, write a score for each question, print and return the summary.
 
@@ -183,11 +173,11 @@ def score_task(task, subset, total, stem, args):
     """
     predictions = join_answers(subset, stem)
     paths = official_paths(BENCHMARKS[task], args.data)
-    summary, items = score_answers(task, *paths, predictions, args, bool(args.limit))
+    summary, items = score_files(task, *paths, predictions, args, bool(args.limit))
     if len(subset) < total:
         summary["partial"] = f"first {len(subset)} of {total} questions, no benchmark score"
     common.write_json(items, f"{stem}.scores.json")
-    print(summary_text(task, summary), flush=True)
+    print(f"{task}: {json.dumps(summary, ensure_ascii=False)}", flush=True)
     return summary
 
 
@@ -196,7 +186,9 @@ def score_task(task, subset, total, stem, args):
 def keep_or_refuse_answers(questions, stems, results, made_by, args):
     """Keep earlier answers that the same model and settings have made. ValueError for others."""
     from support import fingerprint
-    check_results(results, made_by, args.overwrite)
+    if os.path.exists(results) and not args.overwrite:
+        old = common.read_json(results)
+        refuse_other_run(results, old.get("made_by", {}) if isinstance(old, dict) else {}, made_by)
     os.makedirs(os.path.dirname(results), exist_ok=True)
     for task, stem in stems.items():
         benchmark = BENCHMARKS[task]
@@ -254,8 +246,9 @@ def evaluate(args):
         if ranks.rank == 0:
             summaries[task] = score_task(task, subset, len(questions[task]), stems[task], args)
     if ranks.rank == 0:
-        table = write_results(checkpoint_name(args.checkpoint), results, made_by, summaries)
-        print(f"\n{table}\n\n{results}")
+        name = os.path.basename(os.path.abspath(args.checkpoint))
+        write_results(name, results, made_by, summaries)
+        print(f"\n{results_table([results])}\n\n{results}")
     ranks.leave()
 
 
@@ -300,7 +293,7 @@ def parse_arguments(argv):
         parser.error("--limit must not be negative, --batch_size and --runs must be at least 1")
     if args.score:
         required = ["questions", "predictions"]
-        if BENCHMARKS[args.score].TRUTH:
+        if hasattr(BENCHMARKS[args.score], "TRUTH"):
             required.append("truth")
         missing = [f"--{flag}" for flag in required if not getattr(args, flag)]
         if missing:
@@ -314,12 +307,12 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.score:
-        summary, _ = score_answers(args.score, args.questions, args.truth, args.predictions, args)
+        summary, _ = score_files(args.score, args.questions, args.truth, args.predictions, args)
         print(json.dumps(summary, ensure_ascii=False, allow_nan=False))
     elif args.compare:
         print(comparison_table(*args.compare))
     elif args.table:
-        print(table_of_files(args.table, args.mean))
+        print(results_table(args.table, args.mean))
     else:
         evaluate(args)
 

@@ -1,30 +1,35 @@
 """
-The seven benchmarks. To add one, write its file and put its name into NAMES.
+The seven benchmarks. To add one, write its file and put its name into COLUMNS.
 
 Each file declares
-    COLUMN          title of its column in the table
     HEADLINE        key of the summary that the table shows; SCALE multiplies it
     MAX_NEW_TOKENS  longest answer that the model may give
     ASK             the questions that the model gets, a file of LLaVA's eval.zip
-    QUESTIONS       the official file that the score reads; may be the same file
-    TRUTH           the folder of the labels, or None if they are in QUESTIONS
+    IMAGES          folder of the images
     SOURCE          where the official files come from
-    questions(data) -> list of dicts, see reading.question
-    score(questions, truth, predictions, partial=False) -> (summary, items)
+    read(questions, truth) -> {key: what is known about the question, with its label}
+    score(official, answers) -> (summary, items)
+and, if it needs them,
+    QUESTIONS       the official file that `read` reads, if it is not ASK
+    TRUTH           the folder of the labels, if they are not in that file
+    TABLE_NOTE      a format string for more of the summary in the table
+    key(answer)     key of an answer, if it is not the question_id
+    counts(record)  whether a question of `read` counts, if not all do
+    questions(path, images)     reads ASK, if it is no file of JSON lines: a list of dicts with a
+                    question_id; text, which is sent; prompt, which the answer file stores; image: a
+                    path, the bytes of an image file, or None; extra, more fields of the answer file
+    grade(official, answers, predictions, args)     adds a judge's labels to `official` and returns
+                    None, or returns a summary without a score
 
-All files are relative to the folder `data`. The arguments of `score` are paths, as in
-`eval.py --score`. `predictions` are JSON lines in LLaVA's format. They are paired with the
-questions by identity, so their order does not matter. partial=True scores only the questions that
-have an answer. `summary` is what --score prints. It is not rounded, and a mean over no values is 0.
-`items` is {question: score from 0 to 1}; a paired test compares these. ValueError, in one
-sentence, for incomplete JSON, for an answer that is missing, double or unknown, and for labels
-that do not fit the questions.
-
-Two names are optional: TABLE_NOTE, a format string for more of the summary in the table, and
-grades(questions, predictions, args, partial) -> path or None, which asks a judge for `truth`.
+The names of files are relative to the folder `data`, but the arguments of `read` are paths.
+`official` is what `read` returns; `answers` is {key: record of the answer file} in its order.
+`summary` is what --score prints. It is not rounded, and a mean over no values is 0. `items` is
+{question: score from 0 to 1}; a paired test compares these. A ValueError needs no name of a file:
+the caller adds it.
 """
 from importlib import import_module
 
-# The order of the columns in the paper.
-NAMES = ("gqa", "textvqa", "mme", "mmbench", "mmvet", "pope", "scienceqa")
-BENCHMARKS = {name: import_module(f"benchmarks.{name}") for name in NAMES}
+# {file: title of its column in the table}, in the order of the paper.
+COLUMNS = {"gqa": "GQA", "textvqa": "TextVQA", "mme": "MME", "mmbench": "MMBench",
+           "mmvet": "MM-Vet", "pope": "POPE", "scienceqa": "SciQA"}
+BENCHMARKS = {name: import_module(f"benchmarks.{name}") for name in COLUMNS}

@@ -19,26 +19,24 @@ def question_key(question):
     return str(question["question_id"]), question["prompt"]
 
 
-def answer_record(question, text, task="", model_id=""):
+def answer_record(question, text, task, model_id):
     """Return a line of the answer file in LLaVA's format."""
     # LLaVA's answer_id is random. A hash lets the same run write the same file.
     identity = json.dumps([model_id, task, *question_key(question)])
     return {"question_id": question["question_id"], "prompt": question["prompt"], "text": text,
             "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
-            "model_id": model_id, "metadata": {}, **question["extra"]}
+            "model_id": model_id, "metadata": {}, **question.get("extra", {})}
 
 
 def answer_files(stem):
     """Return the files of answers that exist: one for each rank, and that of a finished run."""
-    files = sorted(glob(f"{escape(stem)}.rank*.jsonl"))
-    return files + [path for path in [f"{stem}.jsonl"] if os.path.exists(path)]
+    return sorted(glob(f"{escape(stem)}.rank*.jsonl")) + glob(f"{escape(stem)}.jsonl")
 
 
 def saved_answers(stem):
     """Return {question_key: record} of all answers so far. The number of ranks may have changed."""
-    records = [record for path in answer_files(stem)
-               for record in read_lines(path, "question_id", "prompt", "text")]
-    return {question_key(record): record for record in records}
+    return {question_key(record): record
+            for path in answer_files(stem) for record in read_lines(path)}
 
 
 def write_lines(records, path):
@@ -60,7 +58,6 @@ def join_answers(questions, stem):
 def refuse_other_run(path, old, new):
     """Raise ValueError if the file `path` was made by `old` and not by the settings `new`."""
     if old != new:
-        old = old if isinstance(old, dict) else {}
         differing = ", ".join(key for key in new if old.get(key) != new[key])
         raise ValueError(f"{path} is of another run (other {differing}): give another --out, or "
                          "--overwrite")
@@ -83,7 +80,3 @@ def prepare_files(stem, settings, overwrite):
             with open(name, "r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)     # half a line at the end
     common.write_json(settings, path)
-
-
-def checkpoint_name(folder):
-    return os.path.basename(os.path.abspath(folder))

@@ -1,18 +1,23 @@
 """GQA, testdev balanced: questions about real photographs, exact match."""
-from benchmarks.reading import (by_group, mean, questions_from_lines, read_answers, read_objects,
-                                require, stderr)
+from benchmarks.reading import by_group, mean, stderr
+from common import read_json
 
-COLUMN = "GQA"
 HEADLINE, SCALE = "accuracy", 1
 MAX_NEW_TOKENS = 128
 ASK = "gqa/llava_gqa_testdev_balanced.jsonl"
+IMAGES = "gqa/images"
 QUESTIONS = "gqa/testdev_balanced_questions.json"
-TRUTH = None
 SOURCE = "GQA's site: questions v1.2, images"
 
 
-def questions(data):
-    return questions_from_lines(data, ASK, "gqa/images")
+def read(questions, truth):
+    """Return {id: record} of testdev_balanced_questions.json."""
+    return read_json(questions)
+
+
+def counts(record):
+    """Return whether a question counts and needs an answer: only balanced ones do."""
+    return record.get("isBalanced", True)
 
 
 def normalize(text):
@@ -23,22 +28,9 @@ def normalize(text):
     return text.rstrip(".").lower()
 
 
-def score(questions, truth, predictions, partial=False):
-    """questions: testdev_balanced_questions.json, which holds the answers."""
-    official = read_objects(questions, "answer", "types")
-    for k, q in official.items():
-        require(q["types"], ("structural",), f"{questions}: question {k}")
-    # Only balanced questions count and need an answer.
-    balanced = {k: q for k, q in official.items() if q.get("isBalanced", True)}
-    answers = read_answers(predictions, official, partial=True)
-    right = {}
-    for k, q in balanced.items():
-        if k in answers:
-            right[k] = int(normalize(answers[k]["text"]) == q["answer"])
-        elif not partial:
-            raise ValueError(f"{predictions}: question {k} has no answer")
-    structural = {k: balanced[k]["types"]["structural"] for k in right}
-    semantic = {k: str(balanced[k]["types"].get("semantic")) for k in right}
+def score(official, answers):
+    right = {k: int(normalize(a["text"]) == official[k]["answer"]) for k, a in answers.items()}
+    structural = {k: official[k]["types"]["structural"] for k in right}
     # The type "query" is open; all other types are binary.
     open_questions = [right[k] for k in right if structural[k] == "query"]
     binary = [right[k] for k in right if structural[k] != "query"]
@@ -50,5 +42,5 @@ def score(questions, truth, predictions, partial=False):
         "total": len(right),
         "stderr": stderr(right.values()),
         "by_structural_type": by_group(right, structural.get),
-        "by_semantic_type": by_group(right, semantic.get),
+        "by_semantic_type": by_group(right, lambda k: str(official[k]["types"].get("semantic"))),
     }, right

@@ -1,73 +1,59 @@
 """MMBench, dev file of 2023-07-12: single choice. All rotations of a question must be right."""
 import base64
 import csv
-import os
 import re
+from itertools import takewhile
 
-from benchmarks.reading import LETTER, by_group, group, mean, question, read_answers, stderr, unique
+from benchmarks.reading import LETTER, by_group, group, mean, stderr
 
-COLUMN = "MMBench"
 HEADLINE, SCALE = "circular", 1
 MAX_NEW_TOKENS = 1024
-ASK = "mmbench/mmbench_dev_20230712.tsv"    # the images are in it, in base64
-QUESTIONS = ASK
-TRUTH = None
+ASK = "mmbench/mmbench_dev_20230712.tsv"
+IMAGES = ""                                 # they are in the file above, in base64
 SOURCE = "MMBench's site: dev file of 2023-07-12, images inside"
 
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer")
 
 
-def missing(value):
+def is_missing(value):
     """Return whether an option or a hint is absent. pandas would also drop "NA" and "null"."""
     return value is None or value.lower() in ("", "nan", "none")
 
 
 def options_of(row):
     """Return {letter: text}. Reading stops at the first option that is missing."""
-    options = {}
-    for letter in "ABCD":
-        if missing(row.get(letter)):
-            break
-        options[letter] = row[letter]
-    return options
+    letters = takewhile(lambda letter: not is_missing(row.get(letter)), "ABCD")
+    return {letter: row[letter] for letter in letters}
 
 
-def read_rows(path):
+def read(path, truth=None):
     """Return {index: row} of the TSV. A field with a tab or a line break is quoted in it."""
     csv.field_size_limit(1 << 30)
-    rows = []
+    rows = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
-        try:
-            for row in reader:
-                complete = None not in row and None not in row.values()
-                if not complete or not row.get("index", "").isdecimal() or "answer" not in row:
-                    raise ValueError("not a complete row with an index and an answer")
-                rows.append(row)
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    return unique(rows, lambda row: str(int(row["index"])), path)
+        for row in reader:
+            if None in row.values():
+                raise ValueError(f"{path}, line {reader.line_num}: the row is not complete")
+            rows[row["index"]] = row
+    return rows
 
 
-def questions(data):
-    path = os.path.join(data, ASK)
-    return [to_question(row, path) for row in read_rows(path).values()]
-
-
-def to_question(row, path):
-    if not {"question", "image"} <= row.keys():
-        raise ValueError(f"{path}: no column 'question' or 'image': it can be scored, not asked")
-    options = options_of(row)
-    hint = [] if missing(row.get("hint")) else [row["hint"]]
-    choices = [f"{letter}. {option}" for letter, option in options.items()]
-    prompt = "\n".join([*hint, row["question"], *choices])  # what is stored lacks the last line
-    try:
-        image = base64.b64decode(row["image"])
-    except ValueError:
-        raise ValueError(f"{path}: the image of question {row['index']} is not base64") from None
-    return question(int(row["index"]), f"{prompt}\n{LETTER}", image, prompt, round_id=0,
-                    options=list(options.values()), option_char=list(options))
+def questions(path, images):
+    found = []
+    for row in read(path).values():
+        options = options_of(row)
+        hint = [] if is_missing(row.get("hint")) else [row["hint"]]
+        choices = [f"{letter}. {option}" for letter, option in options.items()]
+        prompt = "\n".join([*hint, row["question"], *choices])  # what is stored lacks the last line
+        found.append({
+            "question_id": int(row["index"]), "text": f"{prompt}\n{LETTER}", "prompt": prompt,
+            "image": base64.b64decode(row["image"]),
+            "extra": {"round_id": 0, "options": list(options.values()),
+                      "option_char": list(options)},
+        })
+    return found
 
 
 def match(text, options):
@@ -109,10 +95,7 @@ def accuracies(groups, right):
     }, circular
 
 
-def score(questions, truth, predictions, partial=False):
-    """questions: mmbench_dev_20230712.tsv, which holds the answers."""
-    rows = read_rows(questions)
-    answers = read_answers(predictions, rows, partial)
+def score(rows, answers):
     # The number of options does not give the size of a group: 53 groups of three have four.
     groups = group(answers, lambda k: str(int(k) % 1_000_000))
     letters = {k: match(a["text"], options_of(rows[k])) for k, a in answers.items()}

@@ -2,15 +2,13 @@
 import math
 import os
 
-from benchmarks.reading import (SHORT, group, mean, questions_from_lines, read_answers, read_lines,
-                                stderr, unique)
+from benchmarks.reading import SHORT, add_labels, group, mean, read_lines, stderr, unique
 
-COLUMN = "MME"
 HEADLINE, SCALE = "total", 1
 TABLE_NOTE = " (P {perception:.1f} + C {cognition:.1f})"    # papers report either sum
 MAX_NEW_TOKENS = 128
 ASK = "mme/llava_mme.jsonl"
-QUESTIONS = ASK
+IMAGES = "mme/MME_Benchmark_release_version"
 TRUTH = "mme/ground_truth"                                  # <task>.txt
 SOURCE = "MME's authors: images; labels from the templates in eval_tool.zip"
 
@@ -18,10 +16,6 @@ PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity",
               "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
              "code_reasoning")
-
-
-def questions(data):
-    return questions_from_lines(data, ASK, "mme/MME_Benchmark_release_version")
 
 
 def parse(text):
@@ -35,64 +29,46 @@ def parse(text):
     return "no" if "no" in start else "other"
 
 
-def key_of(question_id, question):
+def key(answer):
     """Return what ties question, label and answer: "task/image / question" without instructions.
 
     An image's name counts up to its first dot. Seven official questions have two spaces before the
     instruction, so spaces are stripped.
     """
-    task, file = question_id.split("/")[0], question_id.split("/")[-1]
-    bare = question.replace(SHORT, "").strip().removesuffix("Please answer yes or no.").strip()
-    return f"{task}/{file.split('.')[0]} / {bare}"
+    task, *_, file = answer["question_id"].split("/")
+    question = answer["prompt"].replace(SHORT, "").strip()
+    question = question.removesuffix("Please answer yes or no.").strip()
+    return f"{task}/{file.split('.')[0]} / {question}"
 
 
 def task_of(key):
     return key.split("/")[0]
 
 
-def image_of(key):
-    return key.split(" / ")[0]
+def read(questions, truth):
+    """Return {key: record with "label": "yes" or "no"} of llava_mme.jsonl.
 
-
-def read_labels(path, task):
-    """Return {key_of: "yes" or "no"} of <task>.txt: image, official question, Yes or No."""
-    labels = {}
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            parts = line.strip("\r\n").split("\t")
-            if len(parts) != 3 or parts[2].strip().lower() not in ("yes", "no"):
-                raise ValueError(f"{path}, line {number}: not image, question, Yes or No with "
-                                 "tabs between")
-            key = key_of(f"{task}/{parts[0]}", parts[1])
-            if key in labels:
-                raise ValueError(f"{path}, line {number}: {key} is labelled twice")
-            labels[key] = parts[2].strip().lower()
-    return labels
-
-
-def score(questions, truth, predictions, partial=False):
-    """questions: llava_mme.jsonl. truth: a folder with <task>.txt for each task in it."""
-    official = unique(read_lines(questions, "question_id", "text"),
-                      lambda q: key_of(str(q["question_id"]), q["text"]), questions)
-    for image, keys in group(official, image_of).items():
-        if len(keys) != 2:
-            raise ValueError(f"{questions}: {image} has {len(keys)} questions instead of two")
-    labels = {}
+    truth: a folder with <task>.txt for each task: lines of image, official question, Yes or No.
+    """
+    records = [{**record, "prompt": record["text"]} for record in read_lines(questions)]
+    official = unique(records, key)
     for task, keys in group(official, task_of).items():
         path = os.path.join(truth, f"{task}.txt")
-        of_task = read_labels(path, task)
-        for k in of_task.keys() ^ set(keys):
-            raise ValueError(f"{path}: labels and questions differ: {k} is in one of them")
-        labels |= of_task
-    answers = read_answers(predictions, official, partial,
-                           lambda a: key_of(str(a["question_id"]), a["prompt"]),
-                           ("question_id", "prompt", "text"))
-    parsed = {k: parse(answer["text"]) for k, answer in answers.items()}
-    right = {k: int(parsed[k] == labels[k]) for k in parsed}
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            rows = [line.strip().split("\t") for line in file]
+        labels = [(key({"question_id": f"{task}/{row[0]}", "prompt": row[1]}), row[-1].lower())
+                  for row in rows]
+        add_labels({k: official[k] for k in keys}, labels, path)
+    return official
 
+
+def score(official, answers):
+    parsed = {k: parse(answer["text"]) for k, answer in answers.items()}
+    right = {k: int(parsed[k] == official[k]["label"]) for k in parsed}
     per_task, variance = {}, 0
     for task, keys in sorted(group(right, task_of).items()):
-        pairs = [[right[k] for k in both] for both in group(keys, image_of).values()]
+        images = group(keys, lambda k: k.split(" / ")[0])
+        pairs = [[right[k] for k in both] for both in images.values()]
         acc = mean(right[k] for k in keys)
         acc_plus = mean(int(pair == [1, 1]) for pair in pairs)
         per_task[task] = {

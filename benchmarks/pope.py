@@ -3,22 +3,16 @@ import math
 import os
 from collections import defaultdict
 
-from benchmarks.reading import (mean, question_id, questions_from_lines, read_answers, read_lines,
-                                unique)
+from benchmarks.reading import add_labels, group, mean, question_id, read_lines, unique
 
-COLUMN = "POPE"
 HEADLINE, SCALE = "mean_f1", 100
 MAX_NEW_TOKENS = 128
 ASK = "pope/llava_pope_test.jsonl"
-QUESTIONS = ASK
+IMAGES = "pope/val2014"
 TRUTH = "pope/coco"                         # coco_pope_<split>.json
 SOURCE = "AoiDragon/POPE at e3e3926, output/coco; COCO val2014"
 
 SPLITS = ("random", "popular", "adversarial")
-
-
-def questions(data):
-    return questions_from_lines(data, ASK, "pope/val2014")
 
 
 def parse(text):
@@ -36,17 +30,19 @@ def asked(record):
     return f"{record['image']}: {question}"
 
 
-def read_labels(path, split, official):
-    """Return {question_id: label} of one split. The ids do not count: some files have other ids.
+def read(questions, truth):
+    """Return {question_id: record with "label"} of llava_pope_test.jsonl.
 
-    ValueError if labels and questions are not the same. POPE's later random file does not fit;
-    paired by position, as the official tool does, it would give 50 % without a warning.
+    truth: a folder with a label file for each split. The ids in it do not count: some files have
+    other ids. POPE's later random file does not fit; paired by position, as the official tool does,
+    it would give 50 % without a warning.
     """
-    labels = unique(read_lines(path, "image", "text", "label"), asked, path)
-    if sorted(labels) != sorted(asked(q) for q in official.values()):
-        raise ValueError(f"{path}: its {len(labels)} labels do not match the {len(official)} "
-                         f"'{split}' questions one to one")
-    return {k: labels[asked(q)]["label"] for k, q in official.items()}
+    official = unique(read_lines(questions), question_id)
+    for split, members in group(official.values(), lambda q: q["category"]).items():
+        path = os.path.join(truth, f"coco_pope_{split}.json")
+        labels = [(asked(record), record["label"]) for record in read_lines(path)]
+        add_labels({asked(q): q for q in members}, labels, path)
+    return official
 
 
 def split_figures(outcomes):
@@ -55,45 +51,33 @@ def split_figures(outcomes):
     outcomes: list of "TP", "FP", "TN" and "FN"; yes is the positive class.
     """
     TP, FP, TN, FN = (outcomes.count(kind) for kind in ("TP", "FP", "TN", "FN"))
-    total = max(len(outcomes), 1)
     return {
-        "accuracy": (TP + TN) / total,
+        "accuracy": (TP + TN) / len(outcomes),
         "precision": TP / max(TP + FP, 1),
         "recall": TP / max(TP + FN, 1),
         "f1": 2 * TP / max(2 * TP + FP + FN, 1),
-        "yes_ratio": (TP + FP) / total,
+        "yes_ratio": (TP + FP) / len(outcomes),
         "TP": TP, "FP": FP, "TN": TN, "FN": FN,
     }
 
 
-def score(questions, truth, predictions, partial=False):
-    """questions: llava_pope_test.jsonl. truth: a folder with a label file for each split in it."""
-    official = unique(read_lines(questions, "question_id", "image", "text", "category"),
-                      question_id, questions)
-    for k, q in official.items():
-        if q["category"] not in SPLITS:
-            raise ValueError(f"{questions}: question {k} has the unknown category "
-                             f"{q['category']!r}")
-    answers = read_answers(predictions, official, partial)
+def score(official, answers):
     said = {k: parse(answer["text"]) for k, answer in answers.items()}
-    answered_splits = {official[k]["category"] for k in answers}
+    by_split = group(answers, lambda k: official[k]["category"])
     splits, items = {}, {}
     # The splits share images, so the standard error sums over images how much the answers about
     # an image move the mean F1, to first order.
     influence = defaultdict(float)
-    for split in (name for name in SPLITS if name in answered_splits):
-        members = {k: q for k, q in official.items() if q["category"] == split}
-        labels = read_labels(os.path.join(truth, f"coco_pope_{split}.json"), split, members)
+    for split in sorted(by_split, key=SPLITS.index):
         outcomes = {}
-        for k in (k for k in members if k in said):
-            items[k] = int((labels[k] != "no") == (said[k] == "yes"))
+        for k in by_split[split]:
+            items[k] = int((official[k]["label"] != "no") == (said[k] == "yes"))
             outcomes[k] = ("T" if items[k] else "F") + ("P" if said[k] == "yes" else "N")
         figures = splits[split] = split_figures(list(outcomes.values()))
         weight = max(2 * figures["TP"] + figures["FP"] + figures["FN"], 1)
         change = {"TP": 2 - 2 * figures["f1"], "TN": 0, "FP": -figures["f1"], "FN": -figures["f1"]}
         for k, kind in outcomes.items():
-            image = members[k]["image"]
-            influence[image] += change[kind] / weight / len(answered_splits)
+            influence[official[k]["image"]] += change[kind] / weight / len(by_split)
     # Texts that are parsed as yes although they do not contain the word.
     unparsed = sum(said[k] == "yes" and "yes" not in answers[k]["text"].lower() for k in said)
     return {

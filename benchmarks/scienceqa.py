@@ -2,45 +2,44 @@
 import os
 import re
 
-from benchmarks.reading import (LETTER, image_file, mean, question, read_answers, read_lines,
-                                require, stderr, unique)
+from benchmarks.reading import LETTER, add_labels, image_file, mean, read_lines, stderr, unique
 from common import read_json
 
-COLUMN = "SciQA"
 HEADLINE, SCALE = "img_accuracy", 1
 MAX_NEW_TOKENS = 1024
 ASK = "scienceqa/llava_test_CQM-A.json"
-QUESTIONS = ASK
+IMAGES = "scienceqa/test"
 TRUTH = "scienceqa"                         # problems.json and pid_splits.json
 SOURCE = "lupantech/ScienceQA: data/scienceqa, test.zip"
-
-
-def read_records(path):
-    """Return {id: record} of llava_test_CQM-A.json; each has a first turn that has a text."""
-    records = read_lines(path, "id", "conversations")
-    for i, record in enumerate(records):
-        turns = record["conversations"]
-        require(turns[0] if turns else None, ("value",), f"{path}: record {i}, first turn")
-    return unique(records, lambda record: str(record["id"]), path)
 
 
 def text_of(record):
     return record["conversations"][0]["value"].replace("<image>", "").strip()
 
 
-def questions(data):
-    path = os.path.join(data, ASK)
-    return [to_question(record, data, path) for record in read_records(path).values()]
+def questions(path, images):
+    found = []
+    for record in read_lines(path):
+        image = None
+        text = prompt = f"{text_of(record)}\n{LETTER}"
+        if record.get("image"):
+            image = image_file(images, record["image"])
+            prompt = f"<image>\n{text}"     # the score looks for this line in the stored prompt
+        found.append({"question_id": record["id"], "text": text, "prompt": prompt, "image": image})
+    return found
 
 
-def to_question(record, data, path):
-    text = f"{text_of(record)}\n{LETTER}"
-    if not record.get("image"):
-        return question(record["id"], text)
-    where = f"{path}: question {record['id']}"
-    image = image_file(os.path.join(data, "scienceqa/test"), record["image"], where)
-    # The stored prompt has the <image> line: the score looks for it there.
-    return question(record["id"], text, image, f"<image>\n{text}")
+def read(questions, truth):
+    """Return {id: record with "label": a letter} of llava_test_CQM-A.json.
+
+    truth: the folder of problems.json and of pid_splits.json, which names the test questions.
+    """
+    official = unique(read_lines(questions), lambda record: str(record["id"]))
+    path = os.path.join(truth, "pid_splits.json")
+    problems = read_json(os.path.join(truth, "problems.json"))
+    labels = [(str(k), "ABCDE"[problems[str(k)]["answer"]]) for k in read_json(path)["test"]]
+    add_labels(official, labels, path)
+    return official
 
 
 def parse(text):
@@ -54,29 +53,15 @@ def parse(text):
     return found[0] if len(found) == 1 else "FAILED"
 
 
-def score(questions, truth, predictions, partial=False):
-    """questions: llava_test_CQM-A.json. truth: a folder with problems.json and pid_splits.json."""
-    official = read_records(questions)
-    splits_path = os.path.join(truth, "pid_splits.json")
-    problems_path = os.path.join(truth, "problems.json")
-    test_ids = require(read_json(splits_path), ("test",), splits_path)["test"]
-    if sorted(map(str, test_ids)) != sorted(official):
-        raise ValueError(f"{splits_path}: its test ids are not those of the questions")
-    problems = require(read_json(problems_path), official, problems_path)
-    answers = read_answers(predictions, official, partial, fields=("question_id", "prompt", "text"))
-
+def score(official, answers):
     letters, right, with_image = {}, {}, {}
     for k, answer in answers.items():
+        record = official[k]
         has_image = "<image>" in answer["prompt"]
-        same_text = text_of(official[k]) in answer["prompt"]
-        if has_image != bool(official[k].get("image")) or not same_text:
-            raise ValueError(f"{predictions}: the prompt of question {k} is not that of the "
-                             "question file")
-        require(problems[k], ("choices", "answer"), f"{problems_path}: question {k}")
+        if has_image != bool(record.get("image")) or text_of(record) not in answer["prompt"]:
+            raise ValueError(f"the prompt of question {k} is not that of the question file")
         letters[k] = parse(answer["text"])
-        # A letter beyond the choices counts as parsed, and as wrong.
-        choices = "ABCDE"[:len(problems[k]["choices"])]
-        right[k] = int(choices.find(letters[k]) == problems[k]["answer"])
+        right[k] = int(letters[k] == record["label"])
         if has_image:
             with_image[k] = right[k]
     return {

@@ -1,22 +1,15 @@
 """TextVQA, val 0.5.1: text in photographs, soft accuracy against ten human answers."""
 import re
 
-from benchmarks.reading import (mean, questions_from_lines, read_answers, require, stderr,
-                                unique)
+from benchmarks.reading import mean, stderr, unique
 from common import read_json
 
-COLUMN = "TextVQA"
 HEADLINE, SCALE = "accuracy", 1
 MAX_NEW_TOKENS = 128
 ASK = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
+IMAGES = "textvqa/train_images"
 QUESTIONS = "textvqa/TextVQA_0.5.1_val.json"
-TRUTH = None
 SOURCE = "TextVQA's site: val 0.5.1, train_val_images.zip"
-
-
-def questions(data):
-    return questions_from_lines(data, ASK, "textvqa/train_images")
-
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(n) for n, word in enumerate(NUMBERS)} | {"none": "0"}
@@ -63,40 +56,31 @@ def soft_accuracy(text, humans):
     return min(10, 3 * agree) / 10
 
 
-def question_in(prompt, where):
+def question_in(prompt):
     """Return the question, in lower case, of any prompt that LLaVA has used."""
+    in_the_middle = re.match(r"OCR tokens: .*?Question: (.*?) Short answer:", prompt, re.DOTALL)
+    if in_the_middle:
+        return in_the_middle[1].lower()
     lines = prompt.split("\n")
-    if prompt.startswith("OCR tokens: "):
-        match = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
-        if match:
-            return match[1].lower()
-    elif "Reference OCR token: " in prompt and len(lines) == 3:
-        ocr_first = prompt.startswith("Reference OCR token:")
-        return lines[1 if ocr_first else 0].lower()
-    elif len(lines) == 2:
-        return lines[0].lower()
-    raise ValueError(f"{where}: no question found in the prompt {prompt!r}")
+    ocr_first = prompt.startswith("Reference OCR token:") and len(lines) == 3
+    return lines[1 if ocr_first else 0].lower()
 
 
-def score(questions, truth, predictions, partial=False):
-    """questions: TextVQA_0.5.1_val.json, which holds the answers.
+def key(answer):
+    """Return "image / question": LLaVA's question_id is the id of the image."""
+    return f"{answer['question_id']} / {question_in(answer['prompt'])}"
 
-    LLaVA's question_id is the id of the image, so a question's key is (image, question).
-    """
-    data = require(read_json(questions), ("data",), questions)["data"]
-    for i, q in enumerate(data):
-        require(q, ("image_id", "question", "answers"), f"{questions}: record {i}")
-        humans = q["answers"]
-        if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
-            raise ValueError(f"{questions}: {q['question']!r} on {q['image_id']} has not ten "
-                             "answers")
-    official = unique(data, lambda q: f"{q['image_id']} / {q['question'].lower()}", questions)
 
-    def key(answer):
-        image = answer["question_id"]
-        return f"{image} / {question_in(answer['prompt'], f'{predictions}: question {image}')}"
+def read(questions, truth):
+    """Return {key: record} of TextVQA_0.5.1_val.json, which holds the answers."""
+    data = read_json(questions)["data"]
+    for q in data:
+        if len(q["answers"]) != 10:
+            raise ValueError(f"{q['question']!r} on {q['image_id']} has not ten answers")
+    return unique(data, lambda q: f"{q['image_id']} / {q['question'].lower()}")
 
-    answers = read_answers(predictions, official, partial, key, ("question_id", "prompt", "text"))
+
+def score(official, answers):
     items = {k: soft_accuracy(a["text"], official[k]["answers"]) for k, a in answers.items()}
     tenths = [round(10 * value) for value in items.values()]    # integers: their sum is exact
     summary = {"accuracy": mean(tenths, 10), "total": len(items), "stderr": stderr(items.values())}

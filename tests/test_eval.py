@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import eval as program  # noqa: E402
-from benchmarks import judge as judge_client, pope  # noqa: E402
+from benchmarks import mmvet, pope  # noqa: E402
 from benchmarks.reading import LETTER, SHORT  # noqa: E402
 
 CHATML = ("{% for m in messages %}"
@@ -312,7 +312,7 @@ def test_table_and_compare(world, capsys):
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
     """judge(script) -> the path of the grade file; script(number of the request, body) -> content, or what to do"""
-    monkeypatch.setattr(judge_client, "WAITS", (0,) * 5)
+    monkeypatch.setattr(mmvet, "WAITS", (0,) * 5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     save(tmp_path / "q.json", json.dumps({f"v1_{i}": {"question": f"Q{i}", "answer": "bread<AND>cakes",
@@ -404,6 +404,6 @@ def test_judge_gives_up_and_resumes(judge, capsys):
 def test_judge_not_there_at_all(judge, monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionRefusedError
-    monkeypatch.setattr(judge_client.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(mmvet.urllib.request, "urlopen", refuse)
     with pytest.raises(ValueError, match="no reply"):
         judge(lambda n, body: "1")

@@ -605,7 +605,7 @@ def test_any_value_in_a_file_of_a_benchmark(task, tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark") / task
     questions, truth, answers = benchmark(task, root)
     predictions = test_benchmarks.save(root / "p", answers)
-    assert evaluation.BENCHMARKS[task].score(questions, truth, predictions)[1]
+    assert evaluation.score_files(task, questions, truth, predictions, None)[1]
     files = {str(path): path.read_text(encoding="utf-8") for path in root.rglob("*") if path.is_file()}
     files = {path: text for path, text in files.items() if text[0] in "[{"}         # TSV files have no values but text
 
@@ -619,7 +619,7 @@ def test_any_value_in_a_file_of_a_benchmark(task, tmp_path_factory):
         with open(path, "w", encoding="utf-8") as f:
             f.write("\n".join(changed) + "\n")
         try:
-            summary, items = evaluation.BENCHMARKS[task].score(questions, truth, predictions)
+            summary, items = evaluation.score_files(task, questions, truth, predictions, None)
             assert json.dumps(summary, allow_nan=False) and isinstance(items, dict)
         except ValueError as error:
             assert str(root) in str(error), error
@@ -646,7 +646,7 @@ def test_no_strangers_code_and_no_pickle(name):
 
 
 @pytest.mark.parametrize("image, words", [
-    ("../../secret.jpg", "leads out of"), ("/etc/hostname", "leads out of"), (7, "no text in 'image'")])
+    ("../../secret.jpg", "leads out of"), ("/etc/hostname", "leads out of"), (7, "llava_pope_test.jsonl: a record of another form")])
 def test_questions_of_a_benchmark_stay_in_its_folder(tmp_path, image, words):
     question = {"question_id": 1, "text": "a", "image": image, "category": "random"}
     test_benchmarks.save(tmp_path / "pope/llava_pope_test.jsonl", [question])
@@ -656,7 +656,7 @@ def test_questions_of_a_benchmark_stay_in_its_folder(tmp_path, image, words):
 
 def test_a_benchmark_without_a_question_has_no_score(tmp_path):
     test_benchmarks.save(tmp_path / "pope/llava_pope_test.jsonl", [])
-    with pytest.raises(ValueError, match="llava_pope_test.jsonl has no question"):
+    with pytest.raises(ValueError, match="llava_pope_test.jsonl: the file has no question"):
         load_questions("pope", str(tmp_path))
 
 

@@ -174,20 +174,19 @@ def measure(vlm, metadata, args):
     settings = {**vlm.image_settings, "mode": metadata["image_mode"]}
     dataset = data.Conversations([args.captions], args.images, vlm.tokenizer, vlm.num_patches,
                                  settings, template, features=args.features)
-    boxes = common.read_json(args.boxes)
+    boxes = {name: value["objects"] for name, value in common.read_json(args.boxes).items()}
     first = {}                                      # {image: number of its first caption}
     for i, images in enumerate(dataset.image_names):
-        if len(images) == 1 and boxes.get(images[0], {"objects": []})["objects"]:
+        if len(images) == 1 and boxes.get(images[0]):
             first.setdefault(images[0], i)
-    names = list(first)[:args.number]
-    objects = [boxes[name]["objects"] for name in names]
-    samples = [dataset.sample(first[name]) for name in names]
-    report = words_in_labels(vlm, samples, objects) | {"pictures": len(names)}
+    first = dict(list(first.items())[:args.number])
+    objects = [boxes[name] for name in first]
+    samples = [dataset.sample(i) for i in first.values()]
+    report = words_in_labels(vlm, samples, objects) | {"pictures": len(first)}
     if args.words_only:
         return report
 
-    turns = [data.messages_of(dataset.records[first[name]], template == "chat")[0]
-             for name in names]
+    turns = [data.messages_of(dataset.records[i], template == "chat")[0] for i in first.values()]
     report |= bits_per_byte(vlm, turns, samples, template)
     if args.prompt:
         turns, template = [[ASKED, answer] for _, answer in turns], "chat"

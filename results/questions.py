@@ -37,8 +37,9 @@ def things(answer):
 
 def pairs_of(record):
     """Return [(question without "<image>", answer), ...] of a record."""
-    texts = [turn["content"].replace(conversation.IMAGE, "") for turn in data.turns_of(record)]
-    return [(question.strip(), answer) for question, answer in zip(texts[::2], texts[1::2])]
+    texts = [turn["content"].replace(conversation.IMAGE, "").strip()
+             for turn in data.turns_of(record)]
+    return list(zip(texts[::2], texts[1::2]))
 
 
 def split(path, folder, held_out):

@@ -5,8 +5,8 @@ Count over many images whether the words of the patches mean something.
         [--truth truth.json] [--out DIR]
 
 The script measures how near the image embeds are to words, and how often the strongest word of a
-patch names what the image shows. It writes DIR/study.json, study.md and study.png. NAME is the name
-of the folder if none is given. Checkpoints of one name and number of steps are seeds of one row.
+patch names what the image shows. It writes DIR/study.json and study.md. NAME is the name of the
+folder if none is given. Checkpoints of one name and number of steps are seeds of one row.
 """
 import itertools
 import math
@@ -19,14 +19,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 import common
 import data
 from results.photos import content_words, entropy, load_named, plain
 from support import pictures
 from support.checks import refuse_files
-from words import cosine_null, grid_patches, save_figure, vocabulary
+from words import cosine_null, grid_patches, vocabulary
 
 COVER = 1 / 3                   # part of a patch that an object's box must cover to give its name
 # Words that name nothing that an image shows.
@@ -175,18 +174,13 @@ def observe(name, vlm, metadata, records):
 
 def join_seeds(seeds):
     """Return the row of checkpoints that differ by their seed: an interval for each measure."""
-    values = {key: interval_over_seeds([row["values"][key] for row in seeds])
-              for key in seeds[0]["values"]}
+    values = {measure: interval_over_seeds([row["values"][measure] for row in seeds])
+              for measure in seeds[0]["values"]}
     return seeds[0] | {"values": values, "seeds": len(seeds)}
 
 
 # --------------------------------------------------------------------------------------------------
-# study.md and study.png
-
-def label(row):
-    """Return the name of a row."""
-    return row["name"] if row["step"] is None else f"{row['name']}, step {row['step']}"
-
+# study.md
 
 def cell(row, measures, scale, digits):
     """Return a cell of the table: the first measure with its interval, then the other means."""
@@ -200,51 +194,24 @@ def cell(row, measures, scale, digits):
 
 def study_table(result):
     """Return study.md as a string."""
-    rows = result["rows"]
-    seeds = " and over seeds" if any(row["seeds"] > 1 for row in rows) else ""
-    lines = [f"{result['pictures']} pictures of {result['data']}; mean and 95 % interval by "
-             f"bootstrap over pictures{seeds}.", ""]
-    for row in rows:
+    has_seeds = any(row["seeds"] > 1 for row in result["rows"])
+    runs, table = [], []
+    for row in result["rows"]:
+        name = row["name"] if row["step"] is None else f"{row['name']}, step {row['step']}"
         words = f", {row['words']} words" if row["words"] else ""
-        lines.append(f"- {label(row)}: {row['connector']} on {row['llm']}, {row['patches']} "
-                     f"patches{words}, {row['seeds']} seed(s)")
-    lines += ["", "Cosine similarity of a patch and its nearest token; entropy of the weights in "
-              "bits; percent of the patches whose strongest word names the object that covers the "
-              "patch (shape or colour), or stands in the picture's caption: right picture / "
-              "another picture / words drawn blindly.", "",
-              f"| | {' | '.join(NEAR + SHARES)} |", "|---" * (1 + len(NEAR + SHARES)) + "|"]
-    for row in rows:
+        runs.append(f"- {name}: {row['connector']} on {row['llm']}, {row['patches']} patches"
+                    f"{words}, {row['seeds']} seed(s)")
         cells = [cell(row, [measure], 1, 3) for measure in NEAR]
         cells += [cell(row, [f"{share}: {x}" for x in AGAINST], 100, 1) for share in SHARES]
-        lines.append(f"| {label(row)} | {' | '.join(cells)} |")
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    lines = [f"{result['pictures']} pictures of {result['data']}; mean and 95 % interval by "
+             f"bootstrap over pictures{' and over seeds' * has_seeds}.", "", *runs, "",
+             "Cosine similarity of a patch and its nearest token; entropy of the weights in "
+             "bits; percent of the patches whose strongest word names the object that covers the "
+             "patch (shape or colour), or stands in the picture's caption: right picture / "
+             "another picture / words drawn blindly.", "",
+             f"| | {' | '.join(NEAR + SHARES)} |", "|---" * (1 + len(NEAR + SHARES)) + "|", *table]
     return "\n".join(lines) + "\n"
-
-
-def draw_study(result):
-    """Return study.png as a Figure: a row for each checkpoint. Hollow marks: another picture."""
-    rows = result["rows"]
-    plots = {"cosine above random directions": ["above random directions"],
-             "entropy of the weights, bits": ["entropy"]}
-    for what in ("object", "caption"):
-        plots[f"strongest word: {what}, %"] = [f"{share}: {x}" for share in SHARES if what in share
-                                               for x in AGAINST[:2]]
-    figure = Figure((3.3 * len(plots) + 1.5, 1.8 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(plots), sharey=True)
-    for axis, (title, measures) in zip(axes, plots.items()):
-        for n, measure in enumerate(measures):
-            intervals = [row["values"].get(measure) or [math.nan] * 3 for row in rows]
-            means, low, high = np.array(intervals).T * (100 if "%" in title else 1)
-            # An interval of no width may lie beside the mean by rounding. matplotlib refuses it.
-            widths = np.maximum([means - low, high - means], 0)
-            axis.errorbar(means, np.arange(len(rows)) + 0.1 * n, xerr=widths, fmt="o", ms=4,
-                          color=f"C{n // 2}", mfc="white" if n % 2 else None, label=measure)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlim(left=min(0, axis.get_xlim()[0]))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    axes[0].set_yticks(range(len(rows)), [label(row) for row in rows])
-    axes[0].invert_yaxis()
-    return figure
 
 
 def main(argv=None):
@@ -258,7 +225,7 @@ def main(argv=None):
     add("--out", metavar="DIR", default="out/study", help="folder to write (default: out/study)")
     add("--overwrite", action="store_true", help="replace the files in --out")
     args = parser.parse_args(argv)
-    paths = [f"{args.out}/study.{kind}" for kind in ("json", "md", "png")]
+    paths = [f"{args.out}/study.json", f"{args.out}/study.md"]
     refuse_files(paths, args.overwrite)
     records = study_records(args)
     groups = defaultdict(list)
@@ -271,7 +238,6 @@ def main(argv=None):
     table = study_table(result)
     common.write_json(result, paths[0])
     common.write_text(table, paths[1])
-    save_figure(draw_study(result), paths[2])
     print(f"{table}\nwrote {', '.join(paths)}")
 
 

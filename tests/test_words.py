@@ -583,7 +583,7 @@ def test_a_connector_that_always_says_red(tiny, world, shared, tmp_path, capsys)
     argv = [*folders, f"--data={world}/captions.json", f"--images={world}/images", f"--truth={tmp_path}/truth.json",
             f"--out={tmp_path}/study", "--number=8"]
     study.main(argv)
-    assert sorted(os.listdir(tmp_path / "study")) == ["study.json", "study.md", "study.png"]
+    assert sorted(os.listdir(tmp_path / "study")) == ["study.json", "study.md"]
     result = json.loads((tmp_path / "study" / "study.json").read_text())
     red, moved, mlp = (row["values"] for row in result["rows"])
     assert [(row["name"], row["step"], row["seeds"]) for row in result["rows"]] == [("red", 7, 2), ("moved", None, 1), ("an MLP", 7, 1)]

@@ -52,10 +52,10 @@ def split(path, folder, held_out):
     sentences = []
     for record in records[held_out:]:
         if "image" in record:
-            answers = ",".join(answer for _, answer in pairs_of(record)).lower().split(",")
-            parts = dict.fromkeys(answer.strip() for answer in answers)
+            parts = ",".join(answer for _, answer in pairs_of(record)).lower().split(",")
+            names = dict.fromkeys(part.strip() for part in parts)
             messages = [{"role": "user", "content": f"{conversation.IMAGE}\nWhat is in the room?"},
-                        {"role": "assistant", "content": f"There is a {', a '.join(parts)}."}]
+                        {"role": "assistant", "content": f"There is a {', a '.join(names)}."}]
             sentences.append(pocket.record(record.get("id"), messages, record["image"]))
     common.write_json(records[held_out:], f"{folder}/train.json")
     common.write_json(records[:held_out], f"{folder}/val.json")
@@ -95,12 +95,13 @@ def measure(vlm, args):
 
 def main():
     parser = common.argument_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("split").add_argument
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     parser_class=common.argument_parser)
+    add = commands.add_parser("split", description=__doc__).add_argument
     add("questions", metavar="QUESTIONS.json")
     add("folder", metavar="DIR")
     add("--held_out", type=int, default=60, help="photographs of val.json (default 60)")
-    add = commands.add_parser("measure").add_argument
+    add = commands.add_parser("measure", description=__doc__).add_argument
     add("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     add("--data", required=True, help="val.json")
     add("--images", required=True, help="the folder of the photographs")

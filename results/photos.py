@@ -1,7 +1,7 @@
 """
 Measure checkpoints on photographs with captions and boxes: words, bits per byte, written captions.
 
-    python results/photos.py NAME=CHECKPOINT [...] --captions captions_val.json
+    python results/photos.py [NAME=]CHECKPOINT [...] --captions captions_val.json
         --boxes boxes_val.json --images DIR --out FILE.json [--number 300] [--features DIR]
 
 Three measurements, each beside the same one with another picture:
@@ -205,7 +205,7 @@ def measure(vlm, metadata, args):
 
 
 def load_named(pairs):
-    """Yield (name, VLM, metadata) for each "NAME=CHECKPOINT". A folder alone is its own name."""
+    """Yield (name, VLM, metadata) for each "NAME=CHECKPOINT". A folder alone has its own name."""
     for pair in pairs:
         name, equals, folder = pair.partition("=")
         if not equals:
@@ -228,7 +228,7 @@ def write_reports(pairs, path, measure):
 def main():
     parser = common.argument_parser(__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    add("checkpoints", nargs="+", metavar="[NAME=]CHECKPOINT")
     add("--captions", required=True, help="LLaVA-format captions; the first one of each picture")
     add("--boxes", required=True)
     add("--images", required=True)

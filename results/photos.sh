@@ -29,7 +29,7 @@ BASE="$HERE --vision_tower=$TOWER --llm=$SMOL"
 WORDS_STAGE="config/photos/words.py $BASE --words=$WORDS"
 VAL="--captions $DATA/captions_val.json --boxes $DATA/boxes_val.json --images $DATA/images"
 REPORT=results/photos/report.json
-measure() { "$PYTHON" results/photos.py "$@" $VAL --out "$REPORT"; }    # NAME=CHECKPOINT [...]
+measure() { "$PYTHON" results/photos.py "$@" $VAL --out "$REPORT"; }    # [NAME=]CHECKPOINT [...]
 train() {                                           # train NAME CONFIG [--key=value ...]
     [ -f "$OUT/$1/config.json" ] || "$PYTHON" train.py "${@:2}" --out="$OUT/$1"
 }
@@ -38,13 +38,13 @@ transfer() {                                        # transfer NAME NEW_NAME LLM
 }
 patch_words() {                                     # train NAME and measure the words of patches
     train "$@"
-    measure "$1=$OUT/$1" --number 1000 --words_only
+    measure "$OUT/$1" --number 1000 --words_only
 }
 words_alone() {                                     # words_alone PREFIX SEED [--key=value ...]
     local words=$1words-$2 gemma=$1gemma-$2
     patch_words "$words" $WORDS_STAGE --seed="$2" "${@:3}"
     transfer "$words" "$gemma" "$GEMMA"
-    measure "$1smollm2-$2=$OUT/$words" "$gemma=$OUT/$gemma" --number 96 --prompt
+    measure "$1smollm2-$2=$OUT/$words" "$OUT/$gemma" --number 96 --prompt
 }
 for seed in 42 43; do words_alone "" $seed; done
 
@@ -78,24 +78,22 @@ for seed in 42 43; do
     train step1-$seed $WORDS_STAGE --words_patch_weight=0 --temperature=1 --seed=$seed
     patch_words step2-$seed config/photos/pretrain.py $HERE --init="$OUT/step1-$seed" --seed=$seed
     transfer step2-$seed step2-gemma-$seed "$GEMMA"
-    measure step2-smollm2-$seed="$OUT/step2-$seed" step2-gemma-$seed="$OUT/step2-gemma-$seed" \
-        --number 96
+    measure step2-smollm2-$seed="$OUT/step2-$seed" "$OUT/step2-gemma-$seed" --number 96
 
     # The baselines: the MLP, and the LangBridge without the words loss.
     FRESH="$BASE --init= --image_size=224 --pool=2 --words_loss=0 --seed=$seed"
     train mlp$s config/photos/pretrain.py $FRESH --connector=mlp --connector_lr=1e-3
-    transfer mlp$s mlp-gemma$s "$GEMMA" --map "$WORDS"
-    train plain$s config/photos/pretrain.py $FRESH --words="$WORDS" --hidden=512
-    transfer plain$s plain-gemma$s "$GEMMA"
-    measure mlp$s="$OUT/mlp$s" mlp-mapped-gemma$s="$OUT/mlp-gemma$s" \
-        no-words-loss$s="$OUT/plain$s" no-words-loss-gemma$s="$OUT/plain-gemma$s" --number 96
-    measure mlp-mapped-gemma-text-norm$s="$OUT/mlp-gemma$s" --number 96 --match_norm
+    transfer mlp$s mlp-mapped-gemma$s "$GEMMA" --map "$WORDS"
+    train no-words-loss$s config/photos/pretrain.py $FRESH --words="$WORDS" --hidden=512
+    transfer no-words-loss$s no-words-loss-gemma$s "$GEMMA"
+    measure "$OUT"/{mlp,mlp-mapped-gemma,no-words-loss,no-words-loss-gemma}$s --number 96
+    measure mlp-mapped-gemma-text-norm$s="$OUT/mlp-mapped-gemma$s" --number 96 --match_norm
 
     # Stage 2 on captions, 160 steps, and on questions.
     for name in words-$seed mlp$s; do
         train "captions-$name" config/photos/questions.py --init="$OUT/$name" $HERE --seed=$seed \
             --data="$OUT/one-each.json" --image_mode=crop --global_batch=16 --batch_size=16
-        measure captions-$name="$OUT/captions-$name" --number 96
+        measure "$OUT/captions-$name" --number 96
     done
     train question-words$s config/photos/words.py --init="$OUT/words-$seed" $ROOMS --seed=$seed \
         --data="$QUESTIONS/answers.json" --image_mode=pad --epochs=8 --connector_lr=1e-3
@@ -122,7 +120,6 @@ patch_words words-112-pixels-476-steps $AT_1 --image_size=112 --pool=1 --max_ste
     --features="$OUT/features112"
 
 # The other way round: the words stage with Gemma's tokenizer and E, moved to SmolLM2.
-train words-of-gemma $WORDS_STAGE --llm=$GEMMA
-transfer words-of-gemma moved-to-smollm2 "$SMOL"
-measure gemma-source="$OUT/words-of-gemma" smollm2-target="$OUT/moved-to-smollm2" \
-    --number 96 --prompt
+train gemma-source $WORDS_STAGE --llm=$GEMMA
+transfer gemma-source smollm2-target "$SMOL"
+measure "$OUT"/{gemma-source,smollm2-target} --number 96 --prompt

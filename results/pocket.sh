@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE=1
 PYTHON=${PYTHON:-.venv/bin/python}
 ROWS=(qwen-MLP qwen-LB llama-MLP llama-from-qwen-LB qwen-LB-pretrain llama-from-pretrain
       llama-from-qwen-LB-untrained)
-move() {                    # move NAME NEW_NAME [--map WORDS]: to pocket-llama, with nothing trained
+move() {                # move NAME NEW_NAME [--map WORDS]: to pocket-llama, with nothing trained
     [ -f "$S/$2/config.json" ] ||
         "$PYTHON" transfer.py "$S/$1" data/pocket/pocket-llama --out "$S/$2" "${@:3}"
     [ -f "$S/$2/eval/results.json" ] || "$PYTHON" eval.py "$S/$2" \

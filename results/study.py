@@ -88,7 +88,8 @@ def interval_over_seeds(values, draws=2000):
     """Return [mean, low, high], a 95 % interval by bootstrap, or None if there is no value.
 
     values float[seeds, images], NaN for an image without a value. Images are drawn with
-    replacement. Where there are several seeds, seeds are drawn, too.
+    replacement. Where there are several seeds, seeds are drawn, too. Each image counts equally. In
+    photos.interval an image counts by its patches or bytes.
     """
     values = np.asarray(values, float)
     values = values[:, ~np.isnan(values).any(0)]

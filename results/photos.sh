@@ -53,6 +53,7 @@ for seed in 42 43; do words_alone "" $seed; done
 # `results/questions.py split` has written.
 [ -n "${MORE:-}" ] || exit 0
 REPORT=results/photos/report-more.json
+PAPER_WORDS="$WORDS_STAGE --words_patch_weight=0 --temperature=1"       # the paper's temperature
 ROOMS="--images=$QUESTIONS/images --features=$OUT/questions-features"
 # quarter.json: every fourth photograph. one-each.json: one caption of each of 2,560 photographs.
 "$PYTHON" - "$DATA/captions_train.json" "$OUT" <<'END'
@@ -74,8 +75,8 @@ END
 for seed in 42 43; do
     s=; [ $seed = 42 ] || s=-$seed
     words_alone no-patches- $seed --words_patch_weight=0
-    # 160 steps of captions on SmolLM2, after a words stage at the paper's temperature, 1.
-    train step1-$seed $WORDS_STAGE --words_patch_weight=0 --temperature=1 --seed=$seed
+    # 160 steps of captions on SmolLM2, after a words stage at the paper's temperature.
+    train step1-$seed $PAPER_WORDS --seed=$seed
     patch_words step2-$seed config/photos/pretrain.py $HERE --init="$OUT/step1-$seed" --seed=$seed
     transfer step2-$seed step2-gemma-$seed "$GEMMA"
     measure step2-smollm2-$seed="$OUT/step2-$seed" "$OUT/step2-gemma-$seed" --number 96
@@ -113,10 +114,9 @@ measure smollm2-4-epochs="$OUT/words-4-epochs" --number 96 --prompt
 patch_words words-patches-all-476-steps $WORDS_STAGE --max_steps=476
 patch_words words-patches-quarter-476-steps $WORDS_STAGE --data="$OUT/quarter.json"
 # The last three were measured at temperature 1, which changes their entropy alone.
-AT_1="$WORDS_STAGE --words_patch_weight=0 --temperature=1"
-patch_words words-all-476-steps $AT_1 --max_steps=476
-patch_words words-quarter-476-steps $AT_1 --data="$OUT/quarter.json"
-patch_words words-112-pixels-476-steps $AT_1 --image_size=112 --pool=1 --max_steps=476 \
+patch_words words-all-476-steps $PAPER_WORDS --max_steps=476
+patch_words words-quarter-476-steps $PAPER_WORDS --data="$OUT/quarter.json"
+patch_words words-112-pixels-476-steps $PAPER_WORDS --image_size=112 --pool=1 --max_steps=476 \
     --features="$OUT/features112"
 
 # The other way round: the words stage with Gemma's tokenizer and E, moved to SmolLM2.

@@ -15,11 +15,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 from matplotlib.figure import Figure
 
-import checkpoint
 import common
 import conversation
 import words
-from results.photos import ASKED, PROMPT, write_captions
+from results.photos import ASKED, PROMPT, load_named, write_captions
 from support import pictures
 
 SIDE = 512                      # pixels of a picture in the gallery
@@ -50,18 +49,16 @@ def main():
     images = [pictures.open_image(f"{args.photos}/{photo['image']}") for photo in photos]
     os.makedirs(args.out, exist_ok=True)
     captions = {}
-    for n, pair in enumerate(args.checkpoints):
-        name, _, folder = pair.partition("=")
-        vlm = checkpoint.load(folder)
-        mode = checkpoint.read_config(folder)[1]["image_mode"]          # of the training
+    for name, vlm, metadata in load_named(args.checkpoints):
+        mode = metadata["image_mode"]                                   # of the training
         pixels = torch.stack([pictures.transform(image, **vlm.image_settings, mode=mode)
                               for image in images])
-        captions[name] = write_captions(vlm, [ASKED] * len(pixels), "chat", pixels)
-        if n == 0:
+        if not captions:                                                # the first checkpoint
             for photo, image, x in zip(photos, images, pixels):
                 shown = words.square(image, mode, vlm.image_settings["mean"], SIDE)
                 path = f"{args.out}/{os.path.basename(photo['image'])}"
                 draw(vlm, x, shown).savefig(path, dpi=words.DPI, pil_kwargs={"quality": 80})
+        captions[name] = write_captions(vlm, [ASKED] * len(pixels), "chat", pixels)
     lines = ["# Gallery", "", "Made by `python results/gallery.py`. The photographs are the first "
              f"{len(photos)} of a list of COCO photographs under CC BY 2.0, whatever they show. "
              "The model has seen none of them. It sees the square in the middle. On each patch "

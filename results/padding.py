@@ -13,8 +13,9 @@ import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import common
-from data import global_batches
+from data import global_batches, micro_batches
 
 IMAGE_TOKENS, MAX_LENGTH, PAD_TO, GLOBAL_BATCH = 576, 2048, 64, 128
 WORDS_PER_TOKEN = 0.75
@@ -28,9 +29,9 @@ SOURCES = {
     "VG": (86_417, True, 420, 0.5), "ShareGPT": (40_688, False, 1100, 0.9)}
 
 
-def simulate(part, seed=0):
+def simulate(part):
     """Return (tokens of each record, its length as data.py counts it), of 1 / part of all."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     tokens, lengths = [], []
     for records, has_image, median, sigma in SOURCES.values():
         for _ in range(records // part):
@@ -44,12 +45,12 @@ def padding(steps, tokens, world, batch_size, pack):
     """Return the part of all computed tokens that is padding or waiting for the slowest rank."""
     real = computed = 0
     for step in steps:
-        of_ranks = []
-        for own in (step[rank::world] for rank in range(world)):
-            batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
-            rows = [[sum(tokens[i] for i in batch)] if pack else
-                    [max(tokens[i] for i in batch)] * len(batch) for batch in batches]
-            of_ranks.append(sum(-(-T // PAD_TO) * PAD_TO for T in sum(rows, [])))
+        of_ranks = [0] * world
+        for rank in range(world):
+            for batch in micro_batches(step, rank, world, batch_size):
+                sizes = [tokens[i] for i in batch]
+                rows = [sum(sizes)] if pack else [max(sizes)] * len(sizes)
+                of_ranks[rank] += sum(math.ceil(T / PAD_TO) * PAD_TO for T in rows)
         real += sum(tokens[i] for i in step)
         computed += world * max(of_ranks)
     return 1 - real / computed
@@ -58,9 +59,8 @@ def padding(steps, tokens, world, batch_size, pack):
 def main():
     parser = common.argument_parser(__doc__)
     parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--part", type=int, default=8, help="simulate 1/PART of the records")
     args = parser.parse_args()
-    tokens, lengths = simulate(args.part)
+    tokens, lengths = simulate(part=8)
     dataset = types.SimpleNamespace(lengths=lengths)
     print(f"{len(tokens):,} records, mean {sum(tokens) / len(tokens):.0f} tokens")
     rows = []
@@ -68,12 +68,11 @@ def main():
         for group_batches in (1, 4, 16, 64):
             steps = global_batches(dataset, GLOBAL_BATCH, 0, 1, True, group_batches)
             steps = [step for step in steps if len(step) == GLOBAL_BATCH]
-            share, packed = (padding(steps, tokens, world, batch_size, pack)
-                             for pack in (False, True))
-            rows.append({"ranks": world, "batch_size": batch_size, "group_batches": group_batches,
-                         "padding": round(share, 4), "packed": round(packed, 4)})
-            print(f"{world} ranks, batch_size {batch_size:2}, group_batches {group_batches:2}: "
-                  f"{share:5.1%} padding, {packed:5.1%} with pack")
+            row = {"ranks": world, "batch_size": batch_size, "group_batches": group_batches}
+            for key, pack in (("padding", False), ("packed", True)):
+                row[key] = round(padding(steps, tokens, world, batch_size, pack), 4)
+            print(row)
+            rows.append(row)
     if args.out:
         common.write_json(rows, args.out)
 

@@ -1,7 +1,7 @@
 """
 Measure checkpoints on photographs with captions and boxes: words, bits per byte, written captions.
 
-    python results/photos.py NAME=CHECKPOINT [...] --captions captions_val.json
+    python results/photos.py [NAME=]CHECKPOINT [...] --captions captions_val.json
         --boxes boxes_val.json --images DIR --out FILE.json [--number 300] [--features DIR]
 
 Three measurements, each beside the same one with another picture:
@@ -25,6 +25,7 @@ from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -52,9 +53,18 @@ def plain(word):
     return vocab.show(word).strip("␣").lower()
 
 
-def content_words(text):
-    """Return the set of lower-case words of a text that can name a thing."""
-    return set(re.findall(r"[a-z]+", text.lower())) - NO_THING
+def content_words(text, no_thing):
+    """Return the set of lower-case words of a text that are not in the set no_thing."""
+    return set(re.findall(r"[^\W\d_]+", text.lower())) - no_thing
+
+
+def entropy(weights):
+    """Return the entropy of each patch's weights in bits: float[P, K] -> float[P].
+
+    Raw scores count by their absolute value.
+    """
+    p = weights.abs() / weights.abs().sum(-1, keepdim=True)
+    return torch.special.entr(p).sum(-1) / math.log(2)
 
 
 def labels_of_patches(objects, side):
@@ -67,8 +77,17 @@ def labels_of_patches(objects, side):
             x0, y0, x1, y1 = thing["box"]
             if x0 <= x <= x1 and y0 <= y <= y1:
                 covering.append(((x1 - x0) * (y1 - y0), thing["label"]))
-        labels.append(content_words(min(covering)[1]) if covering else set())
+        labels.append(content_words(min(covering)[1], NO_THING) if covering else set())
     return labels
+
+
+def interval(rows):
+    """Return [mean, low, high] of sum(hits) / sum(counts) over rows of (hits, count)."""
+    hits, counts = np.array([row for row in rows if row[1]], float).T
+    generator = random.Random(0)
+    draws = [generator.choices(range(len(hits)), k=len(hits)) for _ in range(1000)]
+    means = np.sort(hits[draws].sum(1) / counts[draws].sum(1))
+    return [round(float(v), 4) for v in (hits.sum() / counts.sum(), means[25], means[975])]
 
 
 def first_line(text):
@@ -78,59 +97,36 @@ def first_line(text):
 
 def write_captions(vlm, questions, template, images):
     """Return the first line that the model writes about each image: N questions -> N strings."""
+    prompts = [conversation.encode_prompt([question], vlm.tokenizer, vlm.num_patches, template)
+               for question in questions]
     lines = []
-    for start in range(0, len(questions), BATCH_SIZE):
-        prompts = [conversation.encode_prompt([question], vlm.tokenizer, vlm.num_patches, template)
-                   for question in questions[start:start + BATCH_SIZE]]
-        answers = generate(vlm, prompts, images[start:start + BATCH_SIZE], max_new_tokens=24)
+    for i in range(0, len(prompts), BATCH_SIZE):
+        batch = slice(i, i + BATCH_SIZE)
+        answers = generate(vlm, prompts[batch], images[batch], max_new_tokens=24)
         lines += [first_line(vlm.tokenizer.decode(ids, skip_special_tokens=True))
                   for ids in answers]
     return lines
-
-
-def interval(rows, seed=0, draws=1000):
-    """Return [mean, low, high] of sum(hits) / sum(counts) over rows of (hits, count)."""
-    def mean(rows):
-        return sum(hits for hits, _ in rows) / sum(count for _, count in rows)
-
-    rows = [row for row in rows if row[1]]
-    generator = random.Random(seed)
-    means = sorted(mean(generator.choices(rows, k=len(rows))) for _ in range(draws))
-    bounds = means[int(0.025 * draws)], means[int(0.975 * draws)]
-    return [round(v, 4) for v in (mean(rows), *bounds)]
 
 
 @torch.no_grad()
 def bits_per_byte(vlm, turns, samples, template):
     """Return the bits per byte of captions with the right, a wrong and no image, {key: interval}.
 
-    turns: a (question, answer) for each sample. The wrong image is that of the sample before.
+    turns: [question, answer] for each sample. The wrong image is that of the sample before.
     """
-    bits = {"right": [], "wrong": [], "none": []}
+    rows = defaultdict(list)
     for n, (pair, sample) in enumerate(zip(turns, samples)):
-        ids, labels = conversation.encode(list(pair), vlm.tokenizer, vlm.num_patches, template)
-        row = {"id": sample["id"], "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        batch = data.collate([row | {"images": sample["images"]}], vlm.pad_id)
+        ids, labels = conversation.encode(pair, vlm.tokenizer, vlm.num_patches, template)
+        row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        batch = data.collate([{**row, "id": sample["id"], "images": sample["images"]}], vlm.pad_id)
         other = batch | {"pixel_values": samples[n - 1]["images"]}
+        right, wrong, none = (vlm(view)[0].item() / math.log(2)
+                              for view in (batch, other, data.without_images(batch)))
         num_bytes = len(pair[1]["content"].encode())
-        for key, view in (("right", batch), ("wrong", other), ("none", data.without_images(batch))):
-            bits[key].append((vlm(view)[0].item() / math.log(2), num_bytes))
-    report = {f"bits_per_byte_{key}": interval(rows) for key, rows in bits.items()}
-    report["wrong_minus_right"] = interval([(wrong - right, size) for (wrong, size), (right, _)
-                                            in zip(bits["wrong"], bits["right"])])
-    return report
-
-
-@torch.no_grad()
-def strongest_words(vlm, patches):
-    """Return (P lists of the 5 strongest words, scores [P, K]) of patches float[1, P, Dv]."""
-    if vlm.words:
-        names, scores = vlm.words, vlm.connector.weights(patches)[0]            # (P, K)
-    else:
-        names, E = words.vocabulary(vlm)
-        scores = words.cosine(vlm.connector(patches)[0].float(), E)             # (P, V)
-    top = scores.topk(5, dim=-1).indices.tolist()
-    return [[plain(names[k]) for k in row] for row in top], scores
+        for key, bits in {"bits_per_byte_right": right, "bits_per_byte_wrong": wrong,
+                          "bits_per_byte_none": none, "wrong_minus_right": wrong - right}.items():
+            rows[key].append((bits, num_bytes))
+    return {key: interval(value) for key, value in rows.items()}
 
 
 def match_norm(vlm):
@@ -141,61 +137,80 @@ def match_norm(vlm):
 
 
 @torch.no_grad()
+def words_in_labels(vlm, samples, objects):
+    """Return how often the strongest words of patches are in labels, {key: interval}, and entropy.
+
+    objects: those of the boxes file for each sample. Another picture is that of the sample before.
+    """
+    side = math.isqrt(vlm.num_patches)
+    labels_of = [labels_of_patches(of_one, side) for of_one in objects]
+    names, E = (vlm.words, None) if vlm.words else words.vocabulary(vlm)
+    rows = defaultdict(list)
+    entropies = []
+    for n, sample in enumerate(samples):
+        patches = words.grid_patches(vlm, sample["images"])                     # (1, P, Dv)
+        if vlm.words:
+            scores = vlm.connector.weights(patches)[0]                          # (P, K)
+            entropies.append(entropy(scores).mean().item())
+        else:
+            scores = words.cosine(vlm.connector(patches)[0].float(), E)         # (P, V)
+        strongest = [[plain(names[k]) for k in top] for top in scores.topk(5).indices.tolist()]
+        for suffix, labels in (("", labels_of[n]), ("_other", labels_of[n - 1])):
+            pairs = [(five, label) for five, label in zip(strongest, labels) if label]
+            for k in (1, 5):
+                hits = sum(not label.isdisjoint(five[:k]) for five, label in pairs)
+                rows[f"words_top{k}{suffix}"].append((hits, len(pairs)))
+    report = {key: interval(value) for key, value in rows.items()}
+    if entropies:
+        report["entropy_bits"] = round(sum(entropies) / len(entropies), 3)
+    return report
+
+
 def measure(vlm, metadata, args):
     """Return a checkpoint's report, {name: [mean, low, high]}."""
     if args.match_norm:
         match_norm(vlm)
+    template = metadata["template"]
     settings = {**vlm.image_settings, "mode": metadata["image_mode"]}
     dataset = data.Conversations([args.captions], args.images, vlm.tokenizer, vlm.num_patches,
-                                 settings, metadata["template"], features=args.features)
-    boxes = common.read_json(args.boxes)
-    first = {}
+                                 settings, template, features=args.features)
+    boxes = {name: value["objects"] for name, value in common.read_json(args.boxes).items()}
+    first = {}                                      # {image: number of its first caption}
     for i, images in enumerate(dataset.image_names):
-        if len(images) == 1 and boxes.get(images[0], {"objects": []})["objects"]:
+        if len(images) == 1 and boxes.get(images[0]):
             first.setdefault(images[0], i)
-    names = list(first)[:args.number]
-    samples = [dataset.sample(first[name]) for name in names]
-    side = math.isqrt(vlm.num_patches)
-
-    rows = defaultdict(list)
-    entropies = []
-    all_labels = [labels_of_patches(boxes[name]["objects"], side) for name in names]
-    for n, sample in enumerate(samples):
-        patches = words.grid_patches(vlm, sample["images"])
-        said, weights = strongest_words(vlm, patches)
-        if vlm.words and vlm.config.normalize != "none":
-            entropies.append(torch.special.entr(weights).sum(dim=-1).mean().item() / math.log(2))
-        for suffix, labels in (("", all_labels[n]), ("_other", all_labels[n - 1])):
-            pairs = [(five, label) for five, label in zip(said, labels) if label]
-            for k in (1, 5):
-                hits = sum(not label.isdisjoint(five[:k]) for five, label in pairs)
-                rows[f"top{k}{suffix}"].append((hits, len(pairs)))
-    report = {f"words_{key}": interval(value) for key, value in rows.items()}
-    report["pictures"] = len(names)
-    if entropies:
-        report["entropy_bits"] = round(sum(entropies) / len(entropies), 3)
-
+    first = dict(list(first.items())[:args.number])
+    objects = [boxes[name] for name in first]
+    samples = [dataset.sample(i) for i in first.values()]
+    report = words_in_labels(vlm, samples, objects) | {"pictures": len(first)}
     if args.words_only:
         return report
 
-    template = metadata["template"]
-    turns = [data.messages_of(dataset.records[first[name]], template == "chat")[0]
-             for name in names]
+    turns = [data.messages_of(dataset.records[i], template == "chat")[0] for i in first.values()]
     report |= bits_per_byte(vlm, turns, samples, template)
     if args.prompt:
-        turns, template = [(ASKED, answer) for _, answer in turns], "chat"
+        turns, template = [[ASKED, answer] for _, answer in turns], "chat"
         bits = bits_per_byte(vlm, turns, samples, template)
         report |= {f"prompt_{key}": value for key, value in bits.items()}
 
     images = torch.cat([sample["images"] for sample in samples])
     captions = write_captions(vlm, [question for question, _ in turns], template, images)
-    things = [set().union(*(content_words(o["label"]) for o in boxes[name]["objects"]))
-              for name in names]
+    things = [content_words(" ".join(thing["label"] for thing in of_one), NO_THING)
+              for of_one in objects]
     for suffix, shift in (("", 0), ("_other", 1)):
-        hits = [(bool(content_words(caption) & things[n - shift]), 1)
+        hits = [(bool(content_words(caption, NO_THING) & things[n - shift]), 1)
                 for n, caption in enumerate(captions)]
         report[f"written{suffix}"] = interval(hits)
     return report
+
+
+def load_named(pairs):
+    """Yield (name, VLM, metadata) for each "NAME=CHECKPOINT". A folder alone has its own name."""
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not equals:
+            name, folder = os.path.basename(os.path.abspath(pair)), pair
+        yield name, checkpoint.load(folder), checkpoint.read_config(folder)[1]
 
 
 def write_reports(pairs, path, measure):
@@ -204,11 +219,8 @@ def write_reports(pairs, path, measure):
     measure(vlm, metadata of the checkpoint) returns the report.
     """
     reports = common.read_json(path) if os.path.isfile(path) else {}
-    for pair in pairs:
-        name, _, folder = pair.partition("=")
-        metadata = checkpoint.read_config(folder)[1]
-        reports[name] = measure(checkpoint.load(folder), metadata)
-        reports[name]["git_commit"] = metadata["git_commit"]
+    for name, vlm, metadata in load_named(pairs):
+        reports[name] = measure(vlm, metadata) | {"git_commit": metadata["git_commit"]}
         print(name, *(f"  {key} {value}" for key, value in reports[name].items()), sep="\n")
         common.write_json(reports, path)
 
@@ -216,7 +228,7 @@ def write_reports(pairs, path, measure):
 def main():
     parser = common.argument_parser(__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    add("checkpoints", nargs="+", metavar="[NAME=]CHECKPOINT")
     add("--captions", required=True, help="LLaVA-format captions; the first one of each picture")
     add("--boxes", required=True)
     add("--images", required=True)

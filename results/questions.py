@@ -15,6 +15,7 @@ without one. Intervals are 95 % bootstrap intervals over photographs.
 import os
 import random
 import sys
+from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -29,16 +30,6 @@ from results.photos import interval, write_reports
 from support.pictures import image_path, open_image, transform
 
 
-def split(path, folder, held_out):
-    """Write train.json, val.json, answers.json; `held_out` records drawn by seed 0 are val."""
-    records = [record for _, record in data.read_records(path)]
-    random.Random(0).shuffle(records)
-    common.write_json(records[held_out:], f"{folder}/train.json")
-    common.write_json(records[:held_out], f"{folder}/val.json")
-    answers_of = [answers_record(record) for record in records[held_out:] if "image" in record]
-    common.write_json(answers_of, f"{folder}/answers.json")
-
-
 def things(answer):
     """Return the set of things that an answer names."""
     return {part.strip().rstrip(".").lower() for part in answer.split(",")}
@@ -46,17 +37,29 @@ def things(answer):
 
 def pairs_of(record):
     """Return [(question without "<image>", answer), ...] of a record."""
-    texts = [turn["content"].replace(conversation.IMAGE, "") for turn in data.turns_of(record)]
-    return [(question.strip(), answer) for question, answer in zip(texts[::2], texts[1::2])]
+    texts = [turn["content"].replace(conversation.IMAGE, "").strip()
+             for turn in data.turns_of(record)]
+    return list(zip(texts[::2], texts[1::2]))
 
 
-def answers_record(record):
-    """Return a record whose only answer is a sentence with all answers of `record`."""
-    parts = [part.strip() for _, answer in pairs_of(record) for part in answer.lower().split(",")]
-    sentence = "There is a " + ", a ".join(dict.fromkeys(parts)) + "."
-    messages = [{"role": "user", "content": f"{conversation.IMAGE}\nWhat is in the room?"},
-                {"role": "assistant", "content": sentence}]
-    return pocket.record(record.get("id"), messages, record["image"])
+def split(path, folder, held_out):
+    """Write train.json, val.json and answers.json. Seed 0 draws the `held_out` records of val.json.
+
+    The only answer of a record of answers.json is a sentence with all answers of the photograph.
+    """
+    records = [record for _, record in data.read_records(path)]
+    random.Random(0).shuffle(records)
+    sentences = []
+    for record in records[held_out:]:
+        if "image" in record:
+            parts = ",".join(answer for _, answer in pairs_of(record)).lower().split(",")
+            names = dict.fromkeys(part.strip() for part in parts)
+            messages = [{"role": "user", "content": f"{conversation.IMAGE}\nWhat is in the room?"},
+                        {"role": "assistant", "content": f"There is a {', a '.join(names)}."}]
+            sentences.append(pocket.record(record.get("id"), messages, record["image"]))
+    common.write_json(records[held_out:], f"{folder}/train.json")
+    common.write_json(records[:held_out], f"{folder}/val.json")
+    common.write_json(sentences, f"{folder}/answers.json")
 
 
 def answers(vlm, questions, pixels):
@@ -65,9 +68,8 @@ def answers(vlm, questions, pixels):
     prompts = [conversation.encode_prompt([{"role": "user", "content": image + question}],
                                           vlm.tokenizer, vlm.num_patches)
                for question in questions]
-    index = [0] * len(prompts) if pixels is not None else None
-    ids = generate(vlm, prompts, pixels, max_new_tokens=12, image_index=index)
-    return [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    ids = generate(vlm, prompts, pixels, max_new_tokens=12, image_index=[0] * len(prompts))
+    return vlm.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -76,36 +78,39 @@ def measure(vlm, args):
     records = [record for _, record in data.read_records(args.data)]
     pixels = [transform(open_image(image_path(args.images, record["image"])),
                         **vlm.image_settings, mode="pad")[None] for record in records]
-    rows = {"right": [], "wrong": [], "none": []}
+    rows = defaultdict(list)
     for n, record in enumerate(records):
         questions, expected = zip(*pairs_of(record))
+        hits = {}
         for name, picture in (("right", pixels[n]), ("wrong", pixels[n - 1]), ("none", None)):
             given = answers(vlm, questions, picture)
-            hits = sum(things(a) == things(b) for a, b in zip(given, expected))
-            rows[name].append((hits, len(expected)))
+            hits[name] = sum(things(a) == things(b) for a, b in zip(given, expected))
+        hits["right_minus_none"] = hits["right"] - hits["none"]
+        for name, number in hits.items():
+            rows[name].append((number, len(expected)))
     report = {name: interval(row) for name, row in rows.items()}
-    gain = [(right - none, count) for (right, count), (none, _) in zip(rows["right"], rows["none"])]
-    return {**report, "right_minus_none": interval(gain), "photographs": len(records),
+    return {**report, "photographs": len(records),
             "questions": sum(count for _, count in rows["right"])}
 
 
 def main():
     parser = common.argument_parser(__doc__)
-    add = parser.add_argument
-    add("what", choices=("split", "measure"))
-    add("names", nargs="+", help="QUESTIONS.json DIR, or NAME=CHECKPOINT [...]")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     parser_class=common.argument_parser)
+    add = commands.add_parser("split", description=__doc__).add_argument
+    add("questions", metavar="QUESTIONS.json")
+    add("folder", metavar="DIR")
     add("--held_out", type=int, default=60, help="photographs of val.json (default 60)")
-    add("--data", help="val.json")
-    add("--images", help="the folder of the photographs")
-    add("--out", metavar="FILE.json", help="reports by name; old names are kept")
+    add = commands.add_parser("measure", description=__doc__).add_argument
+    add("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    add("--data", required=True, help="val.json")
+    add("--images", required=True, help="the folder of the photographs")
+    add("--out", required=True, metavar="FILE.json", help="reports by name; old names are kept")
     args = parser.parse_args()
-    if args.what == "split":
-        if len(args.names) != 2:
-            parser.error("split needs QUESTIONS.json and a folder")
-        return split(*args.names, args.held_out)
-    if not (args.data and args.images and args.out):
-        parser.error("measure needs --data, --images and --out")
-    write_reports(args.names, args.out, lambda vlm, _: measure(vlm, args))
+    if args.command == "split":
+        split(args.questions, args.folder, args.held_out)
+    else:
+        write_reports(args.checkpoints, args.out, lambda vlm, _: measure(vlm, args))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ DIR gets config.json, words.json and connector.safetensors. `python transfer.py 
 `python words.py DIR photo.jpg` read it. The model card, DIR/README.md, is written by hand.
 """
 import os
+import shutil
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import torch
-
 import checkpoint
 import common
-import vocab
 from support.tensors import read_safetensors, write_safetensors
 
 
@@ -32,10 +30,10 @@ def main():
     if any(checkpoint.own_folder(args.checkpoint, part) for part in ("llm", "vision_tower")):
         raise ValueError(f"{args.checkpoint} holds an LLM or tower of its own, which would be lost")
     tensors = read_safetensors(f"{args.checkpoint}/connector.safetensors")
+    half = {name: tensor.half() for name, tensor in tensors.items()}
     os.makedirs(args.out, exist_ok=True)
-    half = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
     write_safetensors(half, f"{args.out}/connector.safetensors")
-    vocab.save_words(vocab.load_words(f"{args.checkpoint}/words.json"), f"{args.out}/words.json")
+    shutil.copy(f"{args.checkpoint}/words.json", args.out)
     # Without hashes the connector is for any LLM, also for another copy of the one of the training.
     metadata |= {"vision_tower": args.vision_tower, "llm": args.llm}
     metadata.pop("fingerprint", None)

@@ -1,63 +1,36 @@
 """
 Count over many images whether the words of the patches mean something.
 
-    python results/study.py CHECKPOINT [...] --data captions.json --images DIR [--truth truth.json]
-        [--out DIR]
+    python results/study.py [NAME=]CHECKPOINT [...] --data captions.json --images DIR
+        [--truth truth.json] [--out DIR]
 
 The script measures how near the image embeds are to words, and how often the strongest word of a
-patch names what the image shows. It writes DIR/study.json, study.md and study.png. Folders of one
-name and step (seed1/LB seed2/LB) are seeds of one row. steps/000100 of a run is its step 100.
+patch names what the image shows. It writes DIR/study.json and study.md. NAME is the name of the
+folder if none is given. Checkpoints of one name and number of steps are seeds of one row.
 """
 import itertools
 import math
 import os
-import re
 import sys
 from collections import Counter, defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common
-
-COVER = 1 / 3                   # part of a patch that an object's box must cover to give its name
-# Words that name nothing that an image shows.
-SMALL = frozenset("and are for from has have into its that the there this with".split())
-
-
-def read_arguments(argv=None):
-    parser = common.argument_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders, in the order of the rows")
-    add("--data", metavar="FILE", required=True, help="captions in LLaVA's format")
-    add("--images", metavar="DIR", required=True, help="the folder of their images")
-    add("--truth", metavar="FILE", help="{image: {objects}}, as pocket.py writes it")
-    add("--number", type=int, default=100, help="number of images (default: 100)")
-    add("--out", metavar="DIR", default="out/study", help="folder to write (default: out/study)")
-    add("--device", help="default: cuda if there is one, else cpu")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add("--overwrite", action="store_true", help="replace the files in --out")
-    add("--offline", action="store_true", help=common.OFFLINE)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":                   # before the slow imports, so that --help is quick
-    ARGS = read_arguments()
-    if ARGS.offline:
-        common.go_offline()
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
-import checkpoint
+import common
 import data
-from results.photos import plain
+from results.photos import content_words, entropy, load_named, plain
 from support import pictures
 from support.checks import refuse_files
-from support.device import own_device
-from words import cosine_null, grid_patches, save_figure, vocabulary
+from words import cosine_null, grid_patches, vocabulary
 
+COVER = 1 / 3                   # part of a patch that an object's box must cover to give its name
+# Words that name nothing that an image shows.
+NO_THING = set("""a an and are as at be by for from has have he if in into is it its no of on or so
+that the there this to with""".split())
 # What is measured for each image. A share is the part of the patches whose strongest word names the
 # object on the patch, or stands in the image's caption.
 NEAR = ("top-1 cosine", "above random directions", "entropy")
@@ -67,20 +40,6 @@ AGAINST = ("right picture", "another picture", "chance")
 
 # --------------------------------------------------------------------------------------------------
 # the numbers
-
-def entropy(w):
-    """Return the entropy of each patch's weights in bits: float[P, K] -> float[P].
-
-    Raw scores count by their absolute value.
-    """
-    p = w.abs() / w.abs().sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1) / math.log(2)
-
-
-def content_words(text):
-    """Return the set of words that can name something: lower case, 3 letters or more, no SMALL."""
-    return set(re.findall(r"[^\W\d_]{3,}", text.lower())) - SMALL
-
 
 def names_of_patches(objects, size, side, mode):
     """Return the possible names of each patch: side * side sets {shape, colour}, or empty sets.
@@ -115,28 +74,28 @@ def shares_of(words, names, other_names, counts):
     image, which the words of this image should not find. counts: a Counter of the vocabulary, from
     which chance draws a word. NaN if no patch has a name.
     """
-    size = counts.total()
     # The other image's names go to the patches that have names here, one after another.
     others = itertools.cycle([wanted for wanted in other_names if wanted] or [set()])
     found = []
     for word, wanted in zip(words, names):
         if wanted:
-            chance = sum(counts[name] for name in wanted) / size
+            chance = sum(counts[name] for name in wanted) / counts.total()
             found.append((word in wanted, word in next(others), chance))
     return dict(zip(AGAINST, np.mean(found, 0).tolist() if found else [math.nan] * 3))
 
 
-def interval(values, draws=2000, seed=0):
+def interval_over_seeds(values, draws=2000):
     """Return [mean, low, high], a 95 % interval by bootstrap, or None if there is no value.
 
     values float[seeds, images], NaN for an image without a value. Images are drawn with
-    replacement. Where there are several seeds, seeds are drawn, too.
+    replacement. Where there are several seeds, seeds are drawn, too. Each image counts equally. In
+    photos.interval an image counts by its patches or bytes.
     """
     values = np.asarray(values, float)
     values = values[:, ~np.isnan(values).any(0)]
     if not values.size:
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     S, N = values.shape
     rows = generator.integers(S, size=(draws, S, 1))
     columns = generator.integers(N, size=(draws, 1, N))
@@ -147,50 +106,34 @@ def interval(values, draws=2000, seed=0):
 # --------------------------------------------------------------------------------------------------
 # reading checkpoints
 
-def run_of(folder, metadata):
-    """Return (name of the run, step or None) of a checkpoint folder.
-
-    steps/000100 belongs to the run two folders above it.
-    """
-    path = os.path.abspath(folder)
-    step = re.fullmatch(r"0*(\d+)", os.path.basename(path))
-    if step:
-        return os.path.basename(path.rsplit(os.sep, 2)[0]), int(step[1])
-    return os.path.basename(path), metadata.get("steps")
-
-
 def study_records(args):
     """Return [(image, words of its captions, its objects or None)] of the first args.number images.
 
     ValueError for fewer than two images, or for an image that --truth does not have.
     """
-    truth = common.read_json(args.truth) if args.truth else None
     captions = {}
     for _, record in data.read_records(args.data):
         messages, images = data.messages_of(record)
         if len(images) == 1 and (images[0] in captions or len(captions) < args.number):
-            answers = [m["content"] for m in messages if m["role"] == "assistant"]
-            captions.setdefault(images[0], set()).update(content_words(" ".join(answers)))
+            answers = " ".join(m["content"] for m in messages if m["role"] == "assistant")
+            captions.setdefault(images[0], set()).update(content_words(answers, NO_THING))
     if len(captions) < 2:
         raise ValueError(f"a study needs two images or more: {len(captions)} of {args.data}, "
                          f"--number is {args.number}")
-    records = []
-    for name, caption in captions.items():
-        if truth and name not in truth:
-            raise ValueError(f"{args.truth} does not know {name}")
-        image = pictures.open_image(pictures.image_path(args.images, name))
-        records.append((image, caption, truth and truth[name]["objects"]))
-    return records
+    truth = common.read_json(args.truth) if args.truth else dict.fromkeys(captions, {})
+    absent = captions.keys() - truth.keys()
+    if absent:
+        raise ValueError(f"{args.truth} does not know {min(absent)}")
+    return [(pictures.open_image(pictures.image_path(args.images, name)), caption,
+             truth[name].get("objects")) for name, caption in captions.items()]
 
 
 @torch.no_grad()
-def observe(folder, records, args):
+def observe(name, vlm, metadata, records):
     """Return a row of study.json for one checkpoint, with a number for each image under "values".
 
     Of raw scores the highest counts, because a word of negative score is taken from a patch.
     """
-    config, metadata = checkpoint.read_config(folder)
-    vlm = checkpoint.load(folder, own_device(args.device), getattr(torch, args.dtype))
     mode = metadata.get("image_mode", "pad")
     side = math.isqrt(vlm.num_patches)
     tokens, E = vocabulary(vlm)
@@ -200,7 +143,11 @@ def observe(folder, records, args):
                     "weights": [plain(word) for word in vlm.words or ()]}
     values = defaultdict(list)
     strongest = defaultdict(list)               # for each image the strongest word of each patch
-    for image, _, _ in records:
+    names = defaultdict(list)                   # for each image the possible names of each patch
+    for image, caption, objects in records:
+        names["caption"].append([caption] * side ** 2)
+        if objects is not None:
+            names["object"].append(names_of_patches(objects, image.size, side, mode))
         pixels = pictures.transform(image, mode=mode, **vlm.image_settings)         # (3, S, S)
         patches = grid_patches(vlm, pixels[None])                   # (1, P, Dv)
         embeds = vlm.connector(patches)[0].float()                  # (P, D)
@@ -214,45 +161,27 @@ def observe(folder, records, args):
         for kind, score in scores.items():
             strongest[kind].append([vocabularies[kind][i] for i in score.argmax(-1).tolist()])
 
-    names = {"caption": [[caption] * side ** 2 for _, caption, _ in records]}
-    if records[0][2] is not None:
-        names["object"] = [names_of_patches(objects, image.size, side, mode)
-                           for image, _, objects in records]
     for (kind, words), (what, wanted) in itertools.product(strongest.items(), names.items()):
         counts = Counter(vocabularies[kind])
         for n in range(len(records)):
             shares = shares_of(words[n], wanted[n], wanted[n - 1], counts)
             for against, share in shares.items():
                 values[f"{what}, by {kind}: {against}"].append(share)
-    name, step = run_of(folder, metadata)
-    kind = "MLP" if config.connector == "mlp" else f"LangBridge, {config.normalize}"
-    return {"name": name, "step": step, "llm": os.path.basename(config.llm), "connector": kind,
-            "words": len(vlm.words or ()), "patches": side ** 2, "values": values}
+    kind = f"LangBridge, {vlm.config.normalize}" if vlm.words else "MLP"
+    return {"name": name, "step": metadata.get("steps"), "llm": os.path.basename(vlm.config.llm),
+            "connector": kind, "words": len(vlm.words or ()), "patches": side ** 2,
+            "values": values}
 
 
-def study(args):
-    """Read every checkpoint, group the seeds, and return what study.json holds."""
-    records = study_records(args)
-    groups = defaultdict(list)
-    for folder in args.checkpoints:                                 # one LLM in memory at a time
-        seen = observe(folder, records, args)
-        groups[seen["name"], seen["step"]].append(seen)
-        print(f"read {folder}", flush=True)
-    rows = []
-    for seeds in groups.values():
-        measures = seeds[0]["values"]
-        values = {key: interval([seen["values"][key] for seen in seeds]) for key in measures}
-        rows.append(seeds[0] | {"values": values, "seeds": len(seeds)})
-    return {"pictures": len(records), "data": os.path.basename(args.data), "rows": rows}
+def join_seeds(seeds):
+    """Return the row of checkpoints that differ by their seed: an interval for each measure."""
+    values = {measure: interval_over_seeds([row["values"][measure] for row in seeds])
+              for measure in seeds[0]["values"]}
+    return seeds[0] | {"values": values, "seeds": len(seeds)}
 
 
 # --------------------------------------------------------------------------------------------------
-# study.md and study.png
-
-def label(row):
-    """Return the name of a row."""
-    return row["name"] if row["step"] is None else f"{row['name']}, step {row['step']}"
-
+# study.md
 
 def cell(row, measures, scale, digits):
     """Return a cell of the table: the first measure with its interval, then the other means."""
@@ -266,64 +195,52 @@ def cell(row, measures, scale, digits):
 
 def study_table(result):
     """Return study.md as a string."""
-    rows = result["rows"]
-    seeds = " and over seeds" if any(row["seeds"] > 1 for row in rows) else ""
-    lines = [f"{result['pictures']} pictures of {result['data']}; mean and 95 % interval by "
-             f"bootstrap over pictures{seeds}.", ""]
-    for row in rows:
+    has_seeds = any(row["seeds"] > 1 for row in result["rows"])
+    runs, table = [], []
+    for row in result["rows"]:
+        name = row["name"] if row["step"] is None else f"{row['name']}, step {row['step']}"
         words = f", {row['words']} words" if row["words"] else ""
-        lines.append(f"- {label(row)}: {row['connector']} on {row['llm']}, {row['patches']} "
-                     f"patches{words}, {row['seeds']} seed(s)")
-    lines += ["", "Cosine similarity of a patch and its nearest token; entropy of the weights in "
-              "bits; percent of the patches whose strongest word names the object that covers the "
-              "patch (shape or colour), or stands in the picture's caption: right picture / "
-              "another picture / words drawn blindly.", "",
-              f"| | {' | '.join(NEAR + SHARES)} |", "|---" * (1 + len(NEAR + SHARES)) + "|"]
-    for row in rows:
+        runs.append(f"- {name}: {row['connector']} on {row['llm']}, {row['patches']} patches"
+                    f"{words}, {row['seeds']} seed(s)")
         cells = [cell(row, [measure], 1, 3) for measure in NEAR]
         cells += [cell(row, [f"{share}: {x}" for x in AGAINST], 100, 1) for share in SHARES]
-        lines.append(f"| {label(row)} | {' | '.join(cells)} |")
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    lines = [f"{result['pictures']} pictures of {result['data']}; mean and 95 % interval by "
+             f"bootstrap over pictures{' and over seeds' * has_seeds}.", "", *runs, "",
+             "Cosine similarity of a patch and its nearest token; entropy of the weights in "
+             "bits; percent of the patches whose strongest word names the object that covers the "
+             "patch (shape or colour), or stands in the picture's caption: right picture / "
+             "another picture / words drawn blindly.", "",
+             f"| | {' | '.join(NEAR + SHARES)} |", "|---" * (1 + len(NEAR + SHARES)) + "|", *table]
     return "\n".join(lines) + "\n"
 
 
-def draw_study(result):
-    """Return study.png as a Figure: a row for each checkpoint. Hollow marks: another picture."""
-    rows = result["rows"]
-    plots = {"cosine above random directions": ["above random directions"],
-             "entropy of the weights, bits": ["entropy"]}
-    for what in ("object", "caption"):
-        plots[f"strongest word: {what}, %"] = [f"{share}: {x}" for share in SHARES if what in share
-                                               for x in AGAINST[:2]]
-    figure = Figure((3.3 * len(plots) + 1.5, 1.8 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(plots), sharey=True)
-    for axis, (title, measures) in zip(axes, plots.items()):
-        for n, measure in enumerate(measures):
-            known = [i for i, row in enumerate(rows) if row["values"].get(measure)]
-            values = np.array([rows[i]["values"][measure] for i in known]).reshape(-1, 3)
-            means, low, high = values.T * (100 if "%" in title else 1)
-            # An interval of no width may lie beside the mean by rounding. matplotlib refuses it.
-            widths = np.maximum([means - low, high - means], 0)
-            axis.errorbar(means, np.array(known) + 0.1 * n, xerr=widths, fmt="o", ms=4,
-                          color=f"C{n // 2}", mfc="white" if n % 2 else None, label=measure)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlim(left=min(0, axis.get_xlim()[0]))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    axes[0].set_yticks(range(len(rows)), [label(row) for row in rows])
-    axes[0].invert_yaxis()
-    return figure
-
-
-def main(args):
-    paths = [f"{args.out}/study.{kind}" for kind in ("json", "md", "png")]
+def main(argv=None):
+    parser = common.argument_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="[NAME=]CHECKPOINT", help="in the order of the rows")
+    add("--data", metavar="FILE", required=True, help="captions in LLaVA's format")
+    add("--images", metavar="DIR", required=True, help="the folder of their images")
+    add("--truth", metavar="FILE", help="{image: {objects}}, as pocket.py writes it")
+    add("--number", type=int, default=100, help="number of images (default: 100)")
+    add("--out", metavar="DIR", default="out/study", help="folder to write (default: out/study)")
+    add("--overwrite", action="store_true", help="replace the files in --out")
+    args = parser.parse_args(argv)
+    paths = [f"{args.out}/study.json", f"{args.out}/study.md"]
     refuse_files(paths, args.overwrite)
-    result = study(args)
+    records = study_records(args)
+    groups = defaultdict(list)
+    for name, vlm, metadata in load_named(args.checkpoints):
+        row = observe(name, vlm, metadata, records)
+        groups[row["name"], row["step"]].append(row)
+        print(f"read {name}", flush=True)
+    result = {"pictures": len(records), "data": os.path.basename(args.data),
+              "rows": [join_seeds(seeds) for seeds in groups.values()]}
     table = study_table(result)
     common.write_json(result, paths[0])
     common.write_text(table, paths[1])
-    save_figure(draw_study(result), paths[2])
     print(f"{table}\nwrote {', '.join(paths)}")
 
 
 if __name__ == "__main__":
-    common.run_script(main, ARGS)
+    common.run_script(main)

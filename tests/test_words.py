@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import urllib.request
 from collections import Counter
@@ -23,12 +22,10 @@ import conversation
 import model
 import vocab
 import words
-from conftest import ROOT, run
+from conftest import run
+from results import study
 from test_model import make
 from support import needs, pictures
-
-sys.path.insert(0, f"{ROOT}/results")
-import study
 
 EVIL = ["</script><script>throw 1</script>", '"><img src=x onerror="throw 2">', "<!--", "&lt;", "'\\\u2028\u2029", "\x00\x07\n\r",
         "\u202eabc", "$x^$", " the", "中文", "שלום", "😀", " "]
@@ -42,8 +39,8 @@ def build(tiny, llm, shared, normalize="softmax", **more):
     return checkpoint.build(model.Config(tiny.clip, getattr(tiny, llm), kind, 24, len(shared or ()), normalize, **more), shared)
 
 
-def save(vlm, folder, stage="pretrain", trained_parts=("connector",), template="plain"):
-    checkpoint.save(vlm, str(folder), stage, trained_parts, template=template, image_mode="pad")
+def save(vlm, folder, stage="pretrain", trained_parts=("connector",), template="plain", **extra):
+    checkpoint.save(vlm, str(folder), stage, trained_parts, template=template, image_mode="pad", **extra)
     return str(folder)
 
 
@@ -536,10 +533,7 @@ def test_read_agrees_with_the_connector(checkpoints):
 
 @pytest.mark.parametrize("found, wanted", [
     ([study.plain(w) for w in ("ĠRed", "red", "<", "Ġ")], ["red", "red", "<", ""]),
-    (study.content_words("A large Red heart, and the star2 of it"), {"large", "red", "heart", "star"}),
-    (study.run_of("a/seed1/LB/steps/000100", {"steps": 7}), ("LB", 100)),
-    (study.run_of("a/seed1/LB/", {"steps": 7}), ("LB", 7)),
-    (study.run_of("a/moved", {}), ("moved", None))])
+    (study.content_words("A large Red heart, and the star2 of it", study.NO_THING), {"large", "red", "heart", "star"})])
 def test_small_functions_of_the_study(found, wanted):
     assert found == wanted
 
@@ -567,12 +561,12 @@ def test_shares_count_only_patches_with_a_name():
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say():
-    assert study.interval([[0.25] * 9]) == [0.25] * 3 and study.interval([[math.nan] * 3]) is None
-    assert study.interval([[1, math.nan, 3]])[0] == 2
+    assert study.interval_over_seeds([[0.25] * 9]) == [0.25] * 3 and study.interval_over_seeds([[math.nan] * 3]) is None
+    assert study.interval_over_seeds([[1, math.nan, 3]])[0] == 2
     generator = np.random.default_rng(0)
-    held = [low <= 0.5 <= high for _, low, high in (study.interval([generator.random(50)], 400) for _ in range(300))]
+    held = [low <= 0.5 <= high for _, low, high in (study.interval_over_seeds([generator.random(50)], 400) for _ in range(300))]
     assert 0.90 <= np.mean(held) <= 0.98
-    one, two = (study.interval(v) for v in ([[0, 1] * 50] * 2, [[0, 1] * 50, [1, 2] * 50]))
+    one, two = (study.interval_over_seeds(v) for v in ([[0, 1] * 50] * 2, [[0, 1] * 50, [1, 2] * 50]))
     assert one[2] - one[1] < 0.25 and two[1:] == pytest.approx([0.45, 1.55], abs=0.1)          # seeds that differ count
 
 
@@ -582,16 +576,18 @@ def test_a_connector_that_always_says_red(tiny, world, shared, tmp_path, capsys)
         vlm = build(tiny, llm, None if folder == "mlp" else shared)
         if vlm.words:
             vlm.connector.to_scores.bias.data[shared.index("Ġred")] = 1e3
-        folders.append(save(vlm, tmp_path / folder, stage))
+        folders.append(save(vlm, tmp_path / folder, stage, **({} if folder == "moved" else {"steps": 7})))
+    folders[-1] = f"an MLP={folders[-1]}"
     truth = {f"{i}.png": {"objects": [{"shape": "square", "color": c, "box": [0, 0, 8, 8]}]} for i, c in enumerate(["red", "green", "blue", "white"] * 10)}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    args = study.read_arguments([*folders, f"--data={world}/captions.json", f"--images={world}/images", f"--truth={tmp_path}/truth.json",
-                                 "--number=8", f"--out={tmp_path}/study", "--device=cpu"])
-    study.main(args)
-    assert sorted(os.listdir(tmp_path / "study")) == ["study.json", "study.md", "study.png"]
+    argv = [*folders, f"--data={world}/captions.json", f"--images={world}/images", f"--truth={tmp_path}/truth.json",
+            f"--out={tmp_path}/study", "--number=8"]
+    study.main(argv)
+    assert sorted(os.listdir(tmp_path / "study")) == ["study.json", "study.md"]
     result = json.loads((tmp_path / "study" / "study.json").read_text())
     red, moved, mlp = (row["values"] for row in result["rows"])
-    assert [(row["name"], row["seeds"]) for row in result["rows"]] == [("red", 2), ("moved", 1), ("mlp", 1)] and result["pictures"] == 8
+    assert [(row["name"], row["step"], row["seeds"]) for row in result["rows"]] == [("red", 7, 2), ("moved", None, 1), ("an MLP", 7, 1)]
+    assert result["pictures"] == 8
     assert red["entropy"][0] < 1e-6 and red["top-1 cosine"] == pytest.approx([1] * 3) and 0.3 < red["above random directions"][0] < 1
     for how, against in itertools.product(("weights", "cosine"), ("right", "another")):         # two pictures of eight are red
         assert red[f"object, by {how}: {against} picture"][0] == red[f"caption, by {how}: {against} picture"][0] == 0.25
@@ -600,23 +596,19 @@ def test_a_connector_that_always_says_red(tiny, world, shared, tmp_path, capsys)
     assert moved["object, by weights: right picture"] == red["object, by weights: right picture"]
     assert "entropy" not in mlp and "object, by weights: right picture" not in mlp and mlp["object, by cosine: right picture"][0] < 1
     table = (tmp_path / "study" / "study.md").read_text()
-    assert table in capsys.readouterr().out and re.search(r"\| red \|.* \| 25\.0 \[[\d.]+, [\d.]+\] / 25\.0 / ", table)
-    with pytest.raises(ValueError, match="--overwrite"):
-        study.main(args)
-    args.number = 1
-    with pytest.raises(ValueError, match="needs two images or more: 1 of .*--number is 1"):
-        study.study_records(args)
-    args.number = 8
+    assert table in capsys.readouterr().out and re.search(r"\| red, step 7 \|.* \| 25\.0 \[[\d.]+, [\d.]+\] / 25\.0 / ", table)
     truth.pop("3.png")
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    with pytest.raises(ValueError, match="3.png"):
-        study.study_records(args)
+    for more, sentence in (([], "--overwrite"), (["--overwrite"], "does not know 3.png"),
+                           (["--overwrite", "--number=1"], "needs two images or more: 1 of .*--number is 1")):
+        with pytest.raises(ValueError, match=sentence):
+            study.main(argv + more)
 
 
-@pytest.mark.parametrize("script", [words, study])
-def test_arguments_that_do_not_fit(script, capsys):
+@pytest.mark.parametrize("read", [words.read_arguments, study.main])
+def test_arguments_that_do_not_fit(read):
     with pytest.raises(SystemExit) as stop:
-        script.read_arguments(["somewhere"])
+        read(["somewhere"])
     assert "the following arguments are required: " in str(stop.value.code)
 
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint in a form that other tools run.
+"""Write a checkpoint in a form that other tools run, or fold a LangBridge with raw scores.
 
     python tools/export.py CHECKPOINT DIR
     python tools/export.py CHECKPOINT FILE.safetensors --prompt_embeds --image F --ask QUESTION
@@ -7,7 +7,10 @@ DIR becomes a LLaVA folder of transformers with its processor and chat template;
 LLaVA-NeXT folder. A LangBridge with raw scores is folded for it, and its words can no longer be
 read there. FILE gets {"prompt_embeds": [T, D]}, what vLLM takes as prompt embeddings in place of
 image and question. This works with any connector and an unchanged LLM: after stage 2 the folder
-CHECKPOINT/llm, else the LLM itself.
+CHECKPOINT/llm, else the LLM itself. In Python:
+
+    from tools.export import fold
+    mlp_connector = fold(vlm.connector)
 """
 import os
 import sys
@@ -39,42 +42,68 @@ FLATTEN = """\
 """
 
 
+def fold(connector):
+    """Return an MLPConnector that computes the same function as a LangBridge with raw scores.
+
+    Nothing but the GELU is non-linear there, so its last three products are one:
+    W' = E^T W W2 and b' = E^T (W b2 + b). The products are made in float64 and returned in the
+    connector's dtype. The result belongs to this LLM and its words can no longer be read.
+    ValueError for another normalisation.
+    """
+    from model import MLPConnector
+    if connector.normalize != "none":
+        raise ValueError(f"a connector with normalize={connector.normalize} is no two-layer MLP, "
+                         "because its softmax does not fold")
+    first, _, second = connector.mlp
+    E = connector.vocab_embeds.double()                             # (K, D)
+    W = connector.to_scores.weight.double() / connector.temperature             # (K, H)
+    b = connector.to_scores.bias.double() / connector.temperature               # (K,)
+    EW = E.T @ W                                                    # (D, K) x (K, H) -> (D, H)
+    folded = MLPConnector(first.in_features, E.shape[1], first.out_features).to(first.weight)
+    folded.mlp[0].load_state_dict(first.state_dict())
+    folded.mlp[2].weight.data.copy_(EW @ second.weight.double())    # (D, H) x (H, H) -> (D, H)
+    folded.mlp[2].bias.data.copy_(EW @ second.bias.double() + b @ E)
+    return folded
+
+
 def two_layers(connector):
     """Return (first, second), the connector as the two Linears of the library, [D, Dv] and [D, D].
 
     The library's hidden layer is as wide as the LLM. Rows of zeros fill up a narrower one: they
     reach the second layer as GELU(0) = 0. ValueError if the connector does not fit.
     """
-    import torch
+    from torch.nn import Parameter
+    from torch.nn.functional import pad
     import model
-    from tools.fold import fold
     if isinstance(connector, model.LangBridge):
-        if connector.normalize != "none":
-            raise ValueError(f"a connector with normalize={connector.normalize} is no two-layer "
-                             "MLP, because its softmax does not fold")
         connector = fold(connector)
     first, _, second = connector.mlp
     H, D = first.out_features, second.out_features
     if H > D:
         raise ValueError(f"the connector has H = {H}, more than the LLM's D = {D}, and a LLaVA of "
                          "transformers has H = D")
-    padded = model.MLPConnector(first.in_features, D).to(first.weight)
+    first.weight = Parameter(pad(first.weight, (0, 0, 0, D - H)))
+    first.bias = Parameter(pad(first.bias, (0, D - H)))
+    second.weight = Parameter(pad(second.weight, (0, D - H)))
+    return first, second
+
+
+def rows_before_patches(vlm):
+    """Return how many rows the vision tower gives before those of the patches: CLS and registers."""
+    import torch
+    from support.tower import tower_hidden
+    side = vlm.image_settings["size"]
     with torch.no_grad():
-        for p in padded.parameters():
-            p.zero_()
-        padded.mlp[0].weight[:H] = first.weight
-        padded.mlp[0].bias[:H] = first.bias
-        padded.mlp[2].weight[:, :H] = second.weight
-        padded.mlp[2].bias.copy_(second.bias)
-    return padded.mlp[0], padded.mlp[2]
+        hidden = tower_hidden(vlm.vision_tower, torch.zeros(1, 3, side, side))[-1]
+    return hidden.shape[1] - vlm.num_patches * vlm.config.pool ** 2
 
 
 def add_image_token(vlm):
     """Return the id of "<image>", which is new in the tokenizer, and in the embedding if needed."""
-    import conversation
+    from conversation import IMAGE
     tokenizer, llm = vlm.tokenizer, vlm.llm
-    tokenizer.add_tokens([conversation.IMAGE], special_tokens=True)
-    image_id = tokenizer.convert_tokens_to_ids(conversation.IMAGE)
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     if image_id >= llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(image_id + 1, mean_resizing=False)
     # Its row is of no training, and no answer may hold it.
@@ -100,10 +129,8 @@ def to_llava(vlm):
     computes something else than this VLM.
     """
     import torch
-    from support.tower import side_of, tower_hidden
-    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor,
-                              LlavaNextConfig, LlavaNextForConditionalGeneration,
-                              LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
+    import transformers
+    from support.tower import side_of
     tower, llm, settings = vlm.vision_tower, vlm.llm, vlm.image_settings
     size, patch_size = settings["size"], side_of(tower.config, "patch_size")
     first, second = two_layers(vlm.connector)
@@ -111,9 +138,7 @@ def to_llava(vlm):
         raise ValueError(f"{vlm.config.llm} caps its logits or adds a bias to them, which a LLaVA "
                          "of transformers does not")
     resized = size != side_of(tower.config, "image_size") and tower.config.model_type != "dinov2"
-    with torch.no_grad():
-        tokens = tower_hidden(tower, torch.zeros(1, 3, size, size))[-1].shape[1]
-    extra = tokens - (size // patch_size) ** 2              # CLS and registers
+    extra = rows_before_patches(vlm)
     reason = (f"takes pictures of {size} pixels here" if resized else
               f"has {extra} tokens before the patches" if extra > 1 else
               "has its patches pooled" if vlm.config.pool > 1 else None)
@@ -123,13 +148,14 @@ def to_llava(vlm):
     strategy = "default" if extra else "full"               # "default" drops one token, CLS
     image_id = add_image_token(vlm)
     tiles = vlm.config.tiles
-    config_class, llava_class, images_class, processor_class = (
-        (LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
-         LlavaNextProcessor) if tiles else
-        (LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor))
     pinpoints = {}
+    name = "Llava"
     if tiles:                                               # the library has (height, width)
+        name = "LlavaNext"
         pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in tiles]}
+    config_class, llava_class, images_class, processor_class = (
+        getattr(transformers, name + kind)
+        for kind in ("Config", "ForConditionalGeneration", "ImageProcessorPil", "Processor"))
     config = config_class(
         vision_config=tower.config, text_config=llm.config, image_token_id=image_id,
         projector_hidden_act="gelu", vision_feature_layer=vlm.config.vision_layer,

@@ -47,7 +47,7 @@ def record(i, image):
 BOOKS = {"good": "jpg", "gif": "gif", "cmyk": "jpg", "grey": "jpg", "png": "jpg", "gone": "jpg", "forbidden": "jpg", "page": "jpg",
          "pixel": "gif", "text": "jpg", "busy": "jpg", "down": "jpg", "cut": "jpg", "unknown": "jpg"}
 NEVER = {"gone": "answers 404", "forbidden": "answers 403", "page": "sends a web page", "pixel": "one pixel", "text": "cannot be read",
-         "unknown": "does not name it"}
+         "unknown": "does not hold it"}
 MIX = [record(0, "coco/train2017/1.jpg"), record(1, "gqa/images/1.jpg"), record(2, "textvqa/train_images/1.jpg"),
        record(3, "vg/VG_100K/1.jpg"), record(4, "vg/VG_100K_2/2.jpg"), record(5, "coco/train2017/lost.jpg"), record(6, None),
        *(record(10 + i, f"ocr_vqa/images/{name}.jpg") for i, name in enumerate(BOOKS))]
@@ -261,6 +261,13 @@ def test_a_list_of_addresses_of_another_form(content, get, tmp_path):
     status, text = get("--only", "ocr_vqa,gqa")             # the other sources go on
     assert status == 1 and "gqa          finished" in text
     assert ("dataset.json is not that of OCR-VQA" if content[0] in "[{" else "is not a whole JSON file") in text
+
+
+def test_pictures_are_not_called_missing_before_their_archive_is_there(server, get, tmp_path):
+    server.behaviour[f"{HUB}/weizhiwang/llava_v15_instruction_images/resolve/main/ocr_vqa_images_llava_v15.zip"] = "always 404"
+    status, text = get("--only", "ocr_vqa")
+    assert status == 1 and "answers 404" in text
+    assert json.loads((tmp_path / "data" / "get_data.json").read_text())["missing"] == {}
 
 
 def test_a_link_in_an_archive_is_unpacked_as_a_file(server, get, tmp_path):

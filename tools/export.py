@@ -19,7 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 from support.checks import refuse_files, refuse_inside
 
-BLANK = (8, 8)              # pixels of the picture that the processor of transformers is tried with
+# The processor of transformers is tried with this question about a picture of this size.
+QUESTION, BLANK = "What is in the image?", (8, 8)
 
 # The messages of transformers have lists as contents. These lines make strings of them, with the
 # image first, and the LLM's own template goes on from there. The library drops the newline after
@@ -98,19 +99,6 @@ def rows_before_patches(vlm):
     return hidden.shape[1] - vlm.num_patches * vlm.config.pool ** 2
 
 
-def add_image_token(vlm):
-    """Return the id of "<image>", which is new in the tokenizer, and in the embedding if needed."""
-    from conversation import IMAGE
-    tokenizer, llm = vlm.tokenizer, vlm.llm
-    tokenizer.add_tokens([IMAGE], special_tokens=True)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    if image_id >= llm.get_input_embeddings().num_embeddings:
-        llm.resize_token_embeddings(image_id + 1, mean_resizing=False)
-    # Its row is of no training, and no answer may hold it.
-    llm.generation_config.suppress_tokens = [image_id]
-    return image_id
-
-
 def chat_template(tokenizer):
     """Return a Jinja template that writes what conversation.encode writes.
 
@@ -130,7 +118,10 @@ def to_llava(vlm):
     """
     import torch
     import transformers
+    from conversation import IMAGE, encode_prompt
     from support.tower import side_of
+    message = {"role": "user", "content": f"{IMAGE}\n{QUESTION}"}
+    ids = encode_prompt([message], vlm.tokenizer, [vlm.num_tokens(BLANK)])
     tower, llm, settings = vlm.vision_tower, vlm.llm, vlm.image_settings
     size, patch_size = settings["size"], side_of(tower.config, "patch_size")
     first, second = two_layers(vlm.connector)
@@ -146,10 +137,13 @@ def to_llava(vlm):
         raise ValueError(f"{vlm.config.vision_tower} {reason}, which a LLaVA of transformers does "
                          "not know")
     strategy = "default" if extra else "full"               # "default" drops one token, CLS
-    image_id = add_image_token(vlm)
-    tiles = vlm.config.tiles
-    pinpoints = {}
-    name = "Llava"
+    vlm.tokenizer.add_tokens([IMAGE], special_tokens=True)
+    image_id = vlm.tokenizer.convert_tokens_to_ids(IMAGE)
+    if image_id >= llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(image_id + 1, mean_resizing=False)
+    # The row of "<image>" is of no training, and no answer may hold it.
+    llm.generation_config.suppress_tokens = [image_id]
+    name, tiles, pinpoints = "Llava", vlm.config.tiles, {}
     if tiles:                                               # the library has (height, width)
         name = "LlavaNext"
         pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in tiles]}
@@ -182,18 +176,19 @@ def to_llava(vlm):
     processor = processor_class(
         images, vlm.tokenizer, patch_size=patch_size, vision_feature_select_strategy=strategy,
         num_additional_image_tokens=extra, chat_template=chat_template(vlm.tokenizer))
+    check_prompt(processor, ids)
     return llava, processor
 
 
-def check_prompt(processor, question, ids):
-    """Raise ValueError if the processor writes other ids for a question about an image.
+def check_prompt(processor, ids):
+    """Raise ValueError if the processor writes other ids for the QUESTION about a picture.
 
-    ids: those of this project, with IMAGE_ID once for each patch. The image is of the size BLANK.
+    ids: those of this project, with IMAGE_ID once for each patch. The picture is of the size BLANK.
     """
     import conversation
     from PIL import Image
     content = [{"type": "image", "image": Image.new("RGB", BLANK)},
-               {"type": "text", "text": question}]
+               {"type": "text", "text": QUESTION}]
     theirs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
                                            add_generation_prompt=True, return_dict=True)
     theirs = [conversation.IMAGE_ID if i == processor.image_token_id else i
@@ -229,36 +224,31 @@ def main():
     refuse_inside(args.out, checkpoint=args.checkpoint)
     import torch
     import checkpoint
-    from conversation import IMAGE, encode_prompt
+    import eval
     from support import pictures
     from support.tensors import write_safetensors
 
     vlm = checkpoint.load(args.checkpoint, dtype=getattr(torch, args.dtype))
-    question = args.ask or "What is in the image?"
-    image = pictures.open_image(args.image) if args.image else None
-    has_image = image or not args.prompt_embeds
-    picture_size = image.size if image else BLANK
-    message = {"role": "user", "content": (f"{IMAGE}\n" if has_image else "") + question}
-    ids = encode_prompt([message], vlm.tokenizer, [vlm.num_tokens(picture_size)])
     if not args.prompt_embeds:
         try:
             llava, processor = to_llava(vlm)
-            check_prompt(processor, question, ids)
         except ValueError as error:
             raise ValueError(f"{error}; --prompt_embeds works with every checkpoint") from None
         llava.save_pretrained(args.out)
         processor.save_pretrained(args.out)
         print(f"wrote {args.out}: {type(llava).__name__}.from_pretrained reads it")
         return
-    pixel_values = None
-    if image:
+    ids = eval.prompt_ids(vlm, {"image": args.image, "text": args.ask})
+    pixel_values = picture_sizes = None
+    if args.image:
+        image = pictures.open_image(args.image)
+        picture_sizes = [image.size]
         pixel_values = pictures.tile_pixels(image, **vlm.image_settings, mode="pad",
                                             tiles=vlm.config.tiles)
     with torch.no_grad():
-        embeds = vlm.splice(torch.tensor([ids]), pixel_values,
-                            picture_sizes=[picture_size])[0]     # (T, D)
+        embeds = vlm.splice(torch.tensor([ids]), pixel_values, picture_sizes=picture_sizes)[0]
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    write_safetensors({"prompt_embeds": embeds}, args.out)
+    write_safetensors({"prompt_embeds": embeds}, args.out)              # (T, D)
     print(f"wrote {args.out}: prompt_embeds {tuple(embeds.shape)} for {vlm.config.llm}")
 
 

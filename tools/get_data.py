@@ -113,7 +113,7 @@ def download(address, path, mirror=None):
             reason = "the connection was cut"
         except urllib.error.HTTPError as error:
             reason = f"the host answers {error.code}"
-            if error.code == 416:             # more bytes than the file has: start anew
+            if error.code == 416:                       # more bytes than the file has: start anew
                 os.remove(part)
             elif error.code not in LATER:
                 raise NotThere(f"{address}: {reason}") from None
@@ -168,6 +168,7 @@ def get_pictures(args, missing):
                              "for each picture") from None
     names = {record.get("image", "") for record in common.read_json(f"{args.root}/{MIX}.json")}
     names = sorted(name for name in names - missing.keys() if name.startswith("ocr_vqa/"))
+    absent = f"the {'list' if addresses else 'archive'} of pictures does not hold it"
     failures = []                                       # the next run tries these again
 
     def is_settled(name):
@@ -175,14 +176,13 @@ def get_pictures(args, missing):
         if len(failures) >= GIVE_UP:
             return False
         stem = os.path.splitext(f"{args.root}/{name}")[0]
+        address = addresses.get(os.path.basename(stem))
         unpacked = [stem + end for end in (".jpg", ".gif", ".png", ".jpeg")]
         path = next(filter(os.path.isfile, unpacked), f"{stem}.raw")
         try:
             if path.endswith(".raw"):
-                address = addresses.get(os.path.basename(stem))
                 if not address:
-                    raise NotThere("dataset.json does not name it" if addresses else
-                                   "the archive does not hold it")
+                    raise NotThere(absent)
                 download(address, path, args.mirror)
             to_jpeg(path, f"{stem}.jpg")
         except (NotThere, BadSample) as error:
@@ -293,6 +293,8 @@ def main(argv=None):
 
     failed = {}                                         # source: sentence
     for source, address, folder, _ in todo:
+        if source in failed:                            # without an archive no picture is in it
+            continue
         print(f"{source}: {address}", flush=True)
         path = os.path.join(args.root, folder, os.path.basename(address))
         try:

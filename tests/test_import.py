@@ -101,7 +101,7 @@ def import_here(*arguments):
     """The tool in this process: a process of its own costs ten seconds. -> what it prints"""
     text = io.StringIO()
     with mock.patch.object(sys, "argv", [TOOL, *map(str, arguments)]), contextlib.redirect_stdout(text):
-        import_official.main()
+        import_official.main(import_official.read_arguments())
     return text.getvalue()
 
 
@@ -338,16 +338,16 @@ def test_a_config_of_another_computation(name, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("files, there", [
+@pytest.mark.parametrize("files, total", [
     (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None), (["a.safetensors"], None),
-    (["model-00002-of-00002.safetensors"], "1 of the 2"), (["pytorch_model-00001-of-00002.bin"], "1 of the 2"),
-    (["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"], "2 of the 3")])
-def test_shards_that_are_missing(files, there, tmp_path):
+    (["a.safetensors", "model-00001-of-00001.safetensors"], None), (["pytorch_model-00001-of-00002.bin"], 2),
+    (["model-00002-of-00002.safetensors"], 2), (["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"], 3)])
+def test_shards_that_are_missing(files, total, tmp_path):
     """Without the check, a part that is in the missing file would come from --llm or --vision_tower, untrained"""
     for file in files:
         (tmp_path / file).write_bytes(b"")
-    if there:
-        with pytest.raises(ValueError, match=f"has {there} files of weights"):
+    if total:
+        with pytest.raises(ValueError, match=rf"lacks a file of weights: .*-of-0000{total}\.\w+ is one of {total}"):
             import_official.shards_of(str(tmp_path))
     else:
         assert [os.path.basename(file) for file in import_official.shards_of(str(tmp_path))] == files

@@ -7,7 +7,8 @@ Train the pocket's two stages for 20 steps at two commits and say whether the lo
 
 Both sides train in one small world, which the working tree's pocket.py makes, with the configs of
 their own commit. Losses and gradient norms are compared. It takes less than a minute on two CPU
-cores. The exit status is 0 if all are the same to the bit, or within --tolerance.
+cores, in which the working tree must not change. The exit status is 0 if all are the same to the
+bit, or within --tolerance.
 
 A commit that changes a sum writes the log anew and says why in its message. An x86 processor
 computes with AVX2 here, so that a log of a Zen 3 holds to the bit on a Zen 4. Elsewhere (Intel was
@@ -42,13 +43,10 @@ ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
 def read_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("refs", nargs="*", metavar="REF",
-        help='a commit, branch or tag, or "." for the working tree, which must not change'
-             " meanwhile")
+    add("refs", nargs="*", metavar="REF", help='a commit, or "." for the working tree')
     add("--log", help="compare one REF (default .) with this file")
     add("--write", action="store_true", help="write --log instead of comparing")
-    add("--tolerance", type=float, default=0.0,
-        help="the largest relative difference that is accepted (default 0)")
+    add("--tolerance", type=float, default=0.0, help="accepted relative difference (default 0)")
     args = parser.parse_args()
     if args.log and not args.refs:
         args.refs = ["."]
@@ -133,10 +131,7 @@ def make_world(out, pool):
 
 
 def measure(ref, tree, out, world):
-    """Run both stages of a tree. Return what a log holds.
-
-    Its "stages" are {stage: {number: list of STEPS floats}}.
-    """
+    """Run both stages of a tree. Return a log: "stages" has {stage: {number: STEPS floats}}."""
     import torch                                    # after ENVIRONMENT, which it reads once
     options = [f"--images={world}/images", "--epochs=20", f"--max_steps={STEPS}", "--seed=1",
                "--global_batch=4", "--batch_size=2", "--dtype=float32", "--device=cpu"]

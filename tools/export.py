@@ -17,7 +17,45 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
+
+
+def read_arguments():
+    parser = common.argument_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT")
+    add("out", metavar="DIR_OR_FILE", help="what to write")
+    add("--prompt_embeds", action="store_true", help="write the embeds of one prompt")
+    add("--image", help="with --prompt_embeds: an image file")
+    add("--ask", metavar="QUESTION", help="with --prompt_embeds: a question about it")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--overwrite", action="store_true", help="replace what is there")
+    add("--offline", action="store_true", help=common.OFFLINE)
+    args = parser.parse_args()
+    if args.prompt_embeds != bool(args.ask) or args.image and not args.ask:
+        parser.error("--prompt_embeds and --ask QUESTION belong together, and --image to them")
+    return args
+
+
+if __name__ == "__main__":                   # before the slow imports, so that --help is quick
+    ARGS = read_arguments()
+    if ARGS.offline:
+        common.go_offline()
+
+import torch
+import transformers
+from PIL import Image
+from torch.nn import Parameter
+from torch.nn.functional import pad
+
+import checkpoint
+import eval
+from conversation import IMAGE, IMAGE_ID, encode_prompt
+from model import LangBridge, MLPConnector
+from support import pictures
 from support.checks import refuse_files, refuse_inside
+from support.templates import TEMPLATES, bos_of
+from support.tensors import write_safetensors
+from support.tower import side_of, tower_hidden
 
 # The processor of transformers is tried with this question about a picture of this size.
 QUESTION, BLANK = "What is in the image?", (8, 8)
@@ -51,7 +89,6 @@ def fold(connector):
     connector's dtype. The result belongs to this LLM and its words can no longer be read.
     ValueError for another normalisation.
     """
-    from model import MLPConnector
     if connector.normalize != "none":
         raise ValueError(f"a connector with normalize={connector.normalize} is no two-layer MLP, "
                          "because its softmax does not fold")
@@ -73,10 +110,7 @@ def two_layers(connector):
     The library's hidden layer is as wide as the LLM. Rows of zeros fill up a narrower one: they
     reach the second layer as GELU(0) = 0. ValueError if the connector does not fit.
     """
-    from torch.nn import Parameter
-    from torch.nn.functional import pad
-    import model
-    if isinstance(connector, model.LangBridge):
+    if isinstance(connector, LangBridge):
         connector = fold(connector)
     first, _, second = connector.mlp
     H, D = first.out_features, second.out_features
@@ -90,9 +124,7 @@ def two_layers(connector):
 
 
 def rows_before_patches(vlm):
-    """Return how many rows the vision tower gives before those of the patches: CLS and registers."""
-    import torch
-    from support.tower import tower_hidden
+    """Return how many rows the vision tower gives before the patches: CLS and registers."""
     side = vlm.image_settings["size"]
     with torch.no_grad():
         hidden = tower_hidden(vlm.vision_tower, torch.zeros(1, 3, side, side))[-1]
@@ -104,7 +136,6 @@ def chat_template(tokenizer):
 
     It takes contents that are strings or lists.
     """
-    from support.templates import TEMPLATES, bos_of
     if tokenizer.chat_template:
         return FLATTEN + tokenizer.chat_template
     return FLATTEN + f"{{% set bos = {bos_of(tokenizer)!r} %}}" + TEMPLATES["chat"]
@@ -116,10 +147,6 @@ def to_llava(vlm):
     With tiles these are the library's classes of LLaVA-NeXT. ValueError where the library's LLaVA
     computes something else than this VLM.
     """
-    import torch
-    import transformers
-    from conversation import IMAGE, encode_prompt
-    from support.tower import side_of
     message = {"role": "user", "content": f"{IMAGE}\n{QUESTION}"}
     ids = encode_prompt([message], vlm.tokenizer, [vlm.num_tokens(BLANK)])
     tower, llm, settings = vlm.vision_tower, vlm.llm, vlm.image_settings
@@ -166,7 +193,7 @@ def to_llava(vlm):
     llava.model.language_model = llm.get_decoder()
     llava.lm_head = llm.get_output_embeddings()
     if tiles:
-        llava.model.image_newline = torch.nn.Parameter(vlm.image_newline.to(llm.dtype))
+        llava.model.image_newline = Parameter(vlm.image_newline.to(llm.dtype))
     llava.generation_config = llm.generation_config
     # do_pad centres the image on a square of the mean colour, as evaluation does here. For
     # LLaVA-NeXT it adds empty tiles where the images of a batch have different numbers of tiles.
@@ -185,13 +212,11 @@ def check_prompt(processor, ids):
 
     ids: those of this project, with IMAGE_ID once for each patch. The picture is of the size BLANK.
     """
-    import conversation
-    from PIL import Image
     content = [{"type": "image", "image": Image.new("RGB", BLANK)},
                {"type": "text", "text": QUESTION}]
     theirs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
                                            add_generation_prompt=True, return_dict=True)
-    theirs = [conversation.IMAGE_ID if i == processor.image_token_id else i
+    theirs = [IMAGE_ID if i == processor.image_token_id else i
               for i in theirs["input_ids"][0]]
     if theirs != ids:
         at = len(os.path.commonprefix([theirs, ids]))
@@ -199,35 +224,9 @@ def check_prompt(processor, ids):
                          f"project writes {ids[at:at + 3]}, so the answers would differ")
 
 
-def read_arguments():
-    parser = common.argument_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT")
-    add("out", metavar="DIR_OR_FILE", help="what to write")
-    add("--prompt_embeds", action="store_true", help="write the embeds of one prompt")
-    add("--image", help="with --prompt_embeds: an image file")
-    add("--ask", metavar="QUESTION", help="with --prompt_embeds: a question about it")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    add("--overwrite", action="store_true", help="replace what is there")
-    add("--offline", action="store_true", help=common.OFFLINE)
-    args = parser.parse_args()
-    if args.prompt_embeds != bool(args.ask) or args.image and not args.ask:
-        parser.error("--prompt_embeds and --ask QUESTION belong together, and --image to them")
-    return args
-
-
-def main():
-    args = read_arguments()
-    if args.offline:
-        common.go_offline()
+def main(args):
     refuse_files([args.out], args.overwrite)
     refuse_inside(args.out, checkpoint=args.checkpoint)
-    import torch
-    import checkpoint
-    import eval
-    from support import pictures
-    from support.tensors import write_safetensors
-
     vlm = checkpoint.load(args.checkpoint, dtype=getattr(torch, args.dtype))
     if not args.prompt_embeds:
         try:
@@ -253,4 +252,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    common.run_script(main, ARGS)

@@ -4,7 +4,8 @@
 
 Archives are unpacked and removed. At the end ROOT has llava_v1_5_mix665k_filtered.json, the records
 whose picture is there, and llava_v1_5_mix665k_missing.json, the others with the reason. What is
-finished stands in ROOT/get_data.json, and a second run leaves it alone.
+finished stands in ROOT/get_data.json, and a second run leaves it alone. Remove its line there to
+get a file again.
 
 OCR-VQA: if ROOT/ocr_vqa/dataset.json is there, the pictures come from the addresses in it. That
 file lies in the Google Drive folder that https://ocr-vqa.github.io names, and a script cannot get
@@ -158,17 +159,17 @@ def get_pictures(args, missing):
     """
     if not os.path.isfile(f"{args.root}/{MIX}.json"):
         raise ValueError(f"{MIX}.json, which names the pictures, is not there")
-    addresses, address_list = {}, f"{args.root}/{ADDRESSES}"
-    if os.path.isfile(address_list):
+    addresses = {}
+    if os.path.isfile(f"{args.root}/{ADDRESSES}"):
+        entries = common.read_json(f"{args.root}/{ADDRESSES}")
         try:
-            entries = common.read_json(address_list)
             addresses = {name: entry["imageURL"] for name, entry in entries.items()}
         except (AttributeError, TypeError, LookupError):
-            raise ValueError(f"{address_list} is not that of OCR-VQA: an object with an imageURL "
-                             "for each picture") from None
+            raise ValueError(f"{ADDRESSES} is not that of OCR-VQA: an object with an imageURL for "
+                             "each picture") from None
     names = {record.get("image", "") for record in common.read_json(f"{args.root}/{MIX}.json")}
     names = sorted(name for name in names - missing.keys() if name.startswith("ocr_vqa/"))
-    absent = f"the {'list' if addresses else 'archive'} of pictures does not hold it"
+    absent = f"the {'list' if addresses else 'archive'} does not hold it"
     failures = []                                       # the next run tries these again
 
     def is_settled(name):
@@ -193,17 +194,13 @@ def get_pictures(args, missing):
         return True
 
     with ThreadPoolExecutor(args.workers) as pool:
-        settled = list(tqdm(pool.map(is_settled, names), total=len(names)))
-    if failures:
-        raise ValueError(f"{settled.count(False)} pictures are still to be had; start again "
-                         f"({failures[0]})")
+        left = len(names) - sum(tqdm(pool.map(is_settled, names), total=len(names)))
+    if left:
+        raise ValueError(f"{left} pictures are still to be had; start again ({failures[0]})")
 
 
 def to_jpeg(path, jpeg):
-    """Turn the picture at `path` into `jpeg`, a JPEG in RGB or grey.
-
-    BadSample if it is none. Then its file is removed.
-    """
+    """Turn the picture at `path` into `jpeg`, a JPEG in RGB or grey. BadSample if it is none."""
     try:
         image = open_image(path)
         if max(image.size) == 1:            # the shop sends one pixel for a picture it has not
@@ -223,11 +220,12 @@ def to_jpeg(path, jpeg):
 
 
 def unfinished(sources, root, done):
-    """Return the FILES of some sources that are not in `done`, {address: True}."""
-    files = [file for file in FILES if file[0] in sources and file[1] not in done]
-    if os.path.isfile(f"{root}/{ADDRESSES}"):           # the pictures come one by one
-        files = [file for file in files if file[1] != OCR_VQA]
-    return files
+    """Return [(source, address, path to download it to, GB)] of the FILES that are not done."""
+    # With a list of addresses the pictures of OCR-VQA come one by one.
+    skipped = OCR_VQA if os.path.isfile(f"{root}/{ADDRESSES}") else None
+    return [(source, address, os.path.join(root, folder, os.path.basename(address)), gb)
+            for source, address, folder, gb in FILES
+            if source in sources and address not in done and address != skipped]
 
 
 def write_filtered(root, missing):
@@ -276,8 +274,7 @@ def main(argv=None):
     todo = unfinished(args.only, args.root, done)
 
     need = largest = 0                                  # GB
-    for source, address, folder, gb in todo:
-        path = os.path.join(args.root, folder, os.path.basename(address))
+    for source, address, path, gb in todo:
         there = [p for p in (path, f"{path}.part") if os.path.isfile(p)]
         need += gb - sum(map(os.path.getsize, there)) / 1e9
         largest = max(largest, gb)
@@ -292,11 +289,10 @@ def main(argv=None):
         raise ValueError(f"{args.root} needs {disk:,.1f} GB and its disk has {free:,.1f} GB free")
 
     failed = {}                                         # source: sentence
-    for source, address, folder, _ in todo:
+    for source, address, path, _ in todo:
         if source in failed:                            # without an archive no picture is in it
             continue
         print(f"{source}: {address}", flush=True)
-        path = os.path.join(args.root, folder, os.path.basename(address))
         try:
             if address == OCR_VQA_JPEGS:
                 get_pictures(args, missing)

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Downloads the paper's data. Another Python than that of .venv: PYTHON=python3 bash tools/get_data.sh
+# Downloads the paper's data. PYTHON=/path/to/python takes another Python than that of .venv.
 here="$(cd "$(dirname "$0")/.." && pwd)"
 exec "${PYTHON:-$here/.venv/bin/python}" "$here/tools/get_data.py" "$@"

@@ -9,19 +9,59 @@ LLaVA-NeXT or LangBridge, or from a LLaVA or LLaVA-NeXT folder of transformers. 
 before any visual training: its tokenizer and its E are taken. An MLP needs no --words.
 """
 import os
-import re
 import sys
-from glob import escape, glob
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
+
+
+def read_arguments():
+    parser = common.argument_parser(__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("file", metavar="FILE_OR_FOLDER", help="what to read")
+    add("--out", required=True, help="words.json, or the folder of the checkpoint")
+    add_kind = parser.add_mutually_exclusive_group(required=True).add_argument
+    add_kind("--tokenizer", help="a list of words: the tokenizer that it was made for")
+    add_kind("--llm", help="a checkpoint: the LLM before visual training, hub name or folder")
+    add("--size", type=int, help="a list of words: how many (default: all)")
+    add("--counts", metavar="FILE", help="a list of words: also write {word: count}")
+    add("--words", metavar="words.json", help="a checkpoint: the words of a LangBridge")
+    add("--vision_tower", help="a checkpoint: default what its config names, else CLIP-L/14-336")
+    add("--vocab_matrix", metavar="FILE.pt", help="a checkpoint: the release's E, to check --words")
+    add("--overwrite", action="store_true", help="replace existing files")
+    add("--offline", action="store_true", help=common.OFFLINE)
+    args = parser.parse_args()
+    if args.size is not None and args.size < 1:
+        parser.error("--size must be at least 1")
+    kind, others = "checkpoint", ("size", "counts")
+    if args.tokenizer:
+        kind, others = "list of words", ("words", "vision_tower", "vocab_matrix")
+    for flag in others:
+        if getattr(args, flag):
+            parser.error(f"--{flag} does not go with a {kind}")
+    return args
+
+
+if __name__ == "__main__":                   # before the slow imports, so that --help is quick
+    ARGS = read_arguments()
+    if ARGS.offline:
+        common.go_offline()
+
+import pickle
+import re
+from glob import escape, glob
+
+import torch
+
+import checkpoint
+import model
 import vocab
+from support import sharding
 from support.checks import refuse_existing, refuse_files, refuse_inside
 from support.hub import load_tokenizer
 from support.settings import parse_value
+from support.tensors import read_safetensors
 from tools.export import rows_before_patches
-
-# torch and checkpoint are imported inside functions, because --offline must come before them.
 
 # What a tensor's name starts with in other projects, and here. The first pattern that fits counts.
 NAMES = [
@@ -77,18 +117,15 @@ def shards_of(folder):
     found = (sorted(glob(f"{escape(folder)}/{pattern}")) for pattern in patterns)
     files = next(filter(None, found), [])
     for file in files:
-        number = re.search(r"-of-(\d{5})\.", file)             # model-00001-of-00003.safetensors
-        if number and int(number[1]) != len(files):
-            raise ValueError(f"{folder} has {len(files)} of the {int(number[1])} files of weights "
-                             f"that {os.path.basename(file)} is one of")
+        total = re.search(r"-of-(\d{5})\.", file)              # model-00001-of-00003.safetensors
+        if total and sum(total[0] in other for other in files) != int(total[1]):
+            raise ValueError(f"{folder} lacks a file of weights: {os.path.basename(file)} is one "
+                             f"of {int(total[1])}")
     return files
 
 
 def read_file(path):
     """Return {name: tensor} of a file; a lone tensor has the name "". A pickle may hold no more."""
-    import pickle
-    import torch
-    from support.tensors import read_safetensors
     if path.endswith(".safetensors"):
         return read_safetensors(path)
     try:
@@ -144,7 +181,6 @@ def fill(module, tensors, place):
 
     ValueError names the first tensor that does not fit. place: "FILE: PART" for this sentence.
     """
-    from support import sharding
     own = module.state_dict()
 
     def differs(name):
@@ -171,7 +207,6 @@ def fill_llm(vlm, tensors, path):
     Others add rows for <image> or <pad>, or cut rows that no token uses. ValueError if a token has
     no row, or for another LLM than --llm after some training.
     """
-    import torch
     base = vlm.llm.get_input_embeddings().weight
     embed = tensors.get("model.embed_tokens.weight", base)
     has_all_rows = len(embed) > max(vlm.tokenizer.get_vocab().values())
@@ -200,10 +235,6 @@ def check_matrix(path, E, words):
 
 def import_checkpoint(args):
     """Write the checkpoint at args.out and print what it is made of."""
-    import torch
-    import checkpoint
-    import model
-
     tensors, settings = read_tensors(args.file), read_settings(args.file)
     connector, llm, tower = (tensors[part] for part in ("connector", "llm", "vision_tower"))
     is_langbridge = "to_scores.weight" in connector
@@ -302,32 +333,7 @@ def write_words(args):
 
 # --------------------------------------------------------------------------------------------------
 
-def main():
-    parser = common.argument_parser(__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("file", metavar="FILE_OR_FOLDER", help="what to read")
-    add("--out", required=True, help="words.json, or the folder of the checkpoint")
-    add_kind = parser.add_mutually_exclusive_group(required=True).add_argument
-    add_kind("--tokenizer", help="a list of words: the tokenizer that it was made for")
-    add_kind("--llm", help="a checkpoint: the LLM before visual training, hub name or folder")
-    add("--size", type=int, help="a list of words: how many (default: all)")
-    add("--counts", metavar="FILE", help="a list of words: also write {word: count}")
-    add("--words", metavar="words.json", help="a checkpoint: the words of a LangBridge")
-    add("--vision_tower", help="a checkpoint: default what its config names, else CLIP-L/14-336")
-    add("--vocab_matrix", metavar="FILE.pt", help="a checkpoint: the release's E, to check --words")
-    add("--overwrite", action="store_true", help="replace existing files")
-    add("--offline", action="store_true", help=common.OFFLINE)
-    args = parser.parse_args()
-    if args.offline:
-        common.go_offline()
-    if args.size is not None and args.size < 1:
-        parser.error("--size must be at least 1")
-    kind, others = "checkpoint", ("size", "counts")
-    if args.tokenizer:
-        kind, others = "list of words", ("words", "vision_tower", "vocab_matrix")
-    for flag in others:
-        if getattr(args, flag):
-            parser.error(f"--{flag} does not go with a {kind}")
+def main(args):
     if not os.path.exists(args.file):
         raise ValueError(f"there is no file {args.file}")
     refuse_inside(args.out, file=args.file, llm=args.llm, vision_tower=args.vision_tower)
@@ -341,4 +347,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    common.run_script(main, ARGS)

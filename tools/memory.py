@@ -45,19 +45,19 @@ def print_estimate(cfg):
     vlm, config = meta_model(cfg, cfg.trained_parts())
     print(parts_table(vlm, cfg))
     P = pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool) ** 2
-    encoded = P * most_squares(cfg.tiles, vlm.image_size)
+    encoded = P * most_squares(cfg.tiles, vlm.image_size)       # what the tower sees of a picture
     if cfg.tiles:                                   # the most that a picture can take
         P = max(num_tokens(tile, P, cfg.tiles, vlm.image_size) for tile in cfg.tiles)
     # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448. Batches of
     # similar length (--group) have the longest conversations together, of up to 1,472 tokens.
     text = 64 if cfg.stage in ("words", "pretrain") else 1472 if cfg.group else 448
     T = min(cfg.max_length, P + text)
-    possible = [ranks for ranks in RANKS if cfg.global_batch % ranks == 0]
-    tables = [memory(vlm, cfg, config, P, T, encoded, ranks) for ranks in possible]
-    heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in possible)
+    tables = {ranks: memory(vlm, cfg, config, P, T, encoded, ranks)
+              for ranks in RANKS if cfg.global_batch % ranks == 0}
+    heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in tables)
     print(f"{'GiB on each GPU':44}{heads}")
-    for name in tables[0]:
-        print(f"{name:44}" + "".join(f"{table[name] / 2**30:10.2f}" for table in tables))
+    for name in tables[1]:
+        print(f"{name:44}" + "".join(f"{t[name] / 2**30:10.2f}" for t in tables.values()))
     whole = "cut into pieces" if cfg.shard else "whole on each (--shard cuts it)"
     largest = f"at most {P} of them of a picture" if cfg.tiles else f"{P} of them patches"
     print(f"{T} tokens a sample ({largest}), {cfg.global_batch} samples a step, at most "

@@ -81,6 +81,7 @@ FLATTEN = """\
 """
 
 
+@torch.no_grad()
 def fold(connector):
     """Return an MLPConnector that computes the same function as a LangBridge with raw scores.
 
@@ -99,8 +100,8 @@ def fold(connector):
     EW = E.T @ W                                                    # (D, K) x (K, H) -> (D, H)
     folded = MLPConnector(first.in_features, E.shape[1], first.out_features).to(first.weight)
     folded.mlp[0].load_state_dict(first.state_dict())
-    folded.mlp[2].weight.data.copy_(EW @ second.weight.double())    # (D, H) x (H, H) -> (D, H)
-    folded.mlp[2].bias.data.copy_(EW @ second.bias.double() + b @ E)
+    folded.mlp[2].weight.copy_(EW @ second.weight.double())         # (D, H) x (H, H) -> (D, H)
+    folded.mlp[2].bias.copy_(EW @ second.bias.double() + b @ E)
     return folded
 
 
@@ -123,11 +124,11 @@ def two_layers(connector):
     return first, second
 
 
+@torch.no_grad()
 def rows_before_patches(vlm):
     """Return how many rows the vision tower gives before the patches: CLS and registers."""
     side = vlm.image_settings["size"]
-    with torch.no_grad():
-        hidden = tower_hidden(vlm.vision_tower, torch.zeros(1, 3, side, side))[-1]
+    hidden = tower_hidden(vlm.vision_tower, torch.zeros(1, 3, side, side))[-1]
     return hidden.shape[1] - vlm.num_patches * vlm.config.pool ** 2
 
 
@@ -152,17 +153,17 @@ def to_llava(vlm):
     tower, llm, settings = vlm.vision_tower, vlm.llm, vlm.image_settings
     size, patch_size = settings["size"], side_of(tower.config, "patch_size")
     first, second = two_layers(vlm.connector)
-    if vlm.softcap or llm.get_output_embeddings().bias is not None:
-        raise ValueError(f"{vlm.config.llm} caps its logits or adds a bias to them, which a LLaVA "
-                         "of transformers does not")
     resized = size != side_of(tower.config, "image_size") and tower.config.model_type != "dinov2"
     extra = rows_before_patches(vlm)
-    reason = (f"takes pictures of {size} pixels here" if resized else
-              f"has {extra} tokens before the patches" if extra > 1 else
-              "has its patches pooled" if vlm.config.pool > 1 else None)
-    if reason:
-        raise ValueError(f"{vlm.config.vision_tower} {reason}, which a LLaVA of transformers does "
-                         "not know")
+    reasons = [
+        (vlm.softcap or llm.get_output_embeddings().bias is not None,
+         f"{vlm.config.llm} caps its logits or adds a bias to them"),
+        (resized, f"{vlm.config.vision_tower} takes pictures of {size} pixels here"),
+        (extra > 1, f"{vlm.config.vision_tower} has {extra} tokens before the patches"),
+        (vlm.config.pool > 1, f"{vlm.config.vision_tower} has its patches pooled")]
+    for is_so, reason in reasons:
+        if is_so:
+            raise ValueError(f"{reason}, which a LLaVA of transformers does not know")
     strategy = "default" if extra else "full"               # "default" drops one token, CLS
     vlm.tokenizer.add_tokens([IMAGE], special_tokens=True)
     image_id = vlm.tokenizer.convert_tokens_to_ids(IMAGE)
@@ -171,8 +172,8 @@ def to_llava(vlm):
     # The row of "<image>" is of no training, and no answer may hold it.
     llm.generation_config.suppress_tokens = [image_id]
     name, tiles, pinpoints = "Llava", vlm.config.tiles, {}
-    if tiles:                                               # the library has (height, width)
-        name = "LlavaNext"
+    if tiles:
+        name = "LlavaNext"                                  # it has (height, width)
         pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in tiles]}
     config_class, llava_class, images_class, processor_class = (
         getattr(transformers, name + kind)

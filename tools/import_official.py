@@ -131,10 +131,10 @@ def read_file(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{path} is torn, or it holds other things than tensors") from None
+        content = None
     tensors = content if isinstance(content, dict) else {"": content}
-    if not all(torch.is_tensor(value) for value in tensors.values()):
-        raise ValueError(f"{path} holds other things than tensors")
+    if not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{path} is torn, or it holds other things than tensors")
     return tensors
 
 

@@ -282,6 +282,7 @@ def test_wrong_files_are_one_sentence(released, tiny, world, words, tmp_path):
     refused(saved(projector(K + 1)), rf"connector.to_scores.bias is \({K + 1},\) in the file and \({K},\) in what .*--words ask for")
     refused(saved(projector(D=44)), r"connector.mlp.2.bias is \(44,\) in the file and \(52,\)", llm=tiny.llama)
     refused(saved({"model.mm_projector.0.weight": torch.zeros(H, DV)}), r"connector.mlp.0.bias is missing in the file and \(24,\)")
+    refused(saved(projector(K) | {"model.mm_projector.2.bias": torch.full((H,), torch.nan)}), "connector.mlp.2.bias has numbers")
     refused(saved({"state": 3}), "other things than tensors")
     refused(saved([Evil(tmp_path / "was here")]), "other things than tensors")
     assert not (tmp_path / "was here").exists()

@@ -194,6 +194,8 @@ def fill(module, tensors, place):
         if found != want:
             raise ValueError(f"{place}.{name} is {found} in the file and {want} in what --llm, "
                              "--vision_tower and --words ask for")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{place}.{name} has numbers that are not finite")
     changes = any(map(differs, tensors))
     module.load_state_dict(tensors, strict=False)
     for name in filter(differs, tensors):

@@ -8,7 +8,7 @@ import model
 from conftest import DEVICE
 from fused import combine
 from support import device
-from tools.fold import fold
+from tools.export import fold
 
 H, K, D = 24, 203, 17                                               # K is no multiple of the block
 

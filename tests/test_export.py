@@ -28,7 +28,7 @@ def export_here(*arguments):
     """The tool in this process: a process of its own costs ten seconds. -> what it prints"""
     text = io.StringIO()
     with mock.patch.object(sys, "argv", ["tools/export.py", *map(str, arguments)]), contextlib.redirect_stdout(text):
-        export.main()
+        export.main(export.read_arguments())
     return text.getvalue()
 
 

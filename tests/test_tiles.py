@@ -371,7 +371,7 @@ def test_export_and_import_again(llm, tower, tiny, world, tmp_path):
     argv = ["import_official.py", tmp_path / "theirs", "--llm", getattr(tiny, llm), "--vision_tower", getattr(tiny, tower),
             "--out", tmp_path / "back"]
     with mock.patch.object(sys, "argv", [str(part) for part in argv]):
-        import_official.main()
+        import_official.main(import_official.read_arguments())
     back = checkpoint.load(str(tmp_path / "back"))
     assert back.config.tiles == TILES
     with torch.no_grad():

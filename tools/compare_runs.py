@@ -7,7 +7,8 @@ Train the pocket's two stages for 20 steps at two commits and say whether the lo
 
 Both sides train in one small world, which the working tree's pocket.py makes, with the configs of
 their own commit. Losses and gradient norms are compared. It takes less than a minute on two CPU
-cores. The exit status is 0 if all are the same to the bit, or within --tolerance.
+cores, in which the working tree must not change. The exit status is 0 if all are the same to the
+bit, or within --tolerance.
 
 A commit that changes a sum writes the log anew and says why in its message. An x86 processor
 computes with AVX2 here, so that a log of a Zen 3 holds to the bit on a Zen 4. Elsewhere (Intel was
@@ -42,13 +43,10 @@ ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
 def read_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("refs", nargs="*", metavar="REF",
-        help='a commit, branch or tag, or "." for the working tree, which must not change'
-             " meanwhile")
+    add("refs", nargs="*", metavar="REF", help='a commit, or "." for the working tree')
     add("--log", help="compare one REF (default .) with this file")
     add("--write", action="store_true", help="write --log instead of comparing")
-    add("--tolerance", type=float, default=0.0,
-        help="the largest relative difference that is accepted (default 0)")
+    add("--tolerance", type=float, default=0.0, help="accepted relative difference (default 0)")
     args = parser.parse_args()
     if args.log and not args.refs:
         args.refs = ["."]
@@ -59,30 +57,23 @@ def read_arguments():
 
 def main():
     args = read_arguments()
-    old = read_json(args.log) if args.log and not args.write else None
+    old = [read_json(args.log)] if args.log and not args.write else []
     os.environ |= ENVIRONMENT
     with tempfile.TemporaryDirectory() as folder, ThreadPool(2) as pool:
         world = Path(folder) / "world"
         outs = [Path(folder) / name for name in ("first", "second")]
         trees = [check_out(ref, out) for ref, out in zip(args.refs, outs)]
         make_world(world, pool)
-        runs = pool.starmap(train, zip(trees, outs, itertools.repeat(world)))
-    import torch                                    # after ENVIRONMENT, which it reads once
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    ref = "--dirty" if args.refs[-1] == "." else args.refs[-1]      # HEAD, "-dirty" if changed
-    new = {"commit": git("describe", "--always", "--exclude=*", ref), "cpu": cpu,
-           "torch": torch.__version__, "stages": runs[-1]}
+        sides = old + pool.starmap(measure, zip(args.refs, trees, outs, itertools.repeat(world)))
     if args.write:
-        write_json(new, args.log)
+        write_json(sides[0], args.log)
         print(f"wrote {args.log}")
         return 0
-    if old:
-        for name, side in ((args.log, old), ("this run", new)):
-            print(f"{name}: commit {side['commit']}, {side['cpu']}, torch {side['torch']}")
-        runs.insert(0, old["stages"])
+    for side in sides:
+        print(f"commit {side['commit']}, {side['cpu']}, torch {side['torch']}")
     largest = 0
     for stage, number in itertools.product(STAGES, NUMBERS):
-        sentence, difference = compare(*(run[stage][number] for run in runs))
+        sentence, difference = compare(*(side["stages"][stage][number] for side in sides))
         print(f"{stage:9} {number:10} {sentence}")
         largest = max(largest, difference)
     if largest > args.tolerance:
@@ -92,28 +83,27 @@ def main():
 
 
 def compare(before, after):
-    """Return (a sentence about two lists of numbers, the largest relative difference).
+    """Return (a sentence about two lists of STEPS numbers, the largest relative difference).
 
-    The difference is infinite if a number is missing or not finite.
+    The difference is infinite if a number is not finite.
     """
-    if before == after:
-        return f"the same to the bit in {len(before)} steps", 0.0
-    if len(before) != len(after):
-        return f"{len(before)} steps and {len(after)} steps", math.inf
     differences = [0.0 if a == b else abs(a - b) / max(abs(a), abs(b))
-                   for a, b in zip(before, after)]
+                   for a, b in zip(before, after, strict=True)]
     differences = [math.inf if math.isnan(d) else d for d in differences]
-    first = next(i for i, d in enumerate(differences) if d)
     largest = max(differences)
+    if not largest:
+        return f"the same to the bit in {len(before)} steps", largest
+    first = next(i for i, d in enumerate(differences) if d)
     return (f"differs from step {first} on: there by {differences[first]:.1e}, at most by "
             f"{largest:.1e} at step {differences.index(largest)} (relative)"), largest
 
 
-def git(*command):
-    """Return what a git command prints. ValueError if it fails."""
-    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+def output_of(command, folder=ROOT):
+    """Return what a command prints. ValueError if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"git {' '.join(command)} fails: {done.stderr.strip()}")
+        raise ValueError(f"{' '.join(command[:3])} fails in {folder}: "
+                         f"{done.stderr.strip()[-600:]!r}")
     return done.stdout.strip()
 
 
@@ -121,7 +111,7 @@ def check_out(ref, folder):
     """Return the folder of a ref's files: "." is the working tree, and git writes others."""
     if ref == ".":
         return ROOT
-    git("archive", f"--output={folder}.tar", ref)
+    output_of(["git", "archive", f"--output={folder}.tar", ref])
     shutil.unpack_archive(f"{folder}.tar", folder, filter="data")
     return folder
 
@@ -140,23 +130,24 @@ def make_world(out, pool):
     vocab.save_words([vocab.to_word(f" {word}".encode()) for word in words], out / "words.json")
 
 
-def train(tree, out, world):
-    """Run both stages of a tree. Return {stage: {number: list of STEPS floats}}."""
+def measure(ref, tree, out, world):
+    """Run both stages of a tree. Return a log: "stages" has {stage: {number: STEPS floats}}."""
+    import torch                                    # after ENVIRONMENT, which it reads once
     options = [f"--images={world}/images", "--epochs=20", f"--max_steps={STEPS}", "--seed=1",
                "--global_batch=4", "--batch_size=2", "--dtype=float32", "--device=cpu"]
     start = {"pretrain": ["--init=", f"--llm={world}/pocket-qwen",
                           f"--vision_tower={world}/vision-tower", f"--words={world}/words.json"],
              "sft": [f"--init={out}/pretrain", "--connector_lr=7e-4"]}
-    numbers = {}
+    stages = {}
     for stage in STAGES:
-        command = [sys.executable, "train.py", f"config/pocket/{stage}.py", *start[stage], *options,
-                   f"--data={world}/{stage}.json", f"--out={out}/{stage}"]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"stage {stage} fails in {tree}: {done.stderr.strip()[-600:]!r}")
+        output_of([sys.executable, "train.py", f"config/pocket/{stage}.py", *start[stage], *options,
+                   f"--data={world}/{stage}.json", f"--out={out}/{stage}"], tree)
         rows = [json.loads(line) for line in open(out / stage / "log.jsonl")]
-        numbers[stage] = {number: [row[number] for row in rows] for number in NUMBERS}
-    return numbers
+        stages[stage] = {number: [row[number] for row in rows] for number in NUMBERS}
+    version = "--dirty" if ref == "." else ref      # HEAD, with "-dirty" if the tree has changed
+    return {"commit": output_of(["git", "describe", "--always", "--exclude=*", version]),
+            "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__, "stages": stages}
 
 
 if __name__ == "__main__":

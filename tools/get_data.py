@@ -4,7 +4,8 @@
 
 Archives are unpacked and removed. At the end ROOT has llava_v1_5_mix665k_filtered.json, the records
 whose picture is there, and llava_v1_5_mix665k_missing.json, the others with the reason. What is
-finished stands in ROOT/get_data.json, and a second run leaves it alone.
+finished stands in ROOT/get_data.json, and a second run leaves it alone. Remove its line there to
+get a file again.
 
 OCR-VQA: if ROOT/ocr_vqa/dataset.json is there, the pictures come from the addresses in it. That
 file lies in the Google Drive folder that https://ocr-vqa.github.io names, and a script cannot get
@@ -30,35 +31,30 @@ import common
 from common import BadSample
 from support.pictures import inside, open_image
 
-
-def hub(repository, file):
-    """Return the address of a file in a dataset of the Hugging Face hub."""
-    return f"https://huggingface.co/datasets/{repository}/resolve/main/{file}"
-
-
+HUB = "https://huggingface.co/datasets"
 VG = "https://cs.stanford.edu/people/rak248/VG_100K_2"
 MIX = "llava_v1_5_mix665k"
-# name: [(address, folder under ROOT, GB)]
-SOURCES = {
-    "pretrain": [
-        (hub("liuhaotian/LLaVA-Pretrain", "blip_laion_cc_sbu_558k.json"), "LLaVA-Pretrain", 0.2),
-        (hub("liuhaotian/LLaVA-Pretrain", "images.zip"), "LLaVA-Pretrain/images", 27)],
-    "mix665k": [(hub("liuhaotian/LLaVA-Instruct-150K", f"{MIX}.json"), "", 1.1)],
-    "coco": [("http://images.cocodataset.org/zips/train2017.zip", "coco", 19.4)],
-    "gqa": [("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", 20.3)],
-    "textvqa": [
-        ("https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", "textvqa", 7)],
-    "vg": [(f"{VG}/images.zip", "vg", 9.8), (f"{VG}/images2.zip", "vg", 5.5)],
-    "ocr_vqa": [(hub("weizhiwang/llava_v15_instruction_images", "ocr_vqa_images_llava_v15.zip"),
-                 "ocr_vqa", 8.5)],
-    "sharegpt4v": [                                     # texts, for the counts of words only
-        (hub("Lin-Chen/ShareGPT4V", "share-captioner_coco_lcs_sam_1246k_1107.json"), "", 1.5),
-        (hub("Lin-Chen/ShareGPT4V", "sharegpt4v_instruct_gpt4-vision_cap100k.json"), "", 0.2)],
-    "cc3m": [(hub("liuhaotian/LLaVA-CC3M-Pretrain-595K", "chat.json"),
-              "LLaVA-CC3M-Pretrain-595K", 0.3)],
-}
+ADDRESSES = "ocr_vqa/dataset.json"
+OCR_VQA = f"{HUB}/weizhiwang/llava_v15_instruction_images/resolve/main/ocr_vqa_images_llava_v15.zip"
+OCR_VQA_JPEGS = "pictures of OCR-VQA"                   # a step of its own, see get_pictures
+FILES = [       # (source, address, folder under ROOT, GB)
+    ("pretrain", f"{HUB}/liuhaotian/LLaVA-Pretrain/resolve/main/blip_laion_cc_sbu_558k.json",
+     "LLaVA-Pretrain", 0.2),
+    ("pretrain", f"{HUB}/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip",
+     "LLaVA-Pretrain/images", 27),
+    ("mix665k", f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/{MIX}.json", "", 1.1),
+    ("coco", "http://images.cocodataset.org/zips/train2017.zip", "coco", 19.4),
+    ("gqa", "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", 20.3),
+    ("textvqa", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", "textvqa", 7),
+    ("vg", f"{VG}/images.zip", "vg", 9.8),
+    ("vg", f"{VG}/images2.zip", "vg", 5.5),
+    ("ocr_vqa", OCR_VQA, "ocr_vqa", 8.5),
+    ("ocr_vqa", OCR_VQA_JPEGS, "ocr_vqa", 0),
+    ("sharegpt4v", f"{HUB}/Lin-Chen/ShareGPT4V/resolve/main/"   # texts, for the counts of words
+     "share-captioner_coco_lcs_sam_1246k_1107.json", "", 1.5)]
+SOURCES = list(dict.fromkeys(source for source, *_ in FILES))
 MD5 = {"train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2"}         # published by COCO
-PICTURE_SOURCES = ("coco", "gqa", "textvqa", "vg", "ocr_vqa")       # the folders of MIX's pictures
+FOR_MIX = ("mix665k", "coco", "gqa", "textvqa", "vg", "ocr_vqa")    # MIX and its pictures
 TRIES = 6                                               # in a row without a new byte
 TIMEOUT = 60                                            # seconds without a byte
 GIVE_UP = 100                                           # after so many failed pictures, stop
@@ -68,9 +64,6 @@ LATER = {408, 425, 429, 500, 502, 503, 504}             # a host that answers so
 class NotThere(ValueError):
     """A file that trying again will not bring."""
 
-
-# --------------------------------------------------------------------------------------------------
-# one file
 
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects and keeps the SHA-256 that the Hugging Face hub sends with one."""
@@ -83,32 +76,27 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, address)
 
 
-def open_address(address, start):
-    """Return (response, SHA-256 or None) of an address, from byte `start` on if the host can."""
-    headers = {"User-Agent": "Mozilla/5.0 (langbridge get_data)"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    redirects = Redirects()
-    request = urllib.request.Request(address, headers=headers)
-    response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
-    return response, redirects.sha256
-
-
-def download(address, path):
+def download(address, path, mirror=None):
     """Download a file to `path`; path.part keeps what came until then, also for the next run.
 
+    mirror: an address that is asked for HOST/PATH in place of http://HOST/PATH.
     NotThere for an answer that will stay the same: 404, 403, a web page. ValueError after TRIES
     tries in which no byte came, or if the bytes are not those of the checksum.
     """
     part = f"{path}.part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    asked = f"{mirror}/{address.split('//')[1]}" if mirror else address
     tries, most = 0, 0
     while tries < TRIES:
         tries += 1
         start = os.path.getsize(part) if os.path.exists(part) else 0
+        request = urllib.request.Request(asked, headers={"User-Agent": "Mozilla/5.0 (langbridge)"})
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        redirects = Redirects()
+        opener = urllib.request.build_opener(redirects)
         try:
-            response, sha256 = open_address(address, start)
-            with response:
+            with opener.open(request, timeout=TIMEOUT) as response:
                 if response.headers.get_content_type() == "text/html":
                     raise NotThere(f"{address} sends a web page")
                 start = start if response.status == 206 else 0      # 200: from the beginning
@@ -120,7 +108,7 @@ def download(address, path):
             if size > most:                             # a host without ranges begins again
                 tries, most = 0, size
             if length is None or size == start + int(length):
-                check_sum(part, address, sha256)
+                check_sum(part, address, redirects.sha256)
                 os.replace(part, path)
                 return
             reason = "the connection was cut"
@@ -140,20 +128,18 @@ def download(address, path):
 
 def check_sum(part, address, sha256):
     """Raise ValueError, and remove the file, if it does not have the published checksum."""
-    for name, want in (("md5", MD5.get(os.path.basename(address))), ("sha256", sha256)):
-        if want:
-            digest = hashlib.new(name)
-            with open(part, "rb") as file:
-                for block in iter(lambda: file.read(1 << 20), b""):
-                    digest.update(block)
-            found = digest.hexdigest()
-            if found != want:
-                os.remove(part)
-                raise ValueError(f"{address}: the {name} is {found}, published is {want}")
+    md5 = MD5.get(os.path.basename(address))
+    kind, published = ("sha256", sha256) if sha256 else ("md5", md5)
+    if published:
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, kind).hexdigest()
+        if found != published:
+            os.remove(part)
+            raise ValueError(f"{address}: the {kind} is {found}, published is {published}")
 
 
 def unpack(path, folder):
-    """Unpack a zip archive. ValueError before that if a name in it leads out of the folder."""
+    """Unpack a zip archive and remove it. ValueError if a name in it leads out of the folder."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -162,13 +148,66 @@ def unpack(path, folder):
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         os.remove(path)
         raise ValueError(f"{path} is no whole zip archive ({error}); start again") from None
+    os.remove(path)
+
+
+def get_pictures(args, missing):
+    """Make a JPEG of each OCR-VQA picture that the mix names, downloaded if need be.
+
+    missing: {name: reason} of the pictures that cannot be had, which grows here. ValueError if
+    there are pictures that a next run may get.
+    """
+    if not os.path.isfile(f"{args.root}/{MIX}.json"):
+        raise ValueError(f"{MIX}.json, which names the pictures, is not there")
+    addresses = {}
+    if os.path.isfile(f"{args.root}/{ADDRESSES}"):
+        entries = common.read_json(f"{args.root}/{ADDRESSES}")
+        try:
+            addresses = {name: entry["imageURL"] for name, entry in entries.items()}
+        except (AttributeError, TypeError, LookupError):
+            raise ValueError(f"{ADDRESSES} is not that of OCR-VQA: an object with an imageURL for "
+                             "each picture") from None
+    names = {record.get("image", "") for record in common.read_json(f"{args.root}/{MIX}.json")}
+    names = sorted(name for name in names - missing.keys() if name.startswith("ocr_vqa/"))
+    absent = f"the {'list' if addresses else 'archive'} does not hold it"
+    failures = []                                       # the next run tries these again
+
+    def is_settled(name):
+        """Make a JPEG of one picture. Return whether no later run need try it again."""
+        if len(failures) >= GIVE_UP:
+            return False
+        stem = os.path.splitext(f"{args.root}/{name}")[0]
+        address = addresses.get(os.path.basename(stem))
+        unpacked = [stem + end for end in (".jpg", ".gif", ".png", ".jpeg")]
+        path = next(filter(os.path.isfile, unpacked), f"{stem}.raw")
+        try:
+            if path.endswith(".raw"):
+                if not address:
+                    raise NotThere(absent)
+                download(address, path, args.mirror)
+            to_jpeg(path, f"{stem}.jpg")
+        except (NotThere, BadSample) as error:
+            missing[name] = str(error)
+        except ValueError as error:
+            failures.append(error)
+            return False
+        return True
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        left = len(names) - sum(tqdm(pool.map(is_settled, names), total=len(names)))
+    if left:
+        raise ValueError(f"{left} pictures are still to be had; start again ({failures[0]})")
 
 
 def to_jpeg(path, jpeg):
     """Turn the picture at `path` into `jpeg`, a JPEG in RGB or grey. BadSample if it is none."""
-    image = open_image(path)
-    if max(image.size) == 1:                    # the shop sends one pixel for a picture it has not
-        raise BadSample("broken image", "the host sends a picture of one pixel")
+    try:
+        image = open_image(path)
+        if max(image.size) == 1:            # the shop sends one pixel for a picture it has not
+            raise BadSample("broken image", "the host sends a picture of one pixel")
+    except BadSample:
+        os.remove(path)
+        raise
     with Image.open(path) as original:
         is_jpeg = original.format == "JPEG" and original.mode in ("RGB", "L")
     if is_jpeg:                                 # it is not compressed once more
@@ -180,139 +219,33 @@ def to_jpeg(path, jpeg):
         os.remove(path)
 
 
-# --------------------------------------------------------------------------------------------------
-# all of them
-
-class Data:
-    """The data under a root: what is finished, and which pictures cannot be had."""
-
-    def __init__(self, args):
-        self.root, self.mirror, self.workers = os.path.abspath(args.root), args.mirror, args.workers
-        self.address_list = f"{self.root}/ocr_vqa/dataset.json"
-        self.state_file = f"{self.root}/get_data.json"
-        self.done, self.missing = {}, {}                # {address: True}, {picture: reason}
-        self.changed = False
-        if os.path.isfile(self.state_file):
-            state = common.read_json(self.state_file)
-            try:
-                self.done, self.missing = dict(state["done"]), dict(state["missing"])
-            except (TypeError, LookupError, ValueError):
-                raise ValueError(f"{self.state_file} was not written by this script: "
-                                 "move it away") from None
-
-    def save(self):
-        self.changed = True
-        common.write_json({"done": self.done, "missing": self.missing}, self.state_file)
-
-    def mirrored(self, address):
-        """Return the address to ask: HOST/PATH of a mirror, if there is one."""
-        return f"{self.mirror.rstrip('/')}/{address.split('//')[1]}" if self.mirror else address
-
-    def todo(self, name):
-        """Return [(address, path to download it to, GB)] of a source's files that are not there."""
-        if name == "ocr_vqa" and os.path.isfile(self.address_list):
-            return []
-        todo = []
-        for address, folder, gb in SOURCES[name]:
-            path = os.path.join(self.root, folder, os.path.basename(address))
-            result = os.path.dirname(path) if path.endswith(".zip") else path
-            if address not in self.done or not os.path.exists(result):
-                todo.append((address, path, gb))
-        return todo
-
-    def get(self, name):
-        """Download and unpack the files of a source, and the pictures of OCR-VQA."""
-        if name == "ocr_vqa" and not os.path.isfile(f"{self.root}/{MIX}.json"):
-            raise ValueError(f"{MIX}.json, which names the pictures, is not there")
-        for address, path, _ in self.todo(name):
-            print(f"{name}: {address}", flush=True)
-            if not os.path.isfile(path):
-                download(self.mirrored(address), path)
-            if path.endswith(".zip"):
-                unpack(path, os.path.dirname(path))
-                os.remove(path)
-            self.done[address] = True
-            self.save()
-        if name == "ocr_vqa":
-            self.get_pictures()
-
-    def get_pictures(self):
-        """Make a JPEG of each OCR-VQA picture that the mix names, downloaded if need be."""
-        addresses = {}
-        if os.path.isfile(self.address_list):
-            addresses = common.read_json(self.address_list)
-        if not isinstance(addresses, dict):
-            raise ValueError(f"{self.address_list} is not that of OCR-VQA: an object with an entry "
-                             "for each picture")
-        names = {record.get("image", "") for record in common.read_json(f"{self.root}/{MIX}.json")}
-        names = {name for name in names if name.startswith("ocr_vqa/")}
-        checked = self.done.setdefault("ocr_vqa pictures", [])
-        todo = sorted(names - set(checked) - self.missing.keys())
-        failures = []                                   # the next run tries these again
-
-        def problem_of(name):
-            """Return None if a picture is a JPEG now, else the error."""
-            if len(failures) >= GIVE_UP:
-                return failures[0]
-            try:
-                self.get_picture(name, addresses)
-            except ValueError as error:
-                if not isinstance(error, (NotThere, BadSample)):
-                    failures.append(error)
-                return error
-
-        left = 0
-        with ThreadPoolExecutor(self.workers) as pool:
-            results = zip(todo, pool.map(problem_of, todo))
-            for i, (name, problem) in enumerate(tqdm(results, total=len(todo)), 1):
-                if problem is None:
-                    checked.append(name)
-                elif problem in failures:
-                    left += 1
-                else:
-                    self.missing[name] = str(problem)
-                if i % 5000 == 0 or i == len(todo):
-                    self.save()
-        if left:
-            raise ValueError(f"{left} pictures are still to be had; start again ({failures[0]})")
-
-    def get_picture(self, name, addresses):
-        """Make a JPEG of one picture. NotThere or BadSample, and no file, if it cannot be had."""
-        stem = os.path.splitext(f"{self.root}/{name}")[0]
-        unpacked = [stem + end for end in (".jpg", ".gif", ".png", ".jpeg")]
-        path = next(filter(os.path.isfile, unpacked), None)
-        if path is None:
-            entry = addresses.get(os.path.basename(stem))
-            address = entry.get("imageURL") if isinstance(entry, dict) else None
-            if not address or not isinstance(address, str):
-                raise NotThere("dataset.json does not name it" if addresses else
-                               "the archive does not hold it")
-            path = f"{stem}.raw"
-            download(self.mirrored(address), path)
-        try:
-            to_jpeg(path, f"{stem}.jpg")
-        except BadSample:
-            os.remove(path)
-            raise
-
-    def write_filtered(self):
-        """Write the records of the mix whose picture is there, and the others with the reason."""
-        records = common.read_json(f"{self.root}/{MIX}.json")
-        kept, left_out = [], []
-        for record in records:
-            image = record.get("image")
-            if not image or os.path.isfile(f"{self.root}/{image}"):
-                kept.append(record)
-            else:
-                reason = self.missing.get(image, "the archive does not hold it")
-                left_out.append({"id": record.get("id"), "image": image, "reason": reason})
-        common.write_json(left_out, f"{self.root}/{MIX}_missing.json")
-        common.write_json(kept, f"{self.root}/{MIX}_filtered.json", None)
-        print(f"{MIX}_filtered.json: {len(kept):,} of {len(records):,} records; "
-              f"{MIX}_missing.json lists the other {len(left_out):,}")
+def unfinished(sources, root, done):
+    """Return [(source, address, path to download it to, GB)] of the FILES that are not done."""
+    # With a list of addresses the pictures of OCR-VQA come one by one.
+    skipped = OCR_VQA if os.path.isfile(f"{root}/{ADDRESSES}") else None
+    return [(source, address, os.path.join(root, folder, os.path.basename(address)), gb)
+            for source, address, folder, gb in FILES
+            if source in sources and address not in done and address != skipped]
 
 
-def main(argv=None):
+def write_filtered(root, missing):
+    """Write the records of the mix whose picture is there, and the others with the reason."""
+    records = common.read_json(f"{root}/{MIX}.json")
+    kept, left_out = [], []
+    for record in records:
+        image = record.get("image")
+        if not image or os.path.isfile(f"{root}/{image}"):
+            kept.append(record)
+        else:
+            reason = missing.get(image, "the archive does not hold it")
+            left_out.append({"id": record.get("id"), "image": image, "reason": reason})
+    common.write_json(left_out, f"{root}/{MIX}_missing.json")
+    common.write_json(kept, f"{root}/{MIX}_filtered.json", None)
+    print(f"{MIX}_filtered.json: {len(kept):,} of {len(records):,} records; "
+          f"{MIX}_missing.json lists the other {len(left_out):,}")
+
+
+def read_arguments(argv):
     parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("--only", metavar="NAMES", help=f"with commas between; default all: {','.join(SOURCES)}")
@@ -321,48 +254,64 @@ def main(argv=None):
     add("--mirror", metavar="ADDRESS", help="ask ADDRESS/HOST/PATH in place of http://HOST/PATH")
     add("--workers", type=int, default=16, help="pictures of OCR-VQA at a time")
     args = parser.parse_args(argv)
-    chosen = set(args.only.split(",")) if args.only else set(SOURCES)
-    for name in chosen - SOURCES.keys():
+    chosen = set(args.only.split(",") if args.only else SOURCES)
+    for name in chosen.difference(SOURCES):
         raise ValueError(f"there is no source {name!r}; there are {', '.join(SOURCES)}")
     if "ocr_vqa" in chosen:
         chosen.add("mix665k")                           # it names the pictures
-    chosen = [name for name in SOURCES if name in chosen]
-    data = Data(args)
+    args.only = [name for name in SOURCES if name in chosen]
+    args.root = os.path.abspath(args.root)
+    return args
+
+
+def main(argv=None):
+    args = read_arguments(argv)
+    state_file = f"{args.root}/get_data.json"
+    state = {"done": {}, "missing": {}}                 # {address: True}, {picture: reason}
+    if os.path.isfile(state_file):
+        state = common.read_json(state_file)
+    done, missing = state["done"], state["missing"]
+    todo = unfinished(args.only, args.root, done)
 
     need = largest = 0                                  # GB
-    for name in chosen:
-        rest = 0
-        for _, path, gb in data.todo(name):
-            there = [p for p in (path, f"{path}.part") if os.path.isfile(p)]
-            rest += gb - sum(map(os.path.getsize, there)) / 1e9
-            largest = max(largest, gb)
-        need += rest
-        print(f"{name:12} {rest:8.2f} GB")
-    if os.path.isfile(data.address_list):
-        print("ocr_vqa      pictures one by one, from the addresses in dataset.json")
+    for source, address, path, gb in todo:
+        there = [p for p in (path, f"{path}.part") if os.path.isfile(p)]
+        need += gb - sum(map(os.path.getsize, there)) / 1e9
+        largest = max(largest, gb)
+        print(f"{source:12} {gb:6.1f} GB  {address}")
     disk = need + largest                               # an archive lies beside its files once
     print(f"{need:.1f} GB to download, {disk:.1f} GB of disk to unpack it")
     if args.dry_run:
         return 0
-    os.makedirs(data.root, exist_ok=True)
-    free = shutil.disk_usage(data.root).free / 1e9
+    os.makedirs(args.root, exist_ok=True)
+    free = shutil.disk_usage(args.root).free / 1e9
     if disk > free:
-        raise ValueError(f"{data.root} needs {disk:,.1f} GB and its disk has {free:,.1f} GB free")
+        raise ValueError(f"{args.root} needs {disk:,.1f} GB and its disk has {free:,.1f} GB free")
 
-    failed = {}                                         # name: sentence
-    for name in chosen:
+    failed = {}                                         # source: sentence
+    for source, address, path, _ in todo:
+        if source in failed:                            # without an archive no picture is in it
+            continue
+        print(f"{source}: {address}", flush=True)
         try:
-            data.get(name)
+            if address == OCR_VQA_JPEGS:
+                get_pictures(args, missing)
+            elif not os.path.isfile(path):
+                download(address, path, args.mirror)
+            if path.endswith(".zip"):
+                unpack(path, os.path.dirname(path))
+            done[address] = True
         except ValueError as error:
-            failed[name] = str(error)
-            print(f"{name}: {error}", flush=True)
-    lacking = [name for name in ("mix665k", *PICTURE_SOURCES) if name in failed or data.todo(name)]
+            failed[source] = str(error)
+            print(f"{source}: {error}", flush=True)
+        common.write_json(state, state_file)
+    lacking = {source for source, *_ in unfinished(FOR_MIX, args.root, done)}
     if lacking:
-        print(f"{MIX}_filtered.json is not written yet: {', '.join(lacking)} not finished")
-    elif data.changed or not os.path.isfile(f"{data.root}/{MIX}_filtered.json"):
-        data.write_filtered()
-    for name in chosen:
-        print(f"{name:12} {'failed: ' + failed[name] if name in failed else 'finished'}")
+        print(f"{MIX}_filtered.json is not written yet: {', '.join(sorted(lacking))} not finished")
+    elif todo or not os.path.isfile(f"{args.root}/{MIX}_filtered.json"):
+        write_filtered(args.root, missing)
+    for source in args.only:
+        print(f"{source:12} {'failed: ' + failed[source] if source in failed else 'finished'}")
     return 1 if failed else 0
 
 

@@ -1,8 +1,4 @@
 #!/usr/bin/env bash
-# Downloads the paper's data into the layout of docs/paper.md. Start it again to go on:
-#     bash tools/get_data.sh [--only ocr_vqa,coco] [--root DIR] [--dry-run]
-set -euo pipefail
+# Downloads the paper's data. PYTHON=/path/to/python takes another Python than that of .venv.
 here="$(cd "$(dirname "$0")/.." && pwd)"
-python="${PYTHON:-$here/.venv/bin/python}"
-command -v "$python" > /dev/null || { echo "get_data.sh: there is no $python; bash tests/run.sh makes it" >&2; exit 1; }
-exec "$python" "$here/tools/get_data.py" "$@"
+exec "${PYTHON:-$here/.venv/bin/python}" "$here/tools/get_data.py" "$@"

@@ -16,8 +16,8 @@ import torch
 from lmms_eval.api.model import lmms
 
 import common
-import conversation
 from checkpoint import load
+from conversation import IMAGE, encode_prompt
 from generate import generate
 from support import pictures
 from support.device import own_device
@@ -39,81 +39,53 @@ class LangBridge(lmms):
         self.vlm = load(checkpoint, device, getattr(torch, dtype))
 
     def prompt(self, request):
-        """Return (doc, messages, pixels, sizes, counts): a user's turn and its images.
-
-        doc: the task's record. pixels: a list of float32[n, 3, S, S]. sizes: a list of
-        (width, height). counts: how many ids each image takes.
-        """
+        """Return (ids, images): the ids of a prompt, and a list of PIL images."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         visuals = list(doc_to_visual(doc) or []) if doc_to_visual else []
         if any(isinstance(visual, (str, dict)) for visual in visuals):
             raise ValueError("this model sees images only, no video and no sound")
-        if conversation.IMAGE not in context:
-            context = f"{conversation.IMAGE}\n" * len(visuals) + context
-        visuals = [image.convert("RGB") for image in visuals]
-        pixels = [pictures.tile_pixels(image, **self.vlm.image_settings, mode="pad",
-                                       tiles=self.vlm.config.tiles) for image in visuals]
-        sizes = [image.size for image in visuals]
-        counts = [self.vlm.num_tokens(picture_size) for picture_size in sizes]
-        return doc, [{"role": "user", "content": context}], pixels, sizes, counts
+        if IMAGE not in context:
+            context = f"{IMAGE}\n" * len(visuals) + context
+        counts = [self.vlm.num_tokens(image.size) for image in visuals]
+        message = {"role": "user", "content": context}
+        return encode_prompt([message], self.vlm.tokenizer, counts), visuals
+
+    def answer(self, prompts, images, max_new_tokens, temperature):
+        """Return the text of the answer to each prompt. images: those of all prompts, in order."""
+        pixels = [pictures.tile_pixels(image.convert("RGB"), **self.vlm.image_settings, mode="pad",
+                                       tiles=self.vlm.config.tiles) for image in images]
+        answers = generate(self.vlm, prompts, torch.cat(pixels) if pixels else None,
+                           max_new_tokens, temperature=temperature,
+                           picture_sizes=[image.size for image in images])
+        return [self.vlm.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
     def generate_until(self, requests):
         """Return the answer to each request, a list of strings in the requests' order."""
         prepared = []
         for index, request in enumerate(requests):
             settings = request.args[1]
-            _, messages, pixels, sizes, counts = self.prompt(request)
-            ids = conversation.encode_prompt(messages, self.vlm.tokenizer, counts)
+            ids, images = self.prompt(request)
             is_sampled = settings.get("do_sample", bool(settings.get("temperature")))
             temperature = (settings.get("temperature") or 1.0) if is_sampled else 0.0
             shared = settings.get("max_new_tokens", 1024), temperature      # by a batch
-            prepared.append((shared, -len(ids), index, ids, pixels, sizes))
+            prepared.append((shared, -len(ids), index, ids, images))
         answers = [""] * len(requests)
         prepared.sort(key=lambda p: p[:3])                                  # longest first
-        for (max_new_tokens, temperature), group in groupby(prepared, key=lambda p: p[0]):
+        for shared, group in groupby(prepared, key=lambda p: p[0]):
             group = list(group)
             for start in range(0, len(group), self.batch_size):
-                batch = group[start:start + self.batch_size]
-                pixels = [image for *_, images, _ in batch for image in images]
-                sizes = [picture_size for *_, sizes in batch for picture_size in sizes]
-                new = generate(self.vlm, [ids for *_, ids, _, _ in batch],
-                               torch.cat(pixels) if pixels else None, max_new_tokens,
-                               temperature=temperature, picture_sizes=sizes)
-                for (_, _, index, *_), ids in zip(batch, new):
+                _, _, indices, prompts, images = zip(*group[start:start + self.batch_size])
+                for index, text in zip(indices, self.answer(prompts, sum(images, []), *shared)):
                     context, settings = requests[index].args[:2]
-                    text = self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
                     answers[index] = cut_at(text, settings.get("until") or [])
                     self.cache_hook.add_partial("generate_until", (context, settings),
                                                 answers[index])
         return answers
 
     def loglikelihood(self, requests):
-        """Return (loss, whether greedy decoding would say it) of each continuation.
-
-        lmms-eval takes the choice of the lowest number. The number is therefore the mean loss of a
-        token, as its own models return it, and not a log-likelihood.
-        """
-        results = []
-        for request in requests:
-            continuation = request.args[1]
-            doc, messages, pixels, sizes, counts = self.prompt(request)
-            if callable(continuation):
-                continuation = continuation(doc)
-            messages.append({"role": "assistant", "content": str(continuation).strip()})
-            ids, labels = conversation.encode(messages, self.vlm.tokenizer, counts)
-            self.vlm.check_positions(len(ids))
-            pixels = torch.cat(pixels) if pixels else None
-            with torch.no_grad():
-                embeds = self.vlm.splice(torch.tensor([ids]), pixels, picture_sizes=sizes)
-                hidden = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
-                targets = torch.tensor(labels[1:], device=embeds.device)
-                trained = targets != conversation.IGNORE
-                logits = self.vlm.logits(hidden.last_hidden_state[0, :-1][trained])
-            targets = targets[trained]
-            loss = torch.nn.functional.cross_entropy(logits, targets).item()
-            results.append((loss, bool((logits.argmax(dim=-1) == targets).all())))
-        return results
+        raise NotImplementedError("this model has no tasks of multiple choice: lmms-eval 0.7.3 "
+                                  "cannot read what any model returns for them")
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError("this model answers one round only")

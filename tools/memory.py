@@ -44,23 +44,20 @@ def print_estimate(cfg):
         cfg.dtype = "bfloat16"                      # as on the GPUs that the estimate is for
     vlm, config = meta_model(cfg, cfg.trained_parts())
     print(parts_table(vlm, cfg))
-    side = pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool)
-    # The most that a picture can take.
-    P = max((num_tokens(tile, side ** 2, cfg.tiles, vlm.image_size) for tile in cfg.tiles),
-            default=side ** 2)
-    squares = most_squares(cfg.tiles, vlm.image_size)
+    P = pooled_side(vlm.vision_tower.config, vlm.image_size, cfg.pool) ** 2
+    encoded = P * most_squares(cfg.tiles, vlm.image_size)       # what the tower sees of a picture
+    if cfg.tiles:                                   # the most that a picture can take
+        P = max(num_tokens(tile, P, cfg.tiles, vlm.image_size) for tile in cfg.tiles)
     # A caption has about 64 tokens, a conversation of LLaVA's SFT data about 448. Batches of
     # similar length (--group) have the longest conversations together, of up to 1,472 tokens.
     text = 64 if cfg.stage in ("words", "pretrain") else 1472 if cfg.group else 448
     T = min(cfg.max_length, P + text)
-    possible = [ranks for ranks in RANKS if cfg.global_batch % ranks == 0]
-    tables = [memory(vlm, cfg, config, P, T, squares * side ** 2, ranks) for ranks in possible]
-    heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in possible)
+    tables = {ranks: memory(vlm, cfg, config, P, T, encoded, ranks)
+              for ranks in RANKS if cfg.global_batch % ranks == 0}
+    heads = "".join(f"{ranks:5} GPU{'s' * (ranks > 1)}".rjust(10) for ranks in tables)
     print(f"{'GiB on each GPU':44}{heads}")
-    for name in tables[0]:
-        print(f"{name:44}" + "".join(f"{table[name] / 2**30:10.2f}" for table in tables))
-    print(f"{'with what is not counted (5 GiB assumed)':44}"
-          + "".join(f"{(table['sum'] + LEFT_OUT) / 2**30:10.2f}" for table in tables))
+    for name in tables[1]:
+        print(f"{name:44}" + "".join(f"{t[name] / 2**30:10.2f}" for t in tables.values()))
     whole = "cut into pieces" if cfg.shard else "whole on each (--shard cuts it)"
     largest = f"at most {P} of them of a picture" if cfg.tiles else f"{P} of them patches"
     print(f"{T} tokens a sample ({largest}), {cfg.global_batch} samples a step, at most "
@@ -72,6 +69,9 @@ def meta_model(cfg, trained_parts):
 
     ValueError, as checkpoint.build would raise it, for models whose shapes do not fit.
     """
+    def find_config(name, read):
+        return AutoConfig.for_model(**SIZES[name]) if name in SIZES else read(name)
+
     with torch.device("meta"):
         tower = AutoModel.from_config(find_config(cfg.vision_tower, pretrained.vision_config))
         # Whether other kinds of attention work here says nothing of the machine of the run.
@@ -83,7 +83,6 @@ def meta_model(cfg, trained_parts):
         if cfg.vision_tower not in SIZES:
             pretrained.image_settings(cfg.vision_tower, tower.config, cfg.image_size)
         config = model.Config(**{f.name: getattr(cfg, f.name) for f in fields(model.Config)})
-        config.num_words = cfg.num_words
         if not config.num_words:
             has_words = os.path.isfile(cfg.words)
             config.num_words = len(vocab.load_words(cfg.words)) if has_words else 19200
@@ -99,11 +98,6 @@ def meta_model(cfg, trained_parts):
     for part in trained_parts:
         getattr(vlm, part).float().requires_grad_(True)
     return vlm, config
-
-
-def find_config(name, read):
-    """Return a model's config: from sizes.json for the paper's models, else read(name)."""
-    return AutoConfig.for_model(**SIZES[name]) if name in SIZES else read(name)
 
 
 def block_bytes(config, D, tokens, width):
@@ -151,19 +145,22 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
         activations = layers * tokens * D * (4 if is_wide else width) + block
     scores = E = 0
     if config.connector == "langbridge":
-        is_small = 4 * patches * config.num_words <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
+        K = config.num_words
+        E = K * D * width
+        is_small = 4 * patches * K <= (cfg.plain_bytes or ASSUMED_MEMORY // 32)
         if cfg.stage == "words":                    # no words are combined
-            scores = 0
+            kept = 0
         elif config.normalize == "none":
-            makes_none = fused.without_scores(patches, config.num_words, config.hidden, D, True)
-            scores = 0 if makes_none else patches * config.num_words * 2 * width
+            kept = 2 * width * K
+            if fused.without_scores(patches, K, config.hidden, D, True):
+                kept = 0
         elif config.normalize == "softmax" and not is_small:
-            scores = patches * min(config.num_words, fused.CUDA_BLOCK) * 8
+            kept = 8 * min(K, fused.CUDA_BLOCK)
         else:
-            scores = patches * config.num_words * 16    # the plain formula keeps about four tensors
+            kept = 16 * K                           # the plain formula keeps about four tensors
         if needs_words(cfg):                        # its scores and their log_softmax, in float32
-            scores += patches * config.num_words * 8
-        E = config.num_words * D * width
+            kept += 8 * K
+        scores = patches * kept
     logits = min(model.LOSS_ROWS, tokens - samples * P) * embedding.num_embeddings * 12
     if cfg.stage == "words":                        # the LLM does not run
         activations = logits = 0
@@ -175,4 +172,5 @@ def memory(vlm, cfg, config, P, T, encoded, ranks):
         table["activations of the vision tower"] = (
             block * len(sharding.transformer_blocks(vlm.vision_tower)))
     table |= {"scores and weights of the words": scores, "logits": logits}
-    return {**table, "sum": sum(table.values())}
+    total = sum(table.values())
+    return table | {"sum": total, "with what is not counted (5 GiB assumed)": total + LEFT_OUT}

@@ -20,13 +20,13 @@ def read_and_pair(benchmark, questions, truth, answers, predictions, partial=Fal
     """
     with naming(questions, truth):
         official = benchmark.read(questions, truth)
+        counts = getattr(benchmark, "counts", lambda record: True)
+        scored = [k for k, record in official.items() if counts(record)]
     with naming(predictions):
         found = unique(answers, getattr(benchmark, "key", question_id))
         for k in found:
             if k not in official:
                 raise ValueError(f"question {k} is unknown: it is not in the question file")
-        counts = getattr(benchmark, "counts", lambda record: True)
-        scored = [k for k, record in official.items() if counts(record)]
         for k in scored:
             if k not in found and not partial:
                 raise ValueError(f"question {k} has no answer")

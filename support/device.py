@@ -29,8 +29,6 @@ def own_device(name, most=1):
 
     name: of --device; without a name CUDA if there is one, else the CPU. "auto" spreads an LLM over
     all GPUs, if there are any, unless most=1. Under torchrun each process has a GPU of its own.
-    ValueError for a device that this machine lacks, and for a numbered GPU under torchrun, because
-    all processes would share this GPU.
     """
     if name == "auto" and most != 1:
         return name if torch.cuda.is_available() else torch.device("cpu")
@@ -66,9 +64,8 @@ def set_precision(dtype):
 def be_deterministic():
     """Let each operation on CUDA add in the same order in each run. Call it before CUDA computes.
 
-    torch's flash and memory-efficient attention stay allowed, in a deterministic mode; cuDNN's does
-    not. With warn_only=True they would add in any order in the backward pass. An operation without
-    such a mode raises a RuntimeError.
+    An operation without such a mode raises a RuntimeError. With warn_only=True torch's attention
+    would add in any order in the backward pass.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it
@@ -78,12 +75,11 @@ def be_deterministic():
 
 def check_compiler(device):
     """Raise ValueError if torch.compile cannot work, because there is no compiler."""
-    kind, names = "C", (os.environ.get("CC"), "gcc", "clang")       # Triton's, for its launchers
+    names = [os.environ.get("CC", ""), "gcc", "clang"]              # Triton's, for its launchers
     if device.type == "cpu":
-        kind, names = "C++", (os.environ.get("CXX"), "g++", "clang++")
-    if not any(shutil.which(name) for name in names if name):
-        raise ValueError(f"--compile needs a {kind} compiler on this device, and there is no "
-                         f"{names[1]}")
+        names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if not any(map(shutil.which, names)):
+        raise ValueError(f"--compile needs a compiler such as {names[1]}, and there is none")
 
 
 print_once = functools.cache(print_rank0)
@@ -95,38 +91,31 @@ def compiled(function):
 
     Where torch.compile fails, the result runs `function` itself and says so once.
     """
-    fast = torch.compile(function, dynamic=True)
-    works = True
+    best = torch.compile(function, dynamic=True)
 
     def run(*args):
-        nonlocal works
-        if works:
-            try:
-                return fast(*args)
-            except torch.OutOfMemoryError:
+        nonlocal best
+        try:
+            return best(*args)
+        except Exception as error:          # no C++ compiler and no Triton raise many types
+            if best is function or isinstance(error, torch.OutOfMemoryError):
                 raise
-            except Exception as error:      # no C++ compiler and no Triton raise many types
-                works = False
-                print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
-                           "combination runs uncompiled and slower")
-        return function(*args)
+            best = function
+            print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
+                       "combination runs uncompiled and slower")
+            return function(*args)
 
     return run
 
 
 @functools.cache
 def has_wide_addmm(device, dtype):
-    """Return whether addmm can add products of `dtype` to a float32 sum. It is tried once.
-
-    Only CUDA has this, and not every version of torch takes a sum of another dtype.
-    """
-    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.addmm.overloads():
-        return False
+    """Return whether addmm can add products of `dtype` to a float32 sum: on CUDA, it is tried."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = ones.float()
     try:
         torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except RuntimeError:
+    except (RuntimeError, TypeError):       # of the CPU, and of some versions of torch
         return False
     return total.eq(17).all().item()
 

@@ -1,10 +1,8 @@
 """
 Hashes of everything that a result depends on, one for each part, so that a changed part has a name.
 
-train.py compares them when a run goes on, checkpoint.py when a checkpoint is loaded, and eval.py
-before it keeps an earlier answer. A fingerprint is {source: {part: hash}}, for example
-{"llm": {"weights": ..., "chat template": ...}, "words": {"words": ...}}. A source is a setting of
-train.py. docs/promises.md says what a fingerprint covers.
+A fingerprint is {source: {part: hash}}, for example {"llm": {"weights": ..., "chat template": ...},
+"words": {"words": ...}}. A source is a setting of train.py. docs/promises.md says what is covered.
 """
 import hashlib
 import json
@@ -157,10 +155,9 @@ def template_hash(tokenizer):
     """Return the hash of what the chat template writes around the turns of a few conversations."""
     texts = []
     for messages in (TALK, TALK[1:], TALK[:2], TALK[1:2], TALK[1:3], TALK[1:4]):
-        ask = messages[-1]["role"] == "user"
+        options = {"tokenize": False, "add_generation_prompt": messages[-1]["role"] == "user"}
         try:
-            texts.append(tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ask))
+            texts.append(tokenizer.apply_chat_template(messages, **options))
         except Exception:               # a template is a program; one refuses a system turn
             texts.append(None)
     return value_hash(texts)

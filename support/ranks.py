@@ -49,22 +49,15 @@ def setup_ranks(cfg):
 def join(backend, timeout, **options):
     """Join the other processes of torchrun, if it started this one, and set rank and world."""
     global rank, world
-    rank, world = 0, 1
-    if "RANK" in os.environ:
-        check_restarts()
-        dist.init_process_group(backend, timeout=timeout, **options)
-        rank, world = dist.get_rank(), dist.get_world_size()
-
-
-def check_restarts():
-    """Raise ValueError where torchrun keeps one store over its restarts.
-
-    A restarted rank would read the address of a dead rank there and wait for it for hours.
-    """
+    if "RANK" not in os.environ:
+        return
+    # A restarted rank would read the address of a dead rank in torchrun's store and wait for hours.
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
                          "its environment and --rdzv_backend=c10d (pytorch issue 135712)")
+    dist.init_process_group(backend, timeout=timeout, **options)
+    rank, world = dist.get_rank(), dist.get_world_size()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,15 +66,12 @@ def check_restarts():
 def check_shared_memory(workers, batch_size, side, tiles=()):
     """Raise ValueError if /dev/shm cannot hold the pictures that the loader's processes pass on.
 
-    A worker would die of a "Bus error" in the middle of the run. Docker's default of 64 MB is too
-    little for two batches of 32 pictures of 336 pixels a side.
+    A worker would die of a "Bus error" in the middle of the run. Docker's default is 64 MB.
     """
-    if not workers or not os.path.isdir("/dev/shm"):
-        return
     processes = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     of_picture = most_squares(tiles, side) * 3 * side ** 2 * 4
     needed = 2 * processes * batch_size * of_picture                # a worker is two batches ahead
-    free = shutil.disk_usage("/dev/shm").free
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     if free < needed:
         raise ValueError(f"/dev/shm has {free / 1e6:.0f} MB free and the loader needs "
                          f"{needed / 1e6:.0f} MB: start Docker with --ipc=host or --shm-size=16g, "
@@ -89,21 +79,13 @@ def check_shared_memory(workers, batch_size, side, tiles=()):
 
 
 def length_multiple(pad_to, device, max_positions):
-    """Return the number of which every batch's length T is a multiple. 0 means the default.
+    """Return the number of which every batch's length T is a multiple. pad_to 0 is the default.
 
-    cuDNN's attention makes a new plan for each T, which takes longer than a step. With multiples of
-    64 there are few lengths. A T that was rounded up must not be more than the LLM's positions.
+    cuDNN's attention makes a new plan for each T, which takes longer than a step. A T that was
+    rounded up must not be more than the LLM's positions.
     """
     pad_to = pad_to or (64 if device.type == "cuda" else 1)
     return math.gcd(pad_to, max_positions or pad_to)
-
-
-def leave_process_group(_):
-    """Keep a loader's process alive after Ctrl-C or `kill -TERM -GROUP`.
-
-    Both reach the whole process group, and the current step still needs its data.
-    """
-    os.setpgid(0, 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,17 +98,17 @@ def reduce_sum(tensor):
     return tensor
 
 
+def wait_for_all():
+    """Wait until all ranks are here, such as for rank 0, which writes a large checkpoint."""
+    if world > 1:
+        dist.barrier(group=waiting)
+
+
 def leave():
     """Wait for all ranks, and end the communication with them."""
     wait_for_all()
     if world > 1:
         dist.destroy_process_group()
-
-
-def wait_for_all():
-    """Wait until all ranks are here, such as for rank 0, which writes a large checkpoint."""
-    if world > 1:
-        dist.barrier(group=waiting)
 
 
 def on_rank0(work):
@@ -167,11 +149,10 @@ def local(tensor):
 def sum_up(sums, trainable):
     """Return ({name: sum over all ranks}, for each trainable parameter the ranks with a gradient).
 
-    sums: {name: number, or a scalar on the device}. A parameter counts where it has a gradient.
-    The CPU waits for the device here, at the first scalar, once in a step.
+    sums: {name: number, or a scalar on the device}. The CPU waits for the device here, at the first
+    scalar, once in a step.
     """
-    numbers = [float(value) for value in sums.values()]
-    numbers += [float(p.grad is not None) for _, p in trainable]
+    numbers = [*map(float, sums.values()), *[float(p.grad is not None) for _, p in trainable]]
     totals = torch.tensor(numbers, dtype=torch.float64, device=trainable[0][1].device)
     totals = reduce_sum(totals).tolist()
     return dict(zip(sums, totals)), totals[len(sums):]
@@ -180,8 +161,7 @@ def sum_up(sums, trainable):
 def reduce_gradients(trainable, grad_counts, tokens, images):
     """Sum the gradients over all ranks and divide them by `tokens`, the number in all of them.
 
-    grad_counts: see sum_up. A parameter without a gradient on a rank counts as 0 there.
-    ValueError names a parameter that no rank's loss reached.
+    grad_counts: see sum_up. ValueError names a parameter that no rank's loss reached.
     """
     for (name, p), count in zip(trainable, grad_counts):
         needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM

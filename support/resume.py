@@ -32,8 +32,8 @@ LOCKS = []                  # open files; to close one would end its lock
 def lock(out):
     """Make the folder of a run and lock it until this process ends. ValueError if a run has it.
 
-    A rank can live on after torchrun was killed, and two writers would spoil the folder. flock
-    would not do: a loader's process that outlives a killed run would keep the lock.
+    A rank can live on after torchrun was killed. flock would not do: a loader's process that
+    outlives a killed run would keep the lock.
     """
     os.makedirs(out, exist_ok=True)
     file = open(f"{out}/.lock", "w")
@@ -47,9 +47,9 @@ def lock(out):
 
 
 def remove_old_run(cfg, first):
-    """Remove a finished run from the folder of this one. ValueError if this run cannot even begin.
+    """Remove a finished run from the folder of this one. Raises `first` if it is a BadSample.
 
-    first: the first sample of the new run, or a BadSample.
+    first: the first sample of the new run, which could not even begin.
     """
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
         if isinstance(first, common.BadSample) and cfg.on_bad == "stop":
@@ -85,11 +85,7 @@ def save_state(vlm, optimizer, progress, cfg):
     folder = f"{cfg.out}/state/step-{progress['step']:08d}"
     temporary = f"{cfg.out}/state/tmp"
 
-    def begin():
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-
-    def end():
+    def complete():
         sizes = {name: os.path.getsize(f"{temporary}/{name}") for name in os.listdir(temporary)}
         state = {**progress, "world": ranks.world, "settings": asdict(cfg), "sizes": sizes}
         common.write_json(state, f"{temporary}/state.json")
@@ -98,7 +94,7 @@ def save_state(vlm, optimizer, progress, cfg):
         for old in states(cfg.out)[:-2]:
             shutil.rmtree(old)
 
-    on_rank0(begin)
+    on_rank0(lambda: shutil.rmtree(temporary, ignore_errors=True))
     tensors = state_tensors(vlm, optimizer, progress["step"])
     # A file is in memory as a whole while it is written, so a file gets only a few tensors.
     file_of = {name: 1 + i // FILE_TENSORS for i, name in enumerate(tensors)}
@@ -108,7 +104,7 @@ def save_state(vlm, optimizer, progress, cfg):
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise OSError(f"{temporary} cannot be written: {reason}") from None
-    on_rank0(end)
+    on_rank0(complete)
 
 
 def states(out):
@@ -126,10 +122,9 @@ def newest_state(cfg):
         try:
             state = common.read_json(f"{path}/state.json")
             sizes = state.get("sizes", {})          # a state of an older version has none
-            if (all(os.path.getsize(f"{path}/{name}") == size for name, size in sizes.items())
-                    and {"step", "skipped", "settings"} <= state.keys()):
+            if all(os.path.getsize(f"{path}/{name}") == size for name, size in sizes.items()):
                 return path, state
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError):
             pass
         print(f"{path} is not whole; trying the one before", flush=True)
 
@@ -137,31 +132,27 @@ def newest_state(cfg):
 def resume(vlm, optimizer, inputs, cfg):
     """Load the newest state if there is one. Return (next step, number of samples skipped).
 
-    inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
-    inputs of its start. ValueError names those that differ. A state of no step at all, which a bad
-    first sample leaves, binds nobody.
+    inputs: the fingerprint of all that the run depends on. ValueError names the settings and inputs
+    that differ from those of the run's start. A state of no step at all, which a bad first sample
+    leaves, binds nobody.
     """
     found = on_rank0(lambda: newest_state(cfg))
     if not found or found[1]["step"] == 0:
         return 0, 0
     folder, state = found
-    differ = []
     for f in fields(cfg):
         now = getattr(cfg, f.name)
         old = state["settings"].get(f.name, f.default)      # a setting that was not there then
         is_other = json.dumps(old) != json.dumps(now)       # a tuple comes back as a list
         if is_other and not f.metadata["free"]:
-            differ.append(f"{f.name} was {old!r}, is {now!r}")
-    if differ:
-        raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, "
-                         "or use another out")
+            raise ValueError(f"{f.name} was {old!r}, is {now!r}: finish {folder} with its own "
+                             "settings, or use another out")
     # A state of an older version has no fingerprint, and nothing is compared.
-    changed = fingerprint.changes(state.get("fingerprint", {}), inputs)
+    changed = [f"{getattr(cfg, source) or cfg.init}: {part}"
+               for source, part in fingerprint.changes(state.get("fingerprint", {}), inputs)]
     if changed:
-        paths = {source: getattr(cfg, source) for source, _ in changed}
-        parts = [f"{paths[source] or cfg.init}: {part}" for source, part in changed]
-        raise ValueError(f"{' and '.join(parts)} changed since {folder} was written: a run goes on "
-                         "with what it began with")
+        raise ValueError(f"{' and '.join(changed)} changed since {folder} was written: a run goes "
+                         "on with what it began with")
     tensors = state_tensors(vlm, optimizer, state["step"])
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder),
              process_group=ranks.waiting)

@@ -24,6 +24,14 @@ MEDIUM_KEY = re.compile("image|img|picture|photo|video|audio")
 PICTURE_FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic)"|"data:')
 
 
+def parse(content, fault):
+    """Return the value of JSON in UTF-8. ValueError that begins with `fault` if it is not whole."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{fault}: {error}") from None
+
+
 def read_dicts(path):
     """Return the objects of a JSON list, or of a file with an object on each line.
 
@@ -32,29 +40,13 @@ def read_dicts(path):
     """
     with open(path, "rb") as file:
         content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8 text") from None
-    found = []                                      # (place, value)
-    try:
-        value = json.loads(text)
-        if isinstance(value, list):
-            found = [(f"{path}: record {i}", record) for i, record in enumerate(value)]
-        else:
-            found = [(f"{path}, line 1", value)]
-    except (ValueError, RecursionError) as error:
-        if text.lstrip()[:1] == "[":
-            raise ValueError(f"{path} is not a whole JSON file: {error}") from None
-        # Only \n ends a line. splitlines() would also cut at \x85 or \u2028 in a text.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                try:
-                    found.append((place, json.loads(line)))
-                except (ValueError, RecursionError):
-                    raise ValueError(f"{place}: not complete JSON") from None
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):                   # a list, perhaps after a BOM
+        values = parse(content, f"{path} is not a whole JSON file")
+        found = [(f"{path}: record {i}", value) for i, value in enumerate(values)]
+    else:
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(content.split(b"\n"), 1)]
+        found = [(place, parse(line, f"{place}: not complete JSON"))
+                 for place, line in lines if line.strip()]
     for place, value in found:
         if not isinstance(value, dict):
             raise ValueError(f"{place} is not a JSON object but {str(value)[:60]!r}")
@@ -62,7 +54,7 @@ def read_dicts(path):
 
 
 def read_records(path):
-    """Return the records of a LLaVA-format file: a list of (place in the file, dict), not empty."""
+    """Return what read_dicts returns. ValueError if there are no records."""
     records = read_dicts(path)
     if not records:
         raise ValueError(f"{path} holds no records")

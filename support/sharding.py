@@ -23,7 +23,7 @@ def shard_vlm(vlm, device, dtype):
 
     A block of the transformer is gathered in `dtype` for its computation and freed after it.
     Embedding and head are gathered once for the whole step: they may be one tensor, and the loss
-    calls the head several times. Connector and vision tower stay whole.
+    calls the head several times.
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)

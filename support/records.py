@@ -24,14 +24,6 @@ MEDIUM_KEY = re.compile("image|img|picture|photo|video|audio")
 PICTURE_FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic)"|"data:')
 
 
-def parse(content, fault):
-    """Return the value of JSON in UTF-8. ValueError that begins with `fault` if it is not whole."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{fault}: {error}") from None
-
-
 def read_dicts(path):
     """Return the objects of a JSON list, or of a file with an object on each line.
 
@@ -40,13 +32,20 @@ def read_dicts(path):
     """
     with open(path, "rb") as file:
         content = file.read()
-    if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):                   # a list, perhaps after a BOM
-        values = parse(content, f"{path} is not a whole JSON file")
+    try:
+        value = json.loads(content)
+        values = value if isinstance(value, list) else [value]
         found = [(f"{path}: record {i}", value) for i, value in enumerate(values)]
-    else:
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(content.split(b"\n"), 1)]
-        found = [(place, parse(line, f"{place}: not complete JSON"))
-                 for place, line in lines if line.strip()]
+    except (ValueError, RecursionError) as error:
+        if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):               # a list, perhaps after a BOM
+            raise ValueError(f"{path} is not a whole JSON file: {error}") from None
+        found = []
+        for number, line in enumerate(content.split(b"\n"), 1):
+            try:
+                if line.strip():
+                    found.append((f"{path}, line {number}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not complete JSON: {error}") from None
     for place, value in found:
         if not isinstance(value, dict):
             raise ValueError(f"{place} is not a JSON object but {str(value)[:60]!r}")

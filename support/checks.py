@@ -5,7 +5,6 @@ import os
 from dataclasses import asdict, replace
 
 from common import print_rank0
-from support import settings
 
 FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in its folder
 
@@ -31,7 +30,6 @@ def check_model(cfg, model):
 
 def check(cfg):
     """Raise ValueError if the settings cannot work. Nothing is loaded for this."""
-    settings.check_ranges(cfg)
     if not cfg.init:
         check_model(cfg, cfg)
     if cfg.group and cfg.stage == "words":

@@ -45,23 +45,17 @@ def show(word):
     return shown
 
 
-def rust_tokenizer(tokenizer):
-    """Return the tokenizers.Tokenizer of a transformers tokenizer."""
-    return getattr(tokenizer, "backend_tokenizer", tokenizer)
-
-
 def spelling_of(tokenizer):
     """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁".
 
     ValueError for a tokenizer whose tokens are not bytes (BERT's "##", CLIP's "</w>").
     """
-    backend = rust_tokenizer(tokenizer)
+    backend = tokenizer.backend_tokenizer
     for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
         mark = getattr(backend.model, affix, None)
         if mark:
-            name = getattr(tokenizer, "name_or_path", "a tokenizer")
-            raise ValueError(f"{name} marks pieces of words with {mark!r}, so it has no words in "
-                             "bytes")
+            raise ValueError(f"{tokenizer.name_or_path} marks pieces of words with {mark!r}, so it "
+                             "has no words in bytes")
     # The JSON of each part. backend.to_str() would add half a million merges, seconds for Gemma.
     parts = (backend.decoder, backend.pre_tokenizer, backend.normalizer)
     spec = "".join(part.__getstate__().decode() for part in parts if part is not None)
@@ -78,9 +72,7 @@ def token_to_word(token, spelling):
     if spelling == "bytes":
         return token if IN_ALPHABET(token) else None
     byte = BYTE_TOKEN.fullmatch(token)
-    if byte:
-        return to_word(bytes.fromhex(byte[1]))
-    return text_to_word(token, spelling)
+    return to_word(bytes.fromhex(byte[1])) if byte else text_to_word(token, spelling)
 
 
 def text_to_word(text, spelling):
@@ -94,11 +86,10 @@ def text_to_word(text, spelling):
 
 def special_tokens(tokenizer, spelling):
     """Return (tokens that no text may produce, all added tokens): two sets of strings."""
-    backend = rust_tokenizer(tokenizer)
-    added = backend.get_added_tokens_decoder().values()
+    added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special}
-    special |= {getattr(backend.model, "unk_token", None)}
-    special |= set(getattr(tokenizer, "all_special_tokens", ()))
+    special |= {getattr(tokenizer.backend_tokenizer.model, "unk_token", None)}
+    special |= set(tokenizer.all_special_tokens)
     if spelling not in ("bytes", "text"):
         special |= SENTENCEPIECE_CONTROL
     return special, {token.content for token in added}
@@ -111,7 +102,7 @@ class Speller:
     """
 
     def __init__(self, tokenizer):
-        self.backend = rust_tokenizer(tokenizer)
+        self.backend = tokenizer.backend_tokenizer
         self.spelling = spelling_of(tokenizer)
         self.special = special_tokens(tokenizer, self.spelling)[0]
 

@@ -161,7 +161,7 @@ def test_a_word_that_cannot_be_spelt_is_named(toks):
     with pytest.raises(ValueError, match="␣the"):
         vocab.word_ids(["the", "Ġthe"], toks["plain_bpe"])
     with pytest.raises(ValueError, match="##"):
-        vocab.tokenizer_words(Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")))
+        vocab.tokenizer_words(wrap(Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))))
 
 
 @pytest.mark.parametrize("answers", [False, True])

@@ -317,7 +317,7 @@ def import_official(path, tokenizer):
         raise ValueError(f"{path} is not a published vocabulary file: the value of "
                          f"{pairs[0][0]!r} is not an id")
     never_rise = all(a >= b for a, b in zip(numbers, numbers[1:]))
-    size = vocab.rust_tokenizer(tokenizer).get_vocab_size()
+    size = tokenizer.backend_tokenizer.get_vocab_size()
     cannot_be_ids = len(set(numbers)) < len(numbers) or max(numbers) >= size
     are_counts = never_rise and cannot_be_ids
 

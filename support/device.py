@@ -1,5 +1,5 @@
 """
-The device of a process and what it computes: its number, dtypes, rounding, torch.compile.
+The device of a process and how it computes: its number, dtypes, rounding, torch.compile.
 """
 import functools
 import os
@@ -38,15 +38,13 @@ def own_device(name, most=1):
         raise ValueError(f"there is no device {name!r}") from None
     if device.type == "cuda":
         count, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
-        if (device.index or 0) >= count:
-            raise ValueError(f"there is no device {name!r}: torch sees {count} GPUs")
         if local_rank and device.index is not None:
             raise ValueError(f"--device={name} would put all ranks of torchrun on one GPU: leave "
                              "the number out, or choose GPUs with CUDA_VISIBLE_DEVICES")
         device = torch.device("cuda", int(local_rank or device.index or 0))
         if device.index >= count:
-            raise ValueError(f"torchrun started rank {local_rank} on this machine, which has "
-                             f"{count} GPUs: lower --nproc_per_node")
+            raise ValueError(f"there is no device {device}: torch sees {count} GPUs (under "
+                             "torchrun lower --nproc_per_node)")
         torch.cuda.set_device(device)
     return device
 

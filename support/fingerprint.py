@@ -99,8 +99,6 @@ def git_commit():
     return run.stdout.strip() or None
 
 
-# --------------------------------------------------------------------------------------------------
-
 def value_hash(value):
     """Return the hash of a value that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

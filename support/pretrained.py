@@ -27,9 +27,6 @@ from support.tower import side_of, tower_hidden
 logging.disable_progress_bar()      # of loading weights: it hides the tables that the scripts print
 
 
-# --------------------------------------------------------------------------------------------------
-# any model
-
 def load_config(name):
     """Return the config of a model. ValueError for an adapter, such as LoRA's.
 
@@ -42,10 +39,7 @@ def load_config(name):
 
 
 def load_weights(model_class, name, **kwargs):
-    """Return a model by hub name or folder. ValueError where weights are cut off or missing.
-
-    The library would draw a missing tensor at random and only warn.
-    """
+    """Return a model by hub name or folder. ValueError where weights are cut off or missing."""
     for path in sorted(glob(f"{escape(name)}/*.safetensors")):
         with errors_name(path):
             safe_open(path, "pt")       # reads the header, and fails where the file was cut off
@@ -53,7 +47,7 @@ def load_weights(model_class, name, **kwargs):
     # Only a pooler may be missing, because its output is not used. SigLIP's pooler is named "head".
     pooler = re.compile(r"pooler|(^|\.)head\.|^classifier")
     missing = [key for key in sorted(info["missing_keys"]) if not pooler.search(key)]
-    if missing:
+    if missing:                         # the library would draw them at random and only warn
         raise ValueError(f"{name} has no weights for {missing[0]} ({len(missing)} missing)")
     return model
 
@@ -64,9 +58,6 @@ def weights_folder(name):
         return name
     return snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
 
-
-# --------------------------------------------------------------------------------------------------
-# vision towers
 
 def vision_config(name):
     """Return the config of a vision tower, also where a checkpoint holds a text half (CLIP)."""
@@ -109,10 +100,7 @@ def image_settings(name, config, image_size):
 
 @torch.no_grad()
 def probe_tower(tower, name, layer, image_size):
-    """Return the width Dv of a tower's patches, found by two pictures.
-
-    The tower may be on the meta device. ValueError if it gives no row of P vectors.
-    """
+    """Return the width Dv of a tower's patches. ValueError if it gives no P vectors a picture."""
     def refusal(reason):
         return ValueError(f"{name} gives no row of patch vectors ({reason}): take a CLIP, SigLIP, "
                           "DINO or ViT tower, whose output has the shape (images, patches, width)")
@@ -142,9 +130,6 @@ def probe_tower(tower, name, layer, image_size):
         raise refusal("its last row is not that of the last patch")
     return shape[2]
 
-
-# --------------------------------------------------------------------------------------------------
-# LLMs
 
 def llm_config(name):
     """Return the config of an LLM. Of a multimodal model it is the config of its text model."""
@@ -223,10 +208,7 @@ def text_model(multimodal, config, options):
 
 @torch.no_grad()
 def check_packing(vlm, dtype):
-    """Raise a ValueError if samples that follow each other in one row can see each other.
-
-    dtype: of the computation. With a sharded LLM every rank calls.
-    """
+    """Raise a ValueError if samples that follow each other in one row can see each other."""
     ids = torch.linspace(0, len(vlm.tokenizer) - 1, 32).long()
     samples = [{"id": str(i), "input_ids": part, "labels": part, "images": torch.zeros(0, 3, 0, 0)}
                for i, part in enumerate(ids.split(16))]
@@ -247,8 +229,8 @@ def probe_llm(vlm, dtype):
     model.py and generate.py call the decoder with embeddings and positions, and then the head. An
     LLM that scales embeddings or logits outside of these modules would be trained on wrong logits.
     """
-    llm, decoder = vlm.llm, vlm.llm.get_decoder()
-    embed, name = llm.get_input_embeddings(), vlm.config.llm
+    llm, decoder, name = vlm.llm, vlm.llm.get_decoder(), vlm.config.llm
+    embed = llm.get_input_embeddings()
     device = embed.weight.device
     ids = torch.linspace(0, len(vlm.tokenizer) - 1, 8, device=device).long()            # (T,)
     rows = torch.stack([ids, ids.roll(1)])

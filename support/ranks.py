@@ -14,10 +14,8 @@ from torch.distributed.tensor import DTensor
 from support.device import be_deterministic, choose_dtype, own_device
 from support.tiles import most_squares
 
-# NCCL gives up on a collective that waits longer than this. A rank that hangs is noticed then.
-NCCL_TIMEOUT = timedelta(minutes=15)
-# While rank 0 writes a checkpoint, the others wait in a group of gloo, which may take longer.
-WAITING_TIMEOUT = timedelta(hours=6)
+NCCL_TIMEOUT = timedelta(minutes=15)    # of a sum; a rank that hangs is noticed then
+WAITING_TIMEOUT = timedelta(hours=6)    # of gloo: rank 0 may write a checkpoint for long
 
 # join and setup_ranks set these.
 rank, world = 0, 1      # number of this process, and how many there are
@@ -60,9 +58,6 @@ def join(backend, timeout, **options):
     rank, world = dist.get_rank(), dist.get_world_size()
 
 
-# --------------------------------------------------------------------------------------------------
-# what loads the data
-
 def check_shared_memory(workers, batch_size, side, tiles=()):
     """Raise ValueError if /dev/shm cannot hold the pictures that the loader's processes pass on.
 
@@ -88,9 +83,6 @@ def length_multiple(pad_to, device, max_positions):
     return math.gcd(pad_to, max_positions or pad_to)
 
 
-# --------------------------------------------------------------------------------------------------
-# sums over all ranks
-
 def reduce_sum(tensor):
     """Add `tensor` up over all ranks, in place, and return it."""
     if world > 1:
@@ -112,12 +104,9 @@ def leave():
 
 
 def on_rank0(work):
-    """Return the result of work(), which runs on rank 0 alone. Its error is raised on all ranks.
-
-    Otherwise the other ranks would wait for ever for the rank that failed.
-    """
+    """Return the result of work(), which runs on rank 0 alone. Its error is raised on all ranks."""
     result = [None]
-    with sharing_errors():
+    with sharing_errors():                          # or the other ranks would wait for ever
         if rank == 0:
             result = [work()]
     if world > 1:

@@ -34,8 +34,9 @@ def read_dicts(path):
         content = file.read()
     try:
         value = json.loads(content)
-        values = value if isinstance(value, list) else [value]
-        found = [(f"{path}: record {i}", value) for i, value in enumerate(values)]
+        found = [(f"{path}, line 1", value)]
+        if isinstance(value, list):
+            found = [(f"{path}: record {i}", record) for i, record in enumerate(value)]
     except (ValueError, RecursionError) as error:
         if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):               # a list, perhaps after a BOM
             raise ValueError(f"{path} is not a whole JSON file: {error}") from None

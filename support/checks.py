@@ -85,10 +85,7 @@ def check_init(cfg, config):
 
 
 def refuse_existing(out, overwrite):
-    """Raise ValueError if `out` has what a checkpoint replaces, unless `overwrite` allows it.
-
-    A save that was killed leaves an llm/ without config.json. A user's folder may have one, too.
-    """
+    """Raise ValueError if `out` has what a checkpoint replaces, unless `overwrite` allows it."""
     names = ("config.json", "llm", "vision_tower", "words.json", "connector.safetensors",
              "transfer.json")
     refuse_files([f"{out}/{name}" for name in names], overwrite)
@@ -102,10 +99,7 @@ def refuse_files(paths, overwrite):
 
 
 def refuse_inside(out, **paths):
-    """Raise ValueError if a path and `out` are in each other, where a save would replace files.
-
-    paths: {what it is: path}. A path may be None or "".
-    """
+    """Raise ValueError if a save to `out` would replace one of the paths, {what it is: path}."""
     for kind, path in paths.items():
         there, here = os.path.realpath(path or ""), os.path.realpath(out)
         if path and os.path.relpath(there, here).split(os.sep)[0] in (".", *FOLDERS):

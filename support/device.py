@@ -11,10 +11,7 @@ from common import print_rank0
 
 
 def choose_dtype(name, device):
-    """Return the name of a dtype. "auto" is bfloat16 if the hardware computes in it, else float32.
-
-    A CPU without such instructions takes ten times as long in bfloat16 as in float32.
-    """
+    """Return the name of a dtype: for "auto" bfloat16 if the hardware has it, else float32."""
     if name != "auto":
         return name
     device_type = torch.device(device).type
@@ -85,10 +82,7 @@ print_once = functools.cache(print_rank0)
 
 @functools.cache
 def compiled(function):
-    """Return `function` compiled, so that it passes over memory once instead of six times.
-
-    Where torch.compile fails, the result runs `function` itself and says so once.
-    """
+    """Return `function` compiled, or as it is where torch.compile fails, which is said once."""
     best = torch.compile(function, dynamic=True)
 
     def run(*args):
@@ -119,14 +113,11 @@ def has_wide_addmm(device, dtype):
 
 
 def add_product(total, a, b):
-    """Add a @ b to `total` in place. Where dtypes differ, a quarter of the product at a time.
-
-    cuBLAS adds products of bfloat16 factors to a float32 sum by itself, without rounding them.
-    """
+    """Add a @ b to `total` in place. `total` may be float32 where a and b are bfloat16."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif has_wide_addmm(total.device, a.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)      # products are not rounded
     else:
         for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
             total_rows.add_(a_rows @ b)

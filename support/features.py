@@ -17,7 +17,6 @@ from support.tensors import write_safetensors
 def write_missing(vlm, dataset, folder, batch_size):
     """Write the patches of every picture of a dataset that `folder` does not hold yet, in float16.
 
-    Runs of any dtype share them. They are computed in the dtype of the run that needs them first.
     The folder belongs to one tower, layer, size, pool and number of patches. ValueError for others.
     """
     settings = {"layer": vlm.config.vision_layer, "pool": vlm.config.pool,

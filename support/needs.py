@@ -78,9 +78,9 @@ def lost_nats(vlm, prompt, answer, pixels, picture_sizes, patches, tile=0, words
 
 
 def places_of_patches(vlm, ids, num_tiles, P, picture_sizes, tile):
-    """Return the patches of a tile that the LLM reads, and their positions in ids int64[1, T].
+    """Return which patches of a tile the LLM reads, and their places in ids: two int64[n].
 
-    Both are int64[n] on the CPU. The LLM does not read the patches of a tile that show only border.
+    The LLM does not read the patches that show only border. ids int64[1, T].
     """
     # arrange_images knows where image embeds go, so let it arrange numbers instead.
     first = 1e6                                 # newlines never hold such a number

@@ -90,10 +90,7 @@ def open_image(source):
 
 
 def without_png_metadata(content):
-    """Return a PNG file without the chunks that its pixels do not need; other files as they are.
-
-    Pillow refuses a picture for a damaged colour profile or comment, which nothing here reads.
-    """
+    """Return a PNG file without the colour profile and comments. Pillow refuses damaged ones."""
     if content[:8] != b"\x89PNG\r\n\x1a\n":
         return content
     kept, at = [content[:8]], 8
@@ -167,10 +164,7 @@ def normalized(image, mean, std):
 
 
 def tile_pixels(image, size, mean, std, mode="pad", tiles=()):
-    """Return what the vision tower sees of a PIL RGB image: float32[n, 3, S, S].
-
-    n is 1 without tiles. mode: as for transform. It does not matter with tiles.
-    """
+    """Return what the vision tower sees of a PIL RGB image: float32[n, 3, S, S], n = 1 or tiles."""
     if not tiles:
         return transform(image, size, mean, std, mode)[None]            # (1, 3, S, S)
     import torch

@@ -28,10 +28,7 @@ logging.disable_progress_bar()      # of loading weights: it hides the tables th
 
 
 def load_config(name):
-    """Return the config of a model. ValueError for an adapter, such as LoRA's.
-
-    transformers would load it on its base model, and a checkpoint would hold weights of an adapter.
-    """
+    """Return the config of a model. ValueError for an adapter, which transformers would load."""
     if from_hub(lambda name, **_: find_adapter_config_file(name), name):
         raise ValueError(f"{name} is an adapter, not a model: merge it into its base model with "
                          "peft's merge_and_unload, save that and give its folder")

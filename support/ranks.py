@@ -23,16 +23,13 @@ waiting = None          # the group to wait in; None is the default group
 
 
 def setup_ranks(cfg):
-    """Set rank and world of this process, alone or one of torchrun's, and return its device.
-
-    The dtype "auto" of the settings becomes the dtype that the device computes in.
-    """
+    """Set rank and world of this process, alone or one of torchrun's, and return its device."""
     global waiting
     device = own_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"training adds its sums up in float64, and {device.type} may not have "
                          "it: use --device=cpu or --device=cuda")
-    cfg.dtype = choose_dtype(cfg.dtype, device)
+    cfg.dtype = choose_dtype(cfg.dtype, device)     # a state names the dtype, so not "auto"
     if cfg.deterministic:
         be_deterministic()
     if device.type == "cuda":
@@ -59,10 +56,7 @@ def join(backend, timeout, **options):
 
 
 def check_shared_memory(workers, batch_size, side, tiles=()):
-    """Raise ValueError if /dev/shm cannot hold the pictures that the loader's processes pass on.
-
-    A worker would die of a "Bus error" in the middle of the run. Docker's default is 64 MB.
-    """
+    """Raise ValueError if /dev/shm cannot hold the loader's pictures: a worker would die later."""
     processes = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     of_picture = most_squares(tiles, side) * 3 * side ** 2 * 4
     needed = 2 * processes * batch_size * of_picture                # a worker is two batches ahead

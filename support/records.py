@@ -27,8 +27,8 @@ PICTURE_FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic)"|"data:')
 def read_dicts(path):
     """Return the objects of a JSON list, or of a file with an object on each line.
 
-    A list of (place in the file, dict); empty lines are skipped. ValueError names the file, and the
-    first line or record that is not complete or no object.
+    A list of (place in the file, dict). ValueError names the first line or record that is not
+    complete or no object.
     """
     with open(path, "rb") as file:
         content = file.read()
@@ -76,10 +76,7 @@ def refuse_unread(fields, read, has_image, where):
 
 
 def image_names(record):
-    """Return the list of a record's image names. Raises BadSample.
-
-    They stand under "image", or under "images" as in LLaMA-Factory: one name or a list.
-    """
+    """Return a list of a record's image names. LLaMA-Factory has them under "images"."""
     keys = [key for key in ("image", "images") if record.get(key) not in (None, [])]
     if len(keys) == 2:
         raise BadSample("malformed", "there are pictures under 'image' and under 'images'")

@@ -47,10 +47,7 @@ def lock(out):
 
 
 def remove_old_run(cfg, first):
-    """Remove a finished run from the folder of this one. Raises `first` if it is a BadSample.
-
-    first: the first sample of the new run, which could not even begin.
-    """
+    """Remove a finished run from this run's folder. Raises `first`, a sample, if it is bad."""
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
         if isinstance(first, common.BadSample) and cfg.on_bad == "stop":
             raise first
@@ -114,10 +111,7 @@ def states(out):
 
 
 def newest_state(cfg):
-    """Return (folder, state.json) of the newest complete state, or None.
-
-    A state with a missing or short file is named and passed over.
-    """
+    """Return (folder, state.json) of the newest state without a missing or short file, or None."""
     for path in reversed(states(cfg.out)):
         try:
             state = common.read_json(f"{path}/state.json")

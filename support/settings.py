@@ -11,8 +11,7 @@ from dataclasses import field, fields
 def setting(default, text, choices=None, low=None, high=math.inf, free=False):
     """Return a dataclass field that knows what it means and which values it may have.
 
-    free: it may differ when a run is resumed. The result does not depend on it, except for rounding
-    and for which bad samples are skipped.
+    free: it may differ when a run is resumed. It changes at most rounding and the samples skipped.
     """
     metadata = {"help": text, "choices": choices, "low": low, "high": high, "free": free}
     return field(default=default, metadata=metadata)
@@ -26,10 +25,7 @@ def print_help(settings_class):
 
 
 def read(settings_class, argv):
-    """Return (settings, {name: where it was set}): defaults, then a config file, then --key=value.
-
-    A config file is a Python file of assignments. ValueError for anything that does not fit.
-    """
+    """Return (settings, {name: where it was set}) of config files and of --key=value."""
     given = []                                                      # (name, value, where)
     for arg in argv:
         if arg.startswith("--"):

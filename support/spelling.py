@@ -46,12 +46,9 @@ def show(word):
 
 
 def spelling_of(tokenizer):
-    """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁".
-
-    ValueError for a tokenizer whose tokens are not bytes (BERT's "##", CLIP's "</w>").
-    """
+    """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁"."""
     backend = tokenizer.backend_tokenizer
-    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
+    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):   # CLIP's </w>, BERT's ##
         mark = getattr(backend.model, affix, None)
         if mark:
             raise ValueError(f"{tokenizer.name_or_path} marks pieces of words with {mark!r}, so it "
@@ -96,10 +93,7 @@ def special_tokens(tokenizer, spelling):
 
 
 class Speller:
-    """A tokenizer that spells words with its tokens: word -> ids -> word.
-
-    The ids come from the tokenizer's model alone: no added space, normalizer or special token.
-    """
+    """A tokenizer without added spaces, normalizer and special tokens: word -> ids -> word."""
 
     def __init__(self, tokenizer):
         self.backend = tokenizer.backend_tokenizer

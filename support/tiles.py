@@ -38,8 +38,7 @@ def tile_layout(picture_size, tiles, size, side):
 def num_tokens(picture_size, num_patches, tiles, size):
     """Return how many image embeds an image has, as VLM.arrange_images makes them.
 
-    picture_size: (width, height) in pixels. Without it, and without tiles, an image is one square
-    of num_patches.
+    picture_size: (width, height) in pixels. Without it, and without tiles, it is one square.
     """
     if not (tiles and picture_size):
         return num_patches

@@ -26,10 +26,7 @@ def pooled_side(config, size, pool):
 
 
 def tower_hidden(tower, pixel_values):
-    """Return the hidden states of the tower: float32[N, 3, S, S] -> many float[N, extra + P, Dv].
-
-    Number 0 is what enters the first block, and number -1 is what leaves the last one.
-    """
+    """Return the tower's hidden states: float32[N, 3, S, S] -> many float[N, extra + P, Dv]."""
     # Pictures move to the device here and nowhere else, so callers need not know it.
     pixel_values = pixel_values.to(tower.device, tower.dtype)
     options = {}

@@ -58,7 +58,7 @@ def of_connector(folder):
 def of_dataset(dataset, paths):
     """Return {source: {part: hash}} of a data.Conversations. paths: of its JSON files."""
     images = []
-    for record in spread(dataset.records):
+    for record in dataset.records[::len(dataset) // MAX_IMAGES + 1]:
         try:
             names = records.messages_of(record)[1]
             images += [pictures.image_path(dataset.image_folder, name) for name in names]
@@ -163,9 +163,5 @@ def template_hash(tokenizer):
 
 def images_hash(images):
     """Return the hash of up to 4,000 pictures, evenly spread over a list of paths."""
-    return value_hash([len(images), *[file_hash(path) for path in spread(images)]])
-
-
-def spread(items):
-    """Return at most MAX_IMAGES items of a list, at equal distances."""
-    return items[::len(items) // MAX_IMAGES + 1]
+    spread = images[::len(images) // MAX_IMAGES + 1]
+    return value_hash([len(images), *[file_hash(path) for path in spread]])

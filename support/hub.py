@@ -21,8 +21,7 @@ def from_hub(load, name, **kwargs):
         # A first line that ends with ":" begins a list.
         reason = " ".join(lines if lines[0].rstrip().endswith(":") else lines[:1])
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name):
-            reason = ("it is no folder and not in the Hugging Face cache, and nothing is "
-                      "downloaded (--offline)")
+            reason = "it is no folder and not in the Hugging Face cache (--offline)"
         raise ValueError(f"{name} cannot be loaded: {reason}") from error
 
 

@@ -121,8 +121,7 @@ def to_rgb(image):
                          "white: save it with 8 bits")
     rgb = image.convert("RGB")
     if image.has_transparency_data and is_uniform(rgb) and not is_uniform(image.convert("RGBA")):
-        raise ValueError("it has one colour, and what it shows is in its transparency: save it on "
-                         "a background")
+        raise ValueError("what it shows is in its transparency: save it on a background")
     return rgb
 
 

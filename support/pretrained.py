@@ -61,8 +61,7 @@ def vision_config(name):
     config = load_config(name)
     config = getattr(config, "vision_config", config)
     if type(config) not in MODEL_MAPPING:
-        raise ValueError(f"{name} is no vision tower: transformers has no model of type "
-                         f"{config.model_type!r}")
+        raise ValueError(f"{name} is no vision tower but of the type {config.model_type!r}")
     return config
 
 
@@ -87,8 +86,7 @@ def image_settings(name, config, image_size):
         if processor.get("do_normalize") is False:
             values = neutral
         values = values if isinstance(values, list) else [values] * 3
-        are_numbers = all(type(value) in (int, float) for value in values)
-        if len(values) != 3 or not are_numbers or key == "std" and min(values) <= 0:
+        if len(values) != 3 or None in values or key == "std" and min(values) <= 0:
             raise ValueError(f"{name}: image_{key} in preprocessor_config.json is {values[0]!r}; "
                              "three numbers are needed (a std above 0), or do_normalize false")
         settings[key] = [value / factor for value in values]

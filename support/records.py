@@ -71,8 +71,7 @@ def refuse_unread(fields, read, has_image, where):
         if not has_image:
             is_unread = is_unread or MEDIUM_KEY.search(name) or PICTURE_FILE.search(text)
         if is_unread:
-            raise BadSample("malformed", f"{where} has {key[:40]!r}, which is not read: only the "
-                                         "record's 'image' and its 'conversations' are")
+            raise BadSample("malformed", f"{where} has {key[:40]!r}, which is not read")
 
 
 def image_names(record):
@@ -134,16 +133,14 @@ def messages_of(record, image_first=True):
             raise BadSample("malformed", f"turn {i} holds {other[0][:40]!r}, which is not read: a "
                                          f"picture is written '{IMAGE}'")
         if role != "user" and IMAGE in content:
-            raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; "
-                                         "only a human turn can")
+            raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'")
 
     users = [message for message in messages if message["role"] == "user"]
     count = sum(user["content"].count(IMAGE) for user in users)
     if names and users and count == 0:
         users[0]["content"] = (IMAGE + "\n") * len(names) + users[0]["content"]
     elif count != len(names):
-        raise BadSample("malformed",
-                        f"{len(names)} image(s) but {count} '{IMAGE}' in the human turns")
+        raise BadSample("malformed", f"{len(names)} image(s) but {count} '{IMAGE}' in human turns")
     elif count == 1 and image_first:
         user = next(user for user in users if IMAGE in user["content"])
         rest = user["content"].replace(IMAGE, "").strip()

@@ -29,8 +29,7 @@ def to_word(data):
 def to_bytes(word):
     """Return the bytes of a word. ValueError if a character is not in the byte alphabet."""
     if not IN_ALPHABET(word):
-        raise ValueError(f"{word!r} is not a word in the byte alphabet (a space is written 'Ġ', a "
-                         "newline 'Ċ')")
+        raise ValueError(f"{word!r} is not in the byte alphabet, where a space is written 'Ġ'")
     return word.translate(CHAR_TO_BYTE).encode("latin-1")
 
 

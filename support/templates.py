@@ -79,8 +79,7 @@ def texts(messages, tokenizer, template):
     _, mark, _ = encoder_of(tokenizer)
     if template == "plain":
         if roles != ("user", "assistant"):
-            raise ValueError("template 'plain' needs one human turn and one answer, "
-                             f"not {', '.join(roles)}")
+            raise ValueError(f"template 'plain' needs user, assistant and not {', '.join(roles)}")
         # The caption is tokenized separately, so that a SentencePiece tokenizer adds its usual
         # space in front.
         front = mark(bos_of(tokenizer)) + IMAGE_MARK * contents[0].count(IMAGE)
@@ -110,8 +109,7 @@ def texts(messages, tokenizer, template):
             if template == "chat" and not CONTROL.search(gap):
                 gap = eos + gap                     # or the model would never learn to stop
                 if not CONTROL.search(eos):         # there is none, or it is ordinary text
-                    raise ValueError("the tokenizer has no end-of-sequence token, so that no "
-                                     "answer could end")
+                    raise ValueError("the tokenizer has no end-of-sequence token")
             end = (CONTROL.search(gap) or re.search("\n|$", gap)).end()
             answers.append((start, len(text) + end))
             # Llama-3's first chat template opens a next answer after the last one. It is cut off.

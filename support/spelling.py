@@ -45,7 +45,7 @@ def show(word):
 
 
 def spelling_of(tokenizer):
-    """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁"."""
+    """Return how tokens are spelt: "bytes", or the character for a space, such as "▁" or " "."""
     backend = tokenizer.backend_tokenizer
     for affix in ("end_of_word_suffix", "continuing_subword_prefix"):   # CLIP's </w>, BERT's ##
         mark = getattr(backend.model, affix, None)
@@ -60,7 +60,7 @@ def spelling_of(tokenizer):
     # A decoder replaces "▁" by " ", a normalizer " " by "▁".
     space = re.search(r'"Metaspace","replacement":"(.)"|"String":"([^ ])"},"content":" "|'
                       r'"String":" "},"content":"(.)"', spec)
-    return space[space.lastindex] if space else "text"
+    return space[space.lastindex] if space else " "
 
 
 def token_to_word(token, spelling):
@@ -75,18 +75,15 @@ def text_to_word(text, spelling):
     """Return the word of a text in the tokenizer's own spelling. Surrogates are stray bytes."""
     if spelling == "bytes":
         return text
-    if spelling != "text":
-        text = text.replace(spelling, " ")
-    return to_word(text.encode("utf-8", errors="surrogateescape"))
+    return to_word(text.replace(spelling, " ").encode("utf-8", errors="surrogateescape"))
 
 
 def special_tokens(tokenizer, spelling):
     """Return (tokens that no text may produce, all added tokens): two sets of strings."""
     added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special}
+    special = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
     special |= {getattr(tokenizer.backend_tokenizer.model, "unk_token", None)}
-    special |= set(tokenizer.all_special_tokens)
-    if spelling not in ("bytes", "text"):
+    if spelling not in ("bytes", " "):
         special |= SENTENCEPIECE_CONTROL
     return special, {token.content for token in added}
 
@@ -108,15 +105,10 @@ class Speller:
         return None if None in parts else "".join(parts)
 
     def pieces(self, word):
-        """Return the ids of the tokens that spell a word; None stands for a byte without a token.
-
-        Bytes that are not UTF-8 get their own tokens. The text between them is one call of the
-        tokenizer's model.
-        """
+        """Return the ids of the tokens that spell a word; None is a byte without a token."""
         text = word
         if self.spelling != "bytes":
             text = to_bytes(word).decode("utf-8", errors="surrogateescape")
-        if self.spelling not in ("bytes", "text"):
             text = text.replace(" ", self.spelling)
         return [i for part in STRAY_BYTE.split(text) if part for i in self.pieces_of_text(part)]
 

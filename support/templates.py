@@ -79,7 +79,7 @@ def texts(messages, tokenizer, template):
     _, mark, _ = encoder_of(tokenizer)
     if template == "plain":
         if roles != ("user", "assistant"):
-            raise ValueError(f"template 'plain' needs user, assistant and not {', '.join(roles)}")
+            raise ValueError(f"template 'plain' is for user, assistant, not for {', '.join(roles)}")
         # The caption is tokenized separately, so that a SentencePiece tokenizer adds its usual
         # space in front.
         front = mark(bos_of(tokenizer)) + IMAGE_MARK * contents[0].count(IMAGE)

@@ -27,17 +27,18 @@ def parts_table(vlm, cfg):
 
 def show_sample(ids, labels, tokenizer):
     """Return a sample as text for a terminal: trained tokens green, an image as [image x P]."""
-    def kind_of(pair):
-        return "image" if pair[0] == IMAGE_ID else "other" if pair[1] == IGNORE else "trained"
+    def kind(pair):
+        return pair[0] == IMAGE_ID, pair[1] != IGNORE
 
     shown = ""
     # Runs of tokens are decoded together, because one character can take several tokens.
-    for kind, run in itertools.groupby(zip(map(int, ids), map(int, labels)), kind_of):
+    pairs = zip(map(int, ids), map(int, labels))
+    for (is_image, is_trained), run in itertools.groupby(pairs, kind):
         run = [i for i, _ in run]
         text = f"[image x {len(run)}]"
-        if kind != "image":
+        if not is_image:
             text = tokenizer.decode(run, clean_up_tokenization_spaces=False).replace("\033", "␛")
-        shown += f"\033[{32 if kind == 'trained' else 2}m{text}\033[0m"
+        shown += f"\033[{32 if is_trained else 2}m{text}\033[0m"
     return shown
 
 

@@ -156,7 +156,6 @@ def transform(image, size, mean, std, mode="pad"):
 def normalized(image, mean, std):
     """Return a PIL RGB image of S x S pixels as float32[3, S, S]."""
     import torch
-
     x = np.asarray(image, dtype=np.float32) / 255                       # (S, S, 3)
     x = (x - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(x.transpose(2, 0, 1).copy())                # (3, S, S)

@@ -76,10 +76,10 @@ def image_settings(name, config, image_size):
         if processor.get(flag):
             raise ValueError(f"{name}: preprocessor_config.json asks for {flag}, which is not done "
                              "here; take another vision tower")
-    # The tower's scale, divided by 1 / 255.
-    factor = round(255 * (processor.get("rescale_factor") or 1 / 255), 5)
+    scale = processor.get("rescale_factor") or 1 / 255
     if processor.get("do_rescale") is False:
-        factor = 255.0
+        scale = 1
+    factor = round(255 * scale, 5)                  # 1 for the usual scale
     settings = {"size": image_size or side_of(config, "image_size")}
     for key, neutral in (("mean", 0.0), ("std", 1.0)):
         values = processor.get(f"image_{key}")

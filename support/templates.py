@@ -47,7 +47,6 @@ def encoder_of(tokenizer):
     each control token as a private character, which the encoder reads as this token.
     """
     from tokenizers import AddedToken
-
     special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks = {token.content: chr(0xF0000 + n) for n, token in enumerate(special.values())}
     # Some control tokens (Phi-3's) remove the white space next to them.

@@ -89,7 +89,6 @@ def join_tiles(image_embeds, picture_sizes, tiles, size, newline):
     "spatial_unpad".
     """
     import torch
-
     side = math.isqrt(image_embeds.shape[1])
     images, start = [], 0
     for picture_size in picture_sizes:

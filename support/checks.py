@@ -1,6 +1,4 @@
-"""
-What does not fit together is refused here, before a model is loaded: settings of train.py, folders.
-"""
+"""Settings and folders that do not fit together, refused before a model is loaded."""
 import os
 from dataclasses import asdict, replace
 

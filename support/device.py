@@ -1,6 +1,4 @@
-"""
-The device of a process and how it computes: its number, dtypes, rounding, torch.compile.
-"""
+"""The device of a process and how it computes: its number, dtypes, rounding, torch.compile."""
 import functools
 import os
 import shutil

@@ -1,8 +1,4 @@
-"""
-The patches of a frozen vision tower, kept in files, so that each picture goes through it only once.
-
-train.py --features=DIR writes the files, and data.py reads them instead of the pictures.
-"""
+"""The patches of a frozen vision tower, kept in files: train.py --features=DIR, read by data.py."""
 import os
 
 import torch

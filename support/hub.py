@@ -1,6 +1,4 @@
-"""
-Models and tokenizers by name: a name on the Hugging Face hub, or a folder.
-"""
+"""Models and tokenizers by name: a name on the Hugging Face hub, or a folder."""
 import os
 import re
 from datetime import datetime

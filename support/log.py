@@ -1,6 +1,4 @@
-"""
-The log of a training run: what trains, a sample, log.jsonl, the printed line of a step, loss.png.
-"""
+"""The log of a training run: what trains, a sample, log.jsonl, the line of a step, loss.png."""
 import itertools
 import json
 import os

@@ -1,6 +1,4 @@
-"""
-Several processes that train or evaluate together. torchrun starts them.
-"""
+"""Several processes that train or evaluate together. torchrun starts them."""
 import math
 import os
 import shutil

@@ -1,8 +1,4 @@
-"""
-Records of LLaVA-format files: read, checked, and turned into messages and names of images.
-
-A record that cannot be used raises BadSample with one sentence.
-"""
+"""Records of LLaVA-format files: read, checked, and turned into messages and names of images."""
 import json
 import re
 

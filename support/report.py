@@ -1,6 +1,4 @@
-"""
-The report of transfer.py: what source and target make of captioned images.
-"""
+"""The report of transfer.py: what source and target make of captioned images."""
 import math
 
 import torch

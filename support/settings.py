@@ -1,6 +1,4 @@
-"""
-Settings of train.py: a dataclass whose fields know what they mean and which values they may have.
-"""
+"""Settings of train.py: a dataclass whose fields know their meaning and range."""
 import ast
 import math
 import os

@@ -1,6 +1,4 @@
-"""
-An LLM that is larger than one device: FSDP2. Every rank holds a piece of each tensor.
-"""
+"""An LLM that is larger than one device: FSDP2. Every rank holds a piece of each tensor."""
 import copy
 
 import torch

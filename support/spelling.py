@@ -1,6 +1,4 @@
-"""
-How tokenizers spell bytes: byte-level BPE, SentencePiece and plain text, all to one form of a word.
-"""
+"""How tokenizers spell bytes: byte-level BPE, SentencePiece and plain text, all as words."""
 import re
 
 # The GPT-2 byte alphabet. Printable latin-1 bytes stand for themselves. The other 68 bytes take the

@@ -1,6 +1,4 @@
-"""
-safetensors files: written to a temporary name, and read with a sentence for what does not fit.
-"""
+"""safetensors files: written under a temporary name, and read with a check of what they hold."""
 import re
 from contextlib import contextmanager
 

@@ -1,6 +1,4 @@
-"""
-The vision tower: its sizes, its hidden states, and which of its parameters a loss needs.
-"""
+"""The vision tower: its sizes, its hidden states, and which of its parameters a loss needs."""
 import inspect
 
 import torch

@@ -55,13 +55,10 @@ def set_precision(dtype):
 
 
 def be_deterministic():
-    """Let each operation on CUDA add in the same order in each run. Call it before CUDA computes.
-
-    An operation without such a mode raises a RuntimeError. With warn_only=True torch's attention
-    would add in any order in the backward pass.
-    """
+    """Let each operation on CUDA add in the same order in each run. Call it before all others."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it
+    # With warn_only=True torch's attention would add in any order in the backward pass.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False     # only costs time
 

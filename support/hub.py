@@ -38,9 +38,8 @@ def load_tokenizer(name):
 def freeze_date(template):
     """Return a chat template that writes 26 July 2024 where it would write today's date.
 
-    With today's date a resumed run would see other ids than the first day of training. The
-    templates of Llama-3.2, SmolLM3, Granite and gpt-oss ask the library's function strftime_now for
-    the date. A macro of this name replaces it, also in the tokenizer that a checkpoint holds.
+    With today's date a resumed run would see other ids. The templates of Llama-3.2, SmolLM3,
+    Granite and gpt-oss call the library's strftime_now, which a macro of this name replaces.
     """
     codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
     changes = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)

@@ -159,9 +159,8 @@ def attention_of_here(stored, device, dtype):
 def load_llm(name, dtype, device, attention=None, on_meta=False):
     """Return (LLM, tokenizer) of a hub name or folder. Of a multimodal model only its text model.
 
-    attention: transformers' attn_implementation; without one the library chooses. device "auto":
-    accelerate spreads the LLM over all GPUs. on_meta: the weights are shapes only, and
-    sharding.shard_vlm reads them.
+    attention: transformers' attn_implementation, by default its choice. device "auto": accelerate
+    spreads the LLM over all GPUs. on_meta: only shapes; sharding.shard_vlm reads the weights.
     """
     config = llm_config(name)
     options = {"dtype": dtype, "attn_implementation": attention or None}

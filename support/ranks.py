@@ -66,13 +66,10 @@ def check_shared_memory(workers, batch_size, side, tiles=()):
 
 
 def length_multiple(pad_to, device, max_positions):
-    """Return the number of which every batch's length T is a multiple. pad_to 0 is the default.
-
-    cuDNN's attention makes a new plan for each T, which takes longer than a step. A T that was
-    rounded up must not be more than the LLM's positions.
-    """
+    """Return the number of which every batch's length T is a multiple. pad_to 0 is the default."""
+    # cuDNN's attention makes a new plan for each T, which takes longer than a step.
     pad_to = pad_to or (64 if device.type == "cuda" else 1)
-    return math.gcd(pad_to, max_positions or pad_to)
+    return math.gcd(pad_to, max_positions or pad_to)    # no T is rounded up above max_positions
 
 
 def reduce_sum(tensor):
@@ -128,11 +125,8 @@ def local(tensor):
 
 
 def sum_up(sums, trainable):
-    """Return ({name: sum over all ranks}, for each trainable parameter the ranks with a gradient).
-
-    sums: {name: number, or a scalar on the device}. The CPU waits for the device here, at the first
-    scalar, once in a step.
-    """
+    """Return ({name: sum over all ranks}, for each parameter how many ranks have a gradient)."""
+    # The CPU waits for the device here, at the first of `sums` that is there, once in a step.
     numbers = [*map(float, sums.values()), *[float(p.grad is not None) for _, p in trainable]]
     totals = torch.tensor(numbers, dtype=torch.float64, device=trainable[0][1].device)
     totals = reduce_sum(totals).tolist()
@@ -140,10 +134,7 @@ def sum_up(sums, trainable):
 
 
 def reduce_gradients(trainable, grad_counts, tokens, images):
-    """Sum the gradients over all ranks and divide them by `tokens`, the number in all of them.
-
-    grad_counts: see sum_up. ValueError names a parameter that no rank's loss reached.
-    """
+    """Sum the gradients over all ranks and divide them by `tokens`. grad_counts: see sum_up."""
     for (name, p), count in zip(trainable, grad_counts):
         needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM
         if not count and tokens and (images or not needs_images):

@@ -21,10 +21,9 @@ PICTURE_FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic)"|"data:')
 
 
 def read_dicts(path):
-    """Return the objects of a JSON list, or of a file with an object on each line.
+    """Return [(place in the file, dict), ...] of a JSON list, or of an object on each line.
 
-    A list of (place in the file, dict). ValueError names the first line or record that is not
-    complete or no object.
+    ValueError names the first line or record that is not complete or no object.
     """
     with open(path, "rb") as file:
         content = file.read()

@@ -29,14 +29,11 @@ LOCKS = []                  # open files; to close one would end its lock
 
 
 def lock(out):
-    """Make the folder of a run and lock it until this process ends. ValueError if a run has it.
-
-    A rank can live on after torchrun was killed. flock would not do: a loader's process that
-    outlives a killed run would keep the lock.
-    """
+    """Make the folder of a run and lock it until this process ends. ValueError if a run has it."""
     os.makedirs(out, exist_ok=True)
     file = open(f"{out}/.lock", "w")
     try:
+        # flock would not do: a loader's process that outlives a killed run would keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another process is training in {out}") from None
@@ -75,8 +72,7 @@ def state_tensors(vlm, optimizer, step):
 def save_state(vlm, optimizer, progress, cfg):
     """Write all that a resume needs. Each rank writes its pieces.
 
-    progress: {"step", "skipped", "fingerprint"}. The folder has a temporary name until it is
-    complete. OSError on every rank if one rank cannot write.
+    progress: {"step", "skipped", "fingerprint"}. OSError on every rank if one rank cannot write.
     """
     folder = f"{cfg.out}/state/step-{progress['step']:08d}"
     temporary = f"{cfg.out}/state/tmp"

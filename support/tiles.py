@@ -83,10 +83,9 @@ def join_tiles(image_embeds, picture_sizes, tiles, size, newline):
     """Return what the LLM sees of each image: float[squares, P, D] -> list of float[P_i, D].
 
     picture_sizes: the (width, height) of each image in pixels. newline: float[D].
-    An image has a square for the whole picture, and then one for each tile. The LLM sees the
-    patches of the first square, and then those of the grid of tiles row by row, without the
-    patches that show only border. Each row ends with `newline`. Source: LLaVA-NeXT,
-    "spatial_unpad".
+    The LLM sees the first square, the whole picture, and then the patches of the grid of tiles row
+    by row, without those that show only border. Each row ends with `newline`.
+    Source: LLaVA-NeXT, "spatial_unpad".
     """
     import torch
     side = math.isqrt(image_embeds.shape[1])

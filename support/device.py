@@ -55,7 +55,7 @@ def set_precision(dtype):
 
 
 def be_deterministic():
-    """Let each operation on CUDA add in the same order in each run. Call it before all others."""
+    """Let CUDA add in the same order in each run. Call it before CUDA computes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it
     # With warn_only=True torch's attention would add in any order in the backward pass.

@@ -1,4 +1,4 @@
-"""The patches of a frozen vision tower, kept in files: train.py --features=DIR, read by data.py."""
+"""Patches of a frozen vision tower in files, which train.py --features writes and data.py reads."""
 import os
 
 import torch

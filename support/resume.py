@@ -43,7 +43,7 @@ def lock(out):
 
 
 def remove_old_run(cfg, first):
-    """Remove a finished run from this run's folder. Raises `first`, a sample, if it is bad."""
+    """Remove a finished run from the folder. Raises the `first` sample of this one if it is bad."""
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
         if isinstance(first, common.BadSample) and cfg.on_bad == "stop":
             raise first

@@ -25,7 +25,6 @@ from model import VLM, Config, embed_words, make_connector
 from vocab import load_words, save_words, words_hash
 from support import fingerprint, sharding
 from support.device import set_precision
-from support.fingerprint import git_commit
 from support.hub import load_tokenizer
 from support.pretrained import (attention_of_here, image_settings, load_llm, load_weights,
                                 probe_llm, probe_tower, vision_config)
@@ -150,7 +149,7 @@ def save(vlm, folder, stage, trained_parts, dtype=None, **extra):
               "attention": vlm.llm.config._attn_implementation,
               "words_hash": words_hash(vlm.words) if vlm.words else None,
               "sum_pieces": vlm.sum_pieces,
-              "fingerprint": written, "git_commit": git_commit(), **extra}
+              "fingerprint": written, "git_commit": fingerprint.git_commit(), **extra}
     check_saved(vlm, folder)
     write_json(config, f"{folder}/config.json")
 

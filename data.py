@@ -279,12 +279,13 @@ def micro_batches(indices, rank, world, batch_size):
 def make_loader(dataset, batches, vlm, cfg, device):
     """Return an iterator over this rank's batches, read by cfg.workers processes."""
     import torch
-    from support.ranks import leave_process_group, length_multiple
+    from support.ranks import length_multiple
 
     pad_to = length_multiple(cfg.pad_to, device, vlm.max_positions)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=cfg.workers,
-        pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
+        # Ctrl-C reaches the whole process group, and the current step still needs its data.
+        pin_memory=device.type == "cuda", worker_init_fn=lambda _: os.setpgid(0, 0),
         collate_fn=lambda samples: collate(samples, vlm.pad_id, pad_to, cfg.pack),
         multiprocessing_context="fork" if cfg.workers else None)
     return iter(loader)

@@ -16,8 +16,8 @@ from conversation import IMAGE
 from support.checks import refuse_files
 from support.hub import load_tokenizer
 from support.records import read_records, turns_of
-from support.spelling import (BYTE_TOKEN, IN_ALPHABET, RESERVED, Speller, rust_tokenizer, show,
-                              special_tokens, spelling_of, to_word, token_to_word)
+from support.spelling import (BYTE_TOKEN, IN_ALPHABET, RESERVED, Speller, show, special_tokens,
+                              spelling_of, to_word, token_to_word)
 
 # --------------------------------------------------------------------------------------------------
 # words of a tokenizer
@@ -31,7 +31,7 @@ def tokenizer_words(tokenizer):
     """
     spelling = spelling_of(tokenizer)
     special, added = special_tokens(tokenizer, spelling)
-    tokens = rust_tokenizer(tokenizer).get_vocab(with_added_tokens=False)
+    tokens = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     excluded, words, byte_tokens = special | added, {}, {}
     # By id: of two spellings of one word the lower id counts.
     for token, i in sorted(tokens.items(), key=lambda item: item[1]):
@@ -93,7 +93,7 @@ def read_texts(path, count="all"):
 
 def count_words(paths, tokenizer, count="all"):
     """Return ({word: count}, number of tokens counted, number of records) of LLaVA-format files."""
-    backend = rust_tokenizer(tokenizer)
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()                 # transformers sets both at each of its own calls
     backend.no_padding()
     records = [texts for path in paths for texts in read_texts(path, count)]

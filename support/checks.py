@@ -1,11 +1,8 @@
-"""
-What does not fit together is refused here, before a model is loaded: settings of train.py, folders.
-"""
+"""Settings and folders that do not fit together, refused before a model is loaded."""
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from common import print_rank0
-from support import settings
 
 FOLDERS = ("state", "steps", "llm", "vision_tower")     # that a run writes in its folder
 
@@ -15,39 +12,37 @@ def needs_words(cfg):
     return cfg.words_loss > 0 or cfg.stage == "words"
 
 
-def needs_squares(cfg):
-    """Return whether the settings work only with pictures that are one square each."""
-    return bool(cfg.features or cfg.words_loss) or "llm" not in cfg.trained_parts()
+def check_model(cfg, model):
+    """Raise ValueError if the stage or its loss does not go with `model`: cfg, or init's config."""
+    holder = cfg.init or "this run"
+    if model.connector == "mlp" and (needs_words(cfg) or cfg.words_init == "embeds"):
+        raise ValueError("the words loss and words_init need the words of a LangBridge, and "
+                         f"{holder} has an MLP")
+    if model.normalize == "none" and needs_words(cfg):
+        raise ValueError(f"the words loss is for probabilities of words, and {holder} has "
+                         "normalize none: softmax gives probabilities")
+    if model.tiles and (cfg.features or cfg.words_loss or "llm" not in cfg.trained_parts()):
+        raise ValueError(f"{holder} has tiles, which are for stages that train the LLM, without "
+                         "words_loss and features: set tiles to (), or change these")
 
 
 def check(cfg):
     """Raise ValueError if the settings cannot work. Nothing is loaded for this."""
-    settings.check_ranges(cfg)
-    if cfg.connector == "mlp" and (needs_words(cfg) or cfg.words_init == "embeds"):
-        raise ValueError("the words loss and words_init need the words of a LangBridge, and "
-                         "connector is mlp")
-    if needs_words(cfg) and cfg.normalize == "none" and not cfg.init:
-        mend = "normalize to softmax" + ", or words_loss to 0" * (cfg.stage != "words")
-        raise ValueError("the words loss is for probabilities of words, and normalize is none: set "
-                         f"{mend}")
-    if cfg.tiles and needs_squares(cfg):
-        raise ValueError("tiles are for stages that train the LLM, without words_loss and features")
+    if not cfg.init:
+        check_model(cfg, cfg)
     if cfg.group and cfg.stage == "words":
         raise ValueError("group makes steps of text alone, and stage words learns from pictures: "
                          "set group to False")
     if cfg.pack and needs_words(cfg):
         raise ValueError("pack puts samples into one row, and the words loss needs them apart: set "
-                         "pack to False" + ", or words_loss to 0" * (cfg.stage != "words"))
+                         "pack to False")
     if cfg.features and "vision_tower" in cfg.trained_parts():
         raise ValueError(f"features are those of a frozen tower, and stage {cfg.stage} trains it")
     if cfg.connector == "langbridge" and not (cfg.init or cfg.hidden):
-        raise ValueError("hidden is 0, the width of the LLM, but a LangBridge does not know its "
-                         "LLM")
+        raise ValueError("hidden is 0, the LLM's width, but a LangBridge does not know its LLM")
     if cfg.out:
         refuse_inside(cfg.out, init=cfg.init, llm=cfg.llm, vision_tower=cfg.vision_tower)
-    required = ["out", "data"]
-    if cfg.dry_run:
-        required = []
+    required = [] if cfg.dry_run else ["out", "data"]
     if not os.path.isfile(f"{cfg.init}/config.json"):
         if cfg.init and not cfg.dry_run:
             raise ValueError(f"init {cfg.init} is no checkpoint: it has no config.json. Train it "
@@ -57,10 +52,7 @@ def check(cfg):
             required.append("words")
     for key in required:
         if not getattr(cfg, key):
-            absent = f", and init {cfg.init} is not there yet" if cfg.init else ""
-            other = "" if key in ("out", "data") else ", or --init=DIR to start from a checkpoint"
-            raise ValueError(f"{key} is not set{absent}: give it in the config file or as "
-                             f"--{key}=...{other}")
+            raise ValueError(f"{key} is not set: give it in the config file or as --{key}=...")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
         raise ValueError(f"{cfg.out} holds a finished run; --overwrite trains it again")
     if cfg.dry_run:
@@ -87,24 +79,11 @@ def check_init(cfg, config):
         if key not in ("llm", "vision_tower", "normalize") or where == "the command line":
             raise ValueError(f"{key} is set to {now!r}, but {cfg.init} has {value!r}")
         print_rank0(f"note: {key} of the config file is not used: {cfg.init} has {value}")
-    if needs_words(cfg) and config.connector == "mlp":
-        raise ValueError("the words loss needs the words of a LangBridge, and "
-                         f"{cfg.init} has an MLP")
-    if needs_words(cfg) and config.normalize == "none":
-        raise ValueError("the words loss is for probabilities of words, and "
-                         f"{cfg.init} has normalize none")
-    if config.tiles and "tiles" not in cfg.given and needs_squares(cfg):
-        raise ValueError(f"{cfg.init} has tiles: set tiles to (), or train the LLM without "
-                         "words_loss and features")
+    check_model(cfg, replace(config, tiles=cfg.tiles) if "tiles" in cfg.given else config)
 
 
 def refuse_existing(out, overwrite):
-    """Raise ValueError if `out` has what a checkpoint replaces, unless `overwrite` allows it.
-
-    A save that was killed leaves an llm/ without config.json. A user's folder may have one, too.
-    """
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise ValueError(f"{out} is no folder; name another --out")
+    """Raise ValueError if `out` has what a checkpoint replaces, unless `overwrite` allows it."""
     names = ("config.json", "llm", "vision_tower", "words.json", "connector.safetensors",
              "transfer.json")
     refuse_files([f"{out}/{name}" for name in names], overwrite)
@@ -118,10 +97,7 @@ def refuse_files(paths, overwrite):
 
 
 def refuse_inside(out, **paths):
-    """Raise ValueError if a path and `out` are in each other, where a save would replace files.
-
-    paths: {what it is: path}. A path may be None or "".
-    """
+    """Raise ValueError if a save to `out` would replace one of the paths, {what it is: path}."""
     for kind, path in paths.items():
         there, here = os.path.realpath(path or ""), os.path.realpath(out)
         if path and os.path.relpath(there, here).split(os.sep)[0] in (".", *FOLDERS):

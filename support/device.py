@@ -1,6 +1,4 @@
-"""
-The device of a process and what it computes: its number, dtypes, rounding, torch.compile.
-"""
+"""The device of a process and how it computes: its number, dtypes, rounding, torch.compile."""
 import functools
 import os
 import shutil
@@ -11,10 +9,7 @@ from common import print_rank0
 
 
 def choose_dtype(name, device):
-    """Return the name of a dtype. "auto" is bfloat16 if the hardware computes in it, else float32.
-
-    A CPU without such instructions takes ten times as long in bfloat16 as in float32.
-    """
+    """Return the name of a dtype: for "auto" bfloat16 if the hardware has it, else float32."""
     if name != "auto":
         return name
     device_type = torch.device(device).type
@@ -29,8 +24,6 @@ def own_device(name, most=1):
 
     name: of --device; without a name CUDA if there is one, else the CPU. "auto" spreads an LLM over
     all GPUs, if there are any, unless most=1. Under torchrun each process has a GPU of its own.
-    ValueError for a device that this machine lacks, and for a numbered GPU under torchrun, because
-    all processes would share this GPU.
     """
     if name == "auto" and most != 1:
         return name if torch.cuda.is_available() else torch.device("cpu")
@@ -40,15 +33,13 @@ def own_device(name, most=1):
         raise ValueError(f"there is no device {name!r}") from None
     if device.type == "cuda":
         count, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
-        if (device.index or 0) >= count:
-            raise ValueError(f"there is no device {name!r}: torch sees {count} GPUs")
         if local_rank and device.index is not None:
             raise ValueError(f"--device={name} would put all ranks of torchrun on one GPU: leave "
                              "the number out, or choose GPUs with CUDA_VISIBLE_DEVICES")
         device = torch.device("cuda", int(local_rank or device.index or 0))
         if device.index >= count:
-            raise ValueError(f"torchrun started rank {local_rank} on this machine, which has "
-                             f"{count} GPUs: lower --nproc_per_node")
+            raise ValueError(f"there is no device {device}: torch sees {count} GPUs (under "
+                             "torchrun lower --nproc_per_node)")
         torch.cuda.set_device(device)
     return device
 
@@ -64,26 +55,21 @@ def set_precision(dtype):
 
 
 def be_deterministic():
-    """Let each operation on CUDA add in the same order in each run. Call it before CUDA computes.
-
-    torch's flash and memory-efficient attention stay allowed, in a deterministic mode; cuDNN's does
-    not. With warn_only=True they would add in any order in the backward pass. An operation without
-    such a mode raises a RuntimeError.
-    """
+    """Let CUDA add in the same order in each run. Call it before CUDA computes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")     # transformers reads it
+    # With warn_only=True torch's attention would add in any order in the backward pass.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False     # only costs time
 
 
 def check_compiler(device):
     """Raise ValueError if torch.compile cannot work, because there is no compiler."""
-    kind, names = "C", (os.environ.get("CC"), "gcc", "clang")       # Triton's, for its launchers
+    names = [os.environ.get("CC", ""), "gcc", "clang"]              # Triton's, for its launchers
     if device.type == "cpu":
-        kind, names = "C++", (os.environ.get("CXX"), "g++", "clang++")
-    if not any(shutil.which(name) for name in names if name):
-        raise ValueError(f"--compile needs a {kind} compiler on this device, and there is no "
-                         f"{names[1]}")
+        names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if not any(map(shutil.which, names)):
+        raise ValueError(f"--compile needs a compiler such as {names[1]}, and there is none")
 
 
 print_once = functools.cache(print_rank0)
@@ -91,55 +77,42 @@ print_once = functools.cache(print_rank0)
 
 @functools.cache
 def compiled(function):
-    """Return `function` compiled, so that it passes over memory once instead of six times.
-
-    Where torch.compile fails, the result runs `function` itself and says so once.
-    """
-    fast = torch.compile(function, dynamic=True)
-    works = True
+    """Return `function` compiled, or as it is where torch.compile fails, which is said once."""
+    best = torch.compile(function, dynamic=True)
 
     def run(*args):
-        nonlocal works
-        if works:
-            try:
-                return fast(*args)
-            except torch.OutOfMemoryError:
+        nonlocal best
+        try:
+            return best(*args)
+        except Exception as error:          # no C++ compiler and no Triton raise many types
+            if best is function or isinstance(error, torch.OutOfMemoryError):
                 raise
-            except Exception as error:      # no C++ compiler and no Triton raise many types
-                works = False
-                print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
-                           "combination runs uncompiled and slower")
-        return function(*args)
+            best = function
+            print_once(f"torch.compile fails here ({type(error).__name__}): the vocabulary "
+                       "combination runs uncompiled and slower")
+            return function(*args)
 
     return run
 
 
 @functools.cache
 def has_wide_addmm(device, dtype):
-    """Return whether addmm can add products of `dtype` to a float32 sum. It is tried once.
-
-    Only CUDA has this, and not every version of torch takes a sum of another dtype.
-    """
-    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.addmm.overloads():
-        return False
+    """Return whether addmm can add products of `dtype` to a float32 sum: on CUDA, it is tried."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = ones.float()
     try:
         torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except RuntimeError:
+    except (RuntimeError, TypeError):       # of the CPU, and of some versions of torch
         return False
     return total.eq(17).all().item()
 
 
 def add_product(total, a, b):
-    """Add a @ b to `total` in place. Where dtypes differ, a quarter of the product at a time.
-
-    cuBLAS adds products of bfloat16 factors to a float32 sum by itself, without rounding them.
-    """
+    """Add a @ b to `total` in place. `total` may be float32 where a and b are bfloat16."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif has_wide_addmm(total.device, a.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)      # products are not rounded
     else:
         for total_rows, a_rows in zip(total.chunk(4), a.chunk(4)):
             total_rows.add_(a_rows @ b)

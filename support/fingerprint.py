@@ -1,10 +1,8 @@
 """
 Hashes of everything that a result depends on, one for each part, so that a changed part has a name.
 
-train.py compares them when a run goes on, checkpoint.py when a checkpoint is loaded, and eval.py
-before it keeps an earlier answer. A fingerprint is {source: {part: hash}}, for example
-{"llm": {"weights": ..., "chat template": ...}, "words": {"words": ...}}. A source is a setting of
-train.py. docs/promises.md says what a fingerprint covers.
+A fingerprint is {source: {part: hash}}, for example {"llm": {"weights": ..., "chat template": ...},
+"words": {"words": ...}}. A source is a setting of train.py. docs/promises.md says what is covered.
 """
 import hashlib
 import json
@@ -60,7 +58,7 @@ def of_connector(folder):
 def of_dataset(dataset, paths):
     """Return {source: {part: hash}} of a data.Conversations. paths: of its JSON files."""
     images = []
-    for record in spread(dataset.records):
+    for record in dataset.records[::len(dataset) // MAX_IMAGES + 1]:
         try:
             names = records.messages_of(record)[1]
             images += [pictures.image_path(dataset.image_folder, name) for name in names]
@@ -100,8 +98,6 @@ def git_commit():
         return None
     return run.stdout.strip() or None
 
-
-# --------------------------------------------------------------------------------------------------
 
 def value_hash(value):
     """Return the hash of a value that JSON can write."""
@@ -157,10 +153,9 @@ def template_hash(tokenizer):
     """Return the hash of what the chat template writes around the turns of a few conversations."""
     texts = []
     for messages in (TALK, TALK[1:], TALK[:2], TALK[1:2], TALK[1:3], TALK[1:4]):
-        ask = messages[-1]["role"] == "user"
+        options = {"tokenize": False, "add_generation_prompt": messages[-1]["role"] == "user"}
         try:
-            texts.append(tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ask))
+            texts.append(tokenizer.apply_chat_template(messages, **options))
         except Exception:               # a template is a program; one refuses a system turn
             texts.append(None)
     return value_hash(texts)
@@ -168,9 +163,5 @@ def template_hash(tokenizer):
 
 def images_hash(images):
     """Return the hash of up to 4,000 pictures, evenly spread over a list of paths."""
-    return value_hash([len(images), *[file_hash(path) for path in spread(images)]])
-
-
-def spread(items):
-    """Return at most MAX_IMAGES items of a list, at equal distances."""
-    return items[::len(items) // MAX_IMAGES + 1]
+    spread = images[::len(images) // MAX_IMAGES + 1]
+    return value_hash([len(images), *[file_hash(path) for path in spread]])

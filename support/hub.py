@@ -1,6 +1,4 @@
-"""
-Models and tokenizers by name: a name on the Hugging Face hub, or a folder.
-"""
+"""Models and tokenizers by name: a name on the Hugging Face hub, or a folder."""
 import os
 import re
 from datetime import datetime
@@ -9,35 +7,26 @@ DATE = datetime(2024, 7, 26)            # the date that Llama-3's template write
 
 
 def from_hub(load, name, **kwargs):
-    """Return load(name, **kwargs): `load` is a from_pretrained, `name` a folder or a hub name.
-
-    Code that comes with a model is never run. ValueError with one sentence for any failure.
-    """
+    """Return load(name, **kwargs); `load` is a from_pretrained. Any error becomes a ValueError."""
     looks_like_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
     is_local = os.path.isdir(name.split("/")[0]) or not looks_like_hub_name
     if is_local and not os.path.isdir(name):
         raise ValueError(f"there is no folder {name}")
     try:
-        return load(name, trust_remote_code=False, **kwargs)
+        return load(name, trust_remote_code=False, **kwargs)    # code of a model is never run
     except Exception as error:              # the library raises a dozen types, most of many lines
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # A first line that ends with ":" begins a list.
         reason = " ".join(lines if lines[0].rstrip().endswith(":") else lines[:1])
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.isdir(name):
-            reason = ("it is no folder and not in the Hugging Face cache, and nothing is "
-                      "downloaded (--offline)")
+            reason = "it is no folder and not in the Hugging Face cache (--offline)"
         raise ValueError(f"{name} cannot be loaded: {reason}") from error
 
 
 def load_tokenizer(name):
-    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date.
-
-    ValueError if it is not a fast tokenizer.
-    """
+    """Return a tokenizer by hub name or folder. Its chat template writes one fixed date."""
     from transformers import AutoTokenizer
     tokenizer = from_hub(AutoTokenizer.from_pretrained, name)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{name} has only a slow tokenizer; one with a tokenizer.json is needed")
     template = tokenizer.chat_template
     if isinstance(template, dict):                  # several templates by name
         tokenizer.chat_template = {key: freeze_date(value) for key, value in template.items()}
@@ -49,10 +38,8 @@ def load_tokenizer(name):
 def freeze_date(template):
     """Return a chat template that writes 26 July 2024 where it would write today's date.
 
-    With today's date a resumed run and an evaluation would see other ids than the first day of
-    training. The templates of Llama-3.2, SmolLM3, Granite and gpt-oss ask the library's function
-    strftime_now for the date. A macro of this name replaces it, also in the tokenizer that a
-    checkpoint holds.
+    With today's date a resumed run would see other ids. The templates of Llama-3.2, SmolLM3,
+    Granite and gpt-oss call the library's strftime_now, which a macro of this name replaces.
     """
     codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
     changes = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)

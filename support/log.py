@@ -1,6 +1,5 @@
-"""
-The log of a training run: what trains, a sample, log.jsonl, the printed line of a step, loss.png.
-"""
+"""The log of a training run: what trains, a sample, log.jsonl, the line of a step, loss.png."""
+import itertools
 import json
 import os
 
@@ -26,17 +25,18 @@ def parts_table(vlm, cfg):
 
 def show_sample(ids, labels, tokenizer):
     """Return a sample as text for a terminal: trained tokens green, an image as [image x P]."""
-    runs = []                           # (kind, ids): one character can take several tokens
-    for i, label in zip(map(int, ids), map(int, labels)):
-        kind = "image" if i == IMAGE_ID else "other" if label == IGNORE else "trained"
-        if not runs or runs[-1][0] != kind:
-            runs.append((kind, []))
-        runs[-1][1].append(i)
+    def kind(pair):
+        return pair[0] == IMAGE_ID, pair[1] != IGNORE
+
     shown = ""
-    for kind, run in runs:
-        text = tokenizer.decode(run, clean_up_tokenization_spaces=False) if kind != "image" else ""
-        text = f"[image x {len(run)}]" if kind == "image" else text.replace("\033", "␛")
-        shown += f"\033[{32 if kind == 'trained' else 2}m{text}\033[0m"
+    # Runs of tokens are decoded together, because one character can take several tokens.
+    pairs = zip(map(int, ids), map(int, labels))
+    for (is_image, is_trained), run in itertools.groupby(pairs, kind):
+        run = [i for i, _ in run]
+        text = f"[image x {len(run)}]"
+        if not is_image:
+            text = tokenizer.decode(run, clean_up_tokenization_spaces=False).replace("\033", "␛")
+        shown += f"\033[{32 if is_trained else 2}m{text}\033[0m"
     return shown
 
 
@@ -62,17 +62,16 @@ def averages(sums):
 def log_step(log, row, steps, seconds, cfg):
     """Write one step to log.jsonl and print it. To use another logger, change this function.
 
-    row: {name: number}. seconds: what a step of this run takes on average. cfg: the settings of
-    train.py. Call it on rank 0.
+    row: {name: number}. seconds: what a step of this run takes on average.
     """
     log.write(json.dumps(row) + "\n")
-    is_last = row["step"] == steps - 1
-    if row["step"] % cfg.log_every and not is_last and "blind" not in row:
+    left = steps - row["step"] - 1
+    if row["step"] % cfg.log_every and left and "blind" not in row:
         return
     blind = f" (blind {row['blind']:.4f})" if "blind" in row else ""
     words = f"  words {row['words_loss']:.4f}" if "words_loss" in row else ""
     skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
-    minutes = seconds * (steps - row["step"] - 1) / 60
+    minutes = seconds * left / 60
     print(f"step {row['step']:5d}/{steps}  loss {row['loss']:7.4f}{blind}{words}"
           f"  trained {row['trained']:6d}  lr {row['lr']:.2e}  grad {row['grad_norm']:8.3f}"
           f"  {row['tok_s']:7.0f} tok/s{skipped}  eta {minutes:5.1f} min", flush=True)
@@ -80,11 +79,10 @@ def log_step(log, row, steps, seconds, cfg):
 
 def plot_loss(path, out):
     """Draw loss.png from log.jsonl: the loss, and the loss of the same batch without its images."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     rows = [json.loads(line) for line in open(path)]
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for key, style, label in (("loss", "-", "loss"), ("blind", "o-", "without the image"),
                               ("words_loss", "-", "words loss, per word")):
         points = [(row["step"], row[key]) for row in rows if key in row]
@@ -96,4 +94,3 @@ def plot_loss(path, out):
              yscale="log" if is_positive else "linear")
     axes.legend()
     figure.savefig(out, dpi=120, bbox_inches="tight")
-    plt.close(figure)

@@ -4,8 +4,6 @@ What an answer needs: how much less probable it is without a patch, and without 
 words.py --ask calls `ask`. A model answers a question about a picture. Then the LLM reads the same
 answer again for each patch and each strong word, with that patch or word removed. The words of a
 patch show what the LLM receives, and this test shows what it uses. Letters as in model.py.
-With 64 patches, 16 words, an answer of 64 tokens and SmolLM2-135M the test takes 59 seconds of one
-CPU core.
 """
 import torch
 
@@ -21,9 +19,9 @@ CPU_OPERATIONS = 4e13           # of the whole test. A CPU needs minutes for so 
 def ask(vlm, question, template, picture_size, pixels, patches, tile=0, mode=None):
     """Return the answer to a question as a string, and what it needs, None if that is not tested.
 
-    picture_size: (width, height) in pixels. pixels float32[N, 3, S, S]: the picture, with tiles
-    all N tiles. patches float[1, P, Dv]: of the tile that is tested. mode: by weights, of an MLP
-    None. What the answer needs: {"patches": float32[P], "words": [(word, nats)]}, see `lost_nats`.
+    picture_size: (width, height) in pixels. pixels float32[N, 3, S, S]: the picture, or its N
+    tiles. patches float[1, P, Dv]: of the tile that is tested. mode: by weights, of an MLP None.
+    What the answer needs: {"patches": float32[P], "words": [(word, nats)]}, see `lost_nats`.
     """
     messages = [{"role": "user", "content": f"<image>\n{question}"}]
     number = vlm.num_tokens(picture_size)
@@ -56,8 +54,7 @@ def lost_nats(vlm, prompt, answer, pixels, picture_sizes, patches, tile=0, words
     prompt, answer: lists of ids; picture_sizes as for generate; the rest as for `ask`.
     -> float32[P] and float32[n] for n words, in nats; below 0 where the answer gains without it.
     A removed patch gets the mean image embed of the tile. If it lost its position, all later tokens
-    would move. A removed word leaves the list of words for all patches of the tile. The answer does
-    not end with an end token, because it may have been cut off.
+    would move. A removed word leaves the list of words for all patches of the tile.
     """
     ids = torch.tensor([prompt + answer[:-1]])
     embeds = vlm.splice(ids, pixels, picture_sizes=picture_sizes)       # (1, T, D)
@@ -81,10 +78,9 @@ def lost_nats(vlm, prompt, answer, pixels, picture_sizes, patches, tile=0, words
 
 
 def places_of_patches(vlm, ids, num_tiles, P, picture_sizes, tile):
-    """Return the patches of a tile that the LLM reads, and their positions in ids int64[1, T].
+    """Return which patches of a tile the LLM reads, and their places in ids: two int64[n].
 
-    Both are int64[n] on the CPU. Tiles can have patches that show only border. The LLM does not
-    read them, and so the answer needs nothing of them.
+    The LLM does not read the patches that show only border. ids int64[1, T].
     """
     # arrange_images knows where image embeds go, so let it arrange numbers instead.
     first = 1e6                                 # newlines never hold such a number
@@ -98,10 +94,7 @@ def places_of_patches(vlm, ids, num_tiles, P, picture_sizes, tile):
 
 
 def embeds_without(vlm, patches, word):
-    """Return the image embeds if a word were not in the list: float[N, P, Dv] -> float[N, P, D].
-
-    The other words are normalised as always, so the image embeds keep a length that the LLM knows.
-    """
+    """Return the image embeds if a word were not in the list: float[N, P, Dv] -> float[N, P, D]."""
     connector = vlm.connector
     kept = torch.arange(len(vlm.words), device=patches.device) != vlm.words.index(word)     # (K,)
     scores = connector.scores(patches)[..., kept] / connector.temperature       # (N, P, K - 1)

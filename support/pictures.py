@@ -1,17 +1,16 @@
 """
 A picture file becomes the pixels that a vision tower takes.
 
-    file --open_image--> PIL image --transform--> float32[3, S, S]
-                                   --tile_pixels--> float32[n, 3, S, S]
+    file --open_image--> PIL image --tile_pixels--> float32[n, 3, S, S]
 
-S is the side of the square picture in pixels. n is 1, or the number of tiles that LLaVA-NeXT cuts a
-picture into ("anyres").
+S is the side of a square in pixels. n is 1, or with tiles the number of squares, see tiles.py.
 """
 import hashlib
 import io
 import os
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,10 +30,7 @@ OTHER_FILES = {"empty": rb"\Z", "AVIF": rb"....ftypavi", "HEIC": rb"....ftyp(hei
 
 
 def inside(folder, name):
-    """Return the real path of a file name in the folder.
-
-    Raises BadSample for a path, or a link in it, that leads out of the folder.
-    """
+    """Return the real path of a file name in the folder. Raises BadSample if it leads out of it."""
     root = os.path.realpath(folder)
     try:
         path = os.path.realpath(os.path.join(root, name))
@@ -70,41 +66,34 @@ def open_image(source):
     source: a path, or the bytes of a file. Transparency is dropped as in LLaVA, not blended.
     Raises BadSample if it is not a complete picture.
     """
+    name = "" if isinstance(source, bytes) else f" {str(source)!r}"
     try:
-        content = source
-        if not isinstance(source, bytes):
-            with open(source, "rb") as file:
-                content = file.read()
-        pixels = io.BytesIO(without_png_metadata(content))
-        with Image.open(pixels, formats=FORMATS) as image:
-            image.load()
-            rgb = to_rgb(image)
-            try:
-                orientation = image.getexif().get(0x0112)
-            except Exception:                               # damaged EXIF does not cost the picture
-                orientation = None
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        image = Image.open(io.BytesIO(without_png_metadata(content)), formats=FORMATS)
+        image.load()
+        rgb = to_rgb(image)
+        try:
+            orientation = image.getexif().get(0x0112)
+        except Exception:                                   # damaged EXIF does not cost the picture
+            orientation = None
         rgb.info = {}                                       # exif_transpose would rewrite the EXIF
         rgb.getexif()[0x0112] = orientation
         return ImageOps.exif_transpose(rgb)
+    except UnidentifiedImageError:
+        kinds = [kind for kind, start in OTHER_FILES.items()
+                 if re.match(start, content, re.DOTALL | re.IGNORECASE)]
+        reason = (f"it is {(kinds + ['damaged or of another format'])[0]}; the formats that are "
+                  f"read are {', '.join(FORMATS)}")
     except Exception as error:                              # Pillow's readers raise nearly anything
-        if isinstance(error, UnidentifiedImageError):
-            kinds = [kind for kind, start in OTHER_FILES.items()
-                     if re.match(start, content, re.DOTALL | re.IGNORECASE)]
-            error = (f"it is {(kinds + ['damaged or of another format'])[0]}; the formats that are "
-                     f"read are {', '.join(FORMATS)}")
-        name = "" if isinstance(source, bytes) else f" {str(source)!r}"
-        raise BadSample("broken image", f"image{name} cannot be read: {error}") from None
+        reason = error
+    raise BadSample("broken image", f"image{name} cannot be read: {reason}")
 
 
 def without_png_metadata(content):
-    """Return a PNG file without the chunks that its pixels do not need; other files as they are.
-
-    Pillow refuses a picture for a damaged colour profile or comment, which nothing here reads.
-    """
-    start = content[:8]
-    if start != b"\x89PNG\r\n\x1a\n":
+    """Return a PNG file without the colour profile and comments. Pillow refuses damaged ones."""
+    if content[:8] != b"\x89PNG\r\n\x1a\n":
         return content
-    kept, at = [start], 8
+    kept, at = [content[:8]], 8
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at:at + 4], "big")
         chunk = content[at:end]
@@ -117,6 +106,9 @@ def without_png_metadata(content):
 
 def to_rgb(image):
     """Return a loaded PIL image as RGB. ValueError if it is not certain which value is white."""
+    def is_uniform(image):
+        return all(low == high for low, high in image.getextrema())
+
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         is_deep = image.mode == "I" and image.format == "TIFF"      # more than 16 bits, or signed
@@ -129,23 +121,16 @@ def to_rgb(image):
                          "white: save it with 8 bits")
     rgb = image.convert("RGB")
     if image.has_transparency_data and is_uniform(rgb) and not is_uniform(image.convert("RGBA")):
-        raise ValueError("it has one colour, and what it shows is in its transparency: "
-                         "save it on a background")
+        raise ValueError("what it shows is in its transparency: save it on a background")
     return rgb
 
 
-def is_uniform(image):
-    """Return whether all pixels are equal."""
-    return all(low == high for low, high in image.getextrema())
-
-
 def transform(image, size, mean, std, mode="pad"):
-    """Return a PIL RGB image as float32[3, S, S], S = size, normalised.
+    """Return a PIL RGB image as float32[3, S, S], S = size, as transformers' CLIPImageProcessor.
 
     mode: "crop" scales the short edge to S and cuts out the middle (LLaVA's stage 1); "pad" first
         centres the image on a square of the mean colour (LLaVA's stage 2 and evaluation);
         "squash" changes the aspect ratio.
-    The numbers are those of transformers' CLIPImageProcessor (bicubic).
     """
     short, long = sorted(image.size)
     # A picture of 200,000 x 1 pixels would take many GB on the way, so it is made smaller first.
@@ -171,19 +156,14 @@ def transform(image, size, mean, std, mode="pad"):
 def normalized(image, mean, std):
     """Return a PIL RGB image of S x S pixels as float32[3, S, S]."""
     import torch
-
     x = np.asarray(image, dtype=np.float32) / 255                       # (S, S, 3)
     x = (x - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(x.transpose(2, 0, 1).copy())                # (3, S, S)
 
 
 def tile_pixels(image, size, mean, std, mode="pad", tiles=()):
-    """Return what the vision tower sees of a PIL RGB image: float32[n, 3, S, S].
-
-    n is 1 without tiles. mode: as for transform. It does not matter with tiles.
-    """
-    import torch
-
+    """Return what the vision tower sees of a PIL RGB image: float32[n, 3, S, S], n = 1 or tiles."""
     if not tiles:
         return transform(image, size, mean, std, mode)[None]            # (1, 3, S, S)
+    import torch
     return torch.stack([normalized(tile, mean, std) for tile in cut_tiles(image, size, tiles)])

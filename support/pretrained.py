@@ -1,14 +1,10 @@
 """
 LLMs and vision towers from a folder or the Hugging Face hub, tried before they are used.
 
-A model is recognised by its config and never by its name. What this project takes for granted of a
-model is tried at once: two pictures go through the tower, and a few tokens through the LLM. A
-model that does not fit is refused in one sentence, before hours are spent.
-
-Letters as in model.py.
+Two pictures go through the tower, and a few tokens through the LLM. A model that does not fit is
+refused in one sentence, before hours are spent. Letters as in model.py.
 """
 import inspect
-import math
 import os
 import re
 from glob import escape, glob
@@ -31,15 +27,8 @@ from support.tower import side_of, tower_hidden
 logging.disable_progress_bar()      # of loading weights: it hides the tables that the scripts print
 
 
-# --------------------------------------------------------------------------------------------------
-# any model
-
 def load_config(name):
-    """Return the config of a model. ValueError for an adapter, such as LoRA's.
-
-    transformers would load the adapter on top of its base model. A checkpoint would then contain
-    adapter weights, which this project cannot read.
-    """
+    """Return the config of a model. ValueError for an adapter, which transformers would load."""
     if from_hub(lambda name, **_: find_adapter_config_file(name), name):
         raise ValueError(f"{name} is an adapter, not a model: merge it into its base model with "
                          "peft's merge_and_unload, save that and give its folder")
@@ -47,18 +36,15 @@ def load_config(name):
 
 
 def load_weights(model_class, name, **kwargs):
-    """Return a model by hub name or folder. ValueError where weights are cut off or missing.
-
-    The library would draw a missing tensor at random and only warn.
-    """
+    """Return a model by hub name or folder. ValueError where weights are cut off or missing."""
     for path in sorted(glob(f"{escape(name)}/*.safetensors")):
-        with errors_name(path), safe_open(path, "pt"):
-            pass                        # reads the header, and fails where the file was cut off
+        with errors_name(path):
+            safe_open(path, "pt")       # reads the header, and fails where the file was cut off
     model, info = from_hub(model_class.from_pretrained, name, output_loading_info=True, **kwargs)
     # Only a pooler may be missing, because its output is not used. SigLIP's pooler is named "head".
     pooler = re.compile(r"pooler|(^|\.)head\.|^classifier")
     missing = [key for key in sorted(info["missing_keys"]) if not pooler.search(key)]
-    if missing:
+    if missing:                         # the library would draw them at random and only warn
         raise ValueError(f"{name} has no weights for {missing[0]} ({len(missing)} missing)")
     return model
 
@@ -70,43 +56,37 @@ def weights_folder(name):
     return snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
 
 
-# --------------------------------------------------------------------------------------------------
-# vision towers
-
 def vision_config(name):
     """Return the config of a vision tower, also where a checkpoint holds a text half (CLIP)."""
     config = load_config(name)
     config = getattr(config, "vision_config", config)
     if type(config) not in MODEL_MAPPING:
-        raise ValueError(f"{name} is no vision tower: transformers has no model of type "
-                         f"{config.model_type!r}")
+        raise ValueError(f"{name} is no vision tower but of the type {config.model_type!r}")
     return config
 
 
 def image_settings(name, config, image_size):
     """Return {"size": pixels, "mean": 3 floats, "std": 3 floats} of a tower's pictures.
 
-    pictures.py computes (pixels / 255 - mean) / std. If the tower's preprocessor has another scale
-    than 1 / 255, mean and std are changed so that the result is the same. ValueError for a
-    preprocessor that does more than this.
+    pictures.py computes (pixels / 255 - mean) / std. If the tower's scale is another than 1 / 255,
+    mean and std are changed instead. ValueError for a preprocessor that does more than this.
     """
     processor, _ = from_hub(ImageProcessingMixin.get_image_processor_dict, name)
     for flag in ("do_flip_channel_order", "rescale_offset", "do_grayscale"):
         if processor.get(flag):
             raise ValueError(f"{name}: preprocessor_config.json asks for {flag}, which is not done "
                              "here; take another vision tower")
-    # The tower's scale, divided by 1 / 255.
-    factor = round(255 * (processor.get("rescale_factor") or 1 / 255), 5)
+    scale = processor.get("rescale_factor") or 1 / 255
     if processor.get("do_rescale") is False:
-        factor = 255.0
+        scale = 1
+    factor = round(255 * scale, 5)                  # 1 for the usual scale
     settings = {"size": image_size or side_of(config, "image_size")}
     for key, neutral in (("mean", 0.0), ("std", 1.0)):
         values = processor.get(f"image_{key}")
         if processor.get("do_normalize") is False:
             values = neutral
         values = values if isinstance(values, list) else [values] * 3
-        is_number = [type(value) in (int, float) and math.isfinite(value) for value in values]
-        if len(values) != 3 or not all(is_number) or key == "std" and min(values) <= 0:
+        if len(values) != 3 or None in values or key == "std" and min(values) <= 0:
             raise ValueError(f"{name}: image_{key} in preprocessor_config.json is {values[0]!r}; "
                              "three numbers are needed (a std above 0), or do_normalize false")
         settings[key] = [value / factor for value in values]
@@ -115,10 +95,7 @@ def image_settings(name, config, image_size):
 
 @torch.no_grad()
 def probe_tower(tower, name, layer, image_size):
-    """Return the width Dv of a tower's patches, found by two pictures.
-
-    The tower may be on the meta device. ValueError if it gives no row of P vectors.
-    """
+    """Return the width Dv of a tower's patches. ValueError if it gives no P vectors a picture."""
     def refusal(reason):
         return ValueError(f"{name} gives no row of patch vectors ({reason}): take a CLIP, SigLIP, "
                           "DINO or ViT tower, whose output has the shape (images, patches, width)")
@@ -149,9 +126,6 @@ def probe_tower(tower, name, layer, image_size):
     return shape[2]
 
 
-# --------------------------------------------------------------------------------------------------
-# LLMs
-
 def llm_config(name):
     """Return the config of an LLM. Of a multimodal model it is the config of its text model."""
     config = load_config(name).get_text_config()
@@ -171,10 +145,7 @@ def check_length(max_length, config, name):
 
 
 def cache_argument(decoder):
-    """Return the name of the decoder's argument for its cache.
-
-    transformers renames past_key_values to cache and drops the old name in version 5.40.
-    """
+    """Return the decoder's argument for its cache. transformers renames it in version 5.40."""
     parameters = inspect.signature(type(decoder).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
@@ -188,9 +159,8 @@ def attention_of_here(stored, device, dtype):
 def load_llm(name, dtype, device, attention=None, on_meta=False):
     """Return (LLM, tokenizer) of a hub name or folder. Of a multimodal model only its text model.
 
-    attention: transformers' attn_implementation; without one the library chooses. device "auto":
-    accelerate spreads the LLM over all GPUs. on_meta: the weights are shapes only, and
-    sharding.shard_vlm reads them. ValueError if the tokenizer has more ids than the embedding rows.
+    attention: transformers' attn_implementation, by default its choice. device "auto": accelerate
+    spreads the LLM over all GPUs. on_meta: only shapes; sharding.shard_vlm reads the weights.
     """
     config = llm_config(name)
     options = {"dtype": dtype, "attn_implementation": attention or None}
@@ -203,10 +173,8 @@ def load_llm(name, dtype, device, attention=None, on_meta=False):
         is_known = type(load_config(name)) in MODEL_FOR_CAUSAL_LM_MAPPING
         model_class = AutoModelForCausalLM if is_known else AutoModelForImageTextToText
         device_map = "auto" if device == "auto" else None
-        if device != "auto" and torch.device(device).type == "cuda" and is_accelerate_available():
-            # Each tensor goes from the file to the GPU. Otherwise every rank's LLM would lie in the
-            # machine's memory first.
-            device_map = {"": device}
+        if str(device).startswith("cuda") and is_accelerate_available():
+            device_map = {"": device}               # from the file to the GPU, tensor by tensor
         llm = load_weights(model_class, name, device_map=device_map, **options)
         if llm.config.get_text_config() is not llm.config:
             llm = text_model(llm, config, options)
@@ -234,10 +202,7 @@ def text_model(multimodal, config, options):
 
 @torch.no_grad()
 def check_packing(vlm, dtype):
-    """Raise a ValueError if samples that follow each other in one row can see each other.
-
-    dtype: of the computation. With a sharded LLM every rank must call.
-    """
+    """Raise a ValueError if samples that follow each other in one row can see each other."""
     ids = torch.linspace(0, len(vlm.tokenizer) - 1, 32).long()
     samples = [{"id": str(i), "input_ids": part, "labels": part, "images": torch.zeros(0, 3, 0, 0)}
                for i, part in enumerate(ids.split(16))]
@@ -257,10 +222,9 @@ def probe_llm(vlm, dtype):
 
     model.py and generate.py call the decoder with embeddings and positions, and then the head. An
     LLM that scales embeddings or logits outside of these modules would be trained on wrong logits.
-    dtype: of the computation.
     """
-    llm, decoder = vlm.llm, vlm.llm.get_decoder()
-    embed, name = llm.get_input_embeddings(), vlm.config.llm
+    llm, decoder, name = vlm.llm, vlm.llm.get_decoder(), vlm.config.llm
+    embed = llm.get_input_embeddings()
     device = embed.weight.device
     ids = torch.linspace(0, len(vlm.tokenizer) - 1, 8, device=device).long()            # (T,)
     rows = torch.stack([ids, ids.roll(1)])

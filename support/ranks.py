@@ -1,6 +1,4 @@
-"""
-Several processes that train or evaluate together. torchrun starts them.
-"""
+"""Several processes that train or evaluate together. torchrun starts them."""
 import math
 import os
 import shutil
@@ -14,10 +12,8 @@ from torch.distributed.tensor import DTensor
 from support.device import be_deterministic, choose_dtype, own_device
 from support.tiles import most_squares
 
-# NCCL gives up on a collective that waits longer than this. A rank that hangs is noticed then.
-NCCL_TIMEOUT = timedelta(minutes=15)
-# While rank 0 writes a checkpoint, the others wait in a group of gloo, which may take longer.
-WAITING_TIMEOUT = timedelta(hours=6)
+NCCL_TIMEOUT = timedelta(minutes=15)    # of a sum; a rank that hangs is noticed then
+WAITING_TIMEOUT = timedelta(hours=6)    # of gloo: rank 0 may write a checkpoint for long
 
 # join and setup_ranks set these.
 rank, world = 0, 1      # number of this process, and how many there are
@@ -25,16 +21,13 @@ waiting = None          # the group to wait in; None is the default group
 
 
 def setup_ranks(cfg):
-    """Set rank and world of this process, alone or one of torchrun's, and return its device.
-
-    The dtype "auto" of the settings becomes the dtype that the device computes in.
-    """
+    """Set rank and world of this process, alone or one of torchrun's, and return its device."""
     global waiting
     device = own_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"training adds its sums up in float64, and {device.type} may not have "
                          "it: use --device=cpu or --device=cuda")
-    cfg.dtype = choose_dtype(cfg.dtype, device)
+    cfg.dtype = choose_dtype(cfg.dtype, device)     # a state names the dtype, so not "auto"
     if cfg.deterministic:
         be_deterministic()
     if device.type == "cuda":
@@ -49,39 +42,23 @@ def setup_ranks(cfg):
 def join(backend, timeout, **options):
     """Join the other processes of torchrun, if it started this one, and set rank and world."""
     global rank, world
-    rank, world = 0, 1
-    if "RANK" in os.environ:
-        check_restarts()
-        dist.init_process_group(backend, timeout=timeout, **options)
-        rank, world = dist.get_rank(), dist.get_world_size()
-
-
-def check_restarts():
-    """Raise ValueError where torchrun keeps one store over its restarts.
-
-    A restarted rank would read the address of a dead rank there and wait for it for hours.
-    """
+    if "RANK" not in os.environ:
+        return
+    # A restarted rank would read the address of a dead rank in torchrun's store and wait for hours.
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
                          "its environment and --rdzv_backend=c10d (pytorch issue 135712)")
+    dist.init_process_group(backend, timeout=timeout, **options)
+    rank, world = dist.get_rank(), dist.get_world_size()
 
-
-# --------------------------------------------------------------------------------------------------
-# what loads the data
 
 def check_shared_memory(workers, batch_size, side, tiles=()):
-    """Raise ValueError if /dev/shm cannot hold the pictures that the loader's processes pass on.
-
-    A worker would die of a "Bus error" in the middle of the run. Docker's default of 64 MB is too
-    little for two batches of 32 pictures of 336 pixels a side.
-    """
-    if not workers or not os.path.isdir("/dev/shm"):
-        return
+    """Raise ValueError if /dev/shm cannot hold the loader's pictures: a worker would die later."""
     processes = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     of_picture = most_squares(tiles, side) * 3 * side ** 2 * 4
     needed = 2 * processes * batch_size * of_picture                # a worker is two batches ahead
-    free = shutil.disk_usage("/dev/shm").free
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     if free < needed:
         raise ValueError(f"/dev/shm has {free / 1e6:.0f} MB free and the loader needs "
                          f"{needed / 1e6:.0f} MB: start Docker with --ipc=host or --shm-size=16g, "
@@ -89,31 +66,23 @@ def check_shared_memory(workers, batch_size, side, tiles=()):
 
 
 def length_multiple(pad_to, device, max_positions):
-    """Return the number of which every batch's length T is a multiple. 0 means the default.
-
-    cuDNN's attention makes a new plan for each T, which takes longer than a step. With multiples of
-    64 there are few lengths. A T that was rounded up must not be more than the LLM's positions.
-    """
+    """Return the number of which every batch's length T is a multiple. pad_to 0 is the default."""
+    # cuDNN's attention makes a new plan for each T, which takes longer than a step.
     pad_to = pad_to or (64 if device.type == "cuda" else 1)
-    return math.gcd(pad_to, max_positions or pad_to)
+    return math.gcd(pad_to, max_positions or pad_to)    # no T is rounded up above max_positions
 
-
-def leave_process_group(_):
-    """Keep a loader's process alive after Ctrl-C or `kill -TERM -GROUP`.
-
-    Both reach the whole process group, and the current step still needs its data.
-    """
-    os.setpgid(0, 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# sums over all ranks
 
 def reduce_sum(tensor):
     """Add `tensor` up over all ranks, in place, and return it."""
     if world > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def wait_for_all():
+    """Wait until all ranks are here, such as for rank 0, which writes a large checkpoint."""
+    if world > 1:
+        dist.barrier(group=waiting)
 
 
 def leave():
@@ -123,19 +92,10 @@ def leave():
         dist.destroy_process_group()
 
 
-def wait_for_all():
-    """Wait until all ranks are here, such as for rank 0, which writes a large checkpoint."""
-    if world > 1:
-        dist.barrier(group=waiting)
-
-
 def on_rank0(work):
-    """Return the result of work(), which runs on rank 0 alone. Its error is raised on all ranks.
-
-    Otherwise the other ranks would wait for ever for the rank that failed.
-    """
+    """Return the result of work(), which runs on rank 0 alone. Its error is raised on all ranks."""
     result = [None]
-    with sharing_errors():
+    with sharing_errors():                          # or the other ranks would wait for ever
         if rank == 0:
             result = [work()]
     if world > 1:
@@ -165,24 +125,16 @@ def local(tensor):
 
 
 def sum_up(sums, trainable):
-    """Return ({name: sum over all ranks}, for each trainable parameter the ranks with a gradient).
-
-    sums: {name: number, or a scalar on the device}. A parameter counts where it has a gradient.
-    The CPU waits for the device here, at the first scalar, once in a step.
-    """
-    numbers = [float(value) for value in sums.values()]
-    numbers += [float(p.grad is not None) for _, p in trainable]
+    """Return ({name: sum over all ranks}, for each parameter how many ranks have a gradient)."""
+    # The CPU waits for the device here, at the first of `sums` that is there, once in a step.
+    numbers = [*map(float, sums.values()), *[float(p.grad is not None) for _, p in trainable]]
     totals = torch.tensor(numbers, dtype=torch.float64, device=trainable[0][1].device)
     totals = reduce_sum(totals).tolist()
     return dict(zip(sums, totals)), totals[len(sums):]
 
 
 def reduce_gradients(trainable, grad_counts, tokens, images):
-    """Sum the gradients over all ranks and divide them by `tokens`, the number in all of them.
-
-    grad_counts: see sum_up. A parameter without a gradient on a rank counts as 0 there.
-    ValueError names a parameter that no rank's loss reached.
-    """
+    """Sum the gradients over all ranks and divide them by `tokens`. grad_counts: see sum_up."""
     for (name, p), count in zip(trainable, grad_counts):
         needs_images = not name.startswith("llm.")  # a step of text alone reaches only the LLM
         if not count and tokens and (images or not needs_images):

@@ -1,8 +1,4 @@
-"""
-Records of LLaVA-format files: read, checked, and turned into messages and names of images.
-
-A record that cannot be used raises BadSample with one sentence.
-"""
+"""Records of LLaVA-format files: read, checked, and turned into messages and names of images."""
 import json
 import re
 
@@ -25,36 +21,27 @@ PICTURE_FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic)"|"data:')
 
 
 def read_dicts(path):
-    """Return the objects of a JSON list, or of a file with an object on each line.
+    """Return [(place in the file, dict), ...] of a JSON list, or of an object on each line.
 
-    A list of (place in the file, dict); empty lines are skipped. ValueError names the file, and the
-    first line or record that is not complete or no object.
+    ValueError names the first line or record that is not complete or no object.
     """
     with open(path, "rb") as file:
         content = file.read()
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8 text") from None
-    found = []                                      # (place, value)
-    try:
-        value = json.loads(text)
+        value = json.loads(content)
+        found = [(f"{path}, line 1", value)]
         if isinstance(value, list):
             found = [(f"{path}: record {i}", record) for i, record in enumerate(value)]
-        else:
-            found = [(f"{path}, line 1", value)]
     except (ValueError, RecursionError) as error:
-        if text.lstrip()[:1] == "[":
+        if re.match(rb"(\xef\xbb\xbf)?\s*\[", content):               # a list, perhaps after a BOM
             raise ValueError(f"{path} is not a whole JSON file: {error}") from None
-        # Only \n ends a line. splitlines() would also cut at \x85 or \u2028 in a text.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                try:
-                    found.append((place, json.loads(line)))
-                except (ValueError, RecursionError):
-                    raise ValueError(f"{place}: not complete JSON") from None
+        found = []
+        for number, line in enumerate(content.split(b"\n"), 1):
+            try:
+                if line.strip():
+                    found.append((f"{path}, line {number}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not complete JSON: {error}") from None
     for place, value in found:
         if not isinstance(value, dict):
             raise ValueError(f"{place} is not a JSON object but {str(value)[:60]!r}")
@@ -62,7 +49,7 @@ def read_dicts(path):
 
 
 def read_records(path):
-    """Return the records of a LLaVA-format file: a list of (place in the file, dict), not empty."""
+    """Return what read_dicts returns. ValueError if there are no records."""
     records = read_dicts(path)
     if not records:
         raise ValueError(f"{path} holds no records")
@@ -79,15 +66,11 @@ def refuse_unread(fields, read, has_image, where):
         if not has_image:
             is_unread = is_unread or MEDIUM_KEY.search(name) or PICTURE_FILE.search(text)
         if is_unread:
-            raise BadSample("malformed", f"{where} has {key[:40]!r}, which is not read: only the "
-                                         "record's 'image' and its 'conversations' are")
+            raise BadSample("malformed", f"{where} has {key[:40]!r}, which is not read")
 
 
 def image_names(record):
-    """Return the list of a record's image names. Raises BadSample.
-
-    They stand under "image", or under "images" as in LLaMA-Factory: one name or a list.
-    """
+    """Return a list of a record's image names. LLaMA-Factory has them under "images"."""
     keys = [key for key in ("image", "images") if record.get(key) not in (None, [])]
     if len(keys) == 2:
         raise BadSample("malformed", "there are pictures under 'image' and under 'images'")
@@ -145,16 +128,14 @@ def messages_of(record, image_first=True):
             raise BadSample("malformed", f"turn {i} holds {other[0][:40]!r}, which is not read: a "
                                          f"picture is written '{IMAGE}'")
         if role != "user" and IMAGE in content:
-            raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'; "
-                                         "only a human turn can")
+            raise BadSample("malformed", f"turn {i} is from {turn['from']!r} and holds '{IMAGE}'")
 
     users = [message for message in messages if message["role"] == "user"]
     count = sum(user["content"].count(IMAGE) for user in users)
     if names and users and count == 0:
         users[0]["content"] = (IMAGE + "\n") * len(names) + users[0]["content"]
     elif count != len(names):
-        raise BadSample("malformed",
-                        f"{len(names)} image(s) but {count} '{IMAGE}' in the human turns")
+        raise BadSample("malformed", f"{len(names)} image(s) but {count} '{IMAGE}' in human turns")
     elif count == 1 and image_first:
         user = next(user for user in users if IMAGE in user["content"])
         rest = user["content"].replace(IMAGE, "").strip()

@@ -1,6 +1,4 @@
-"""
-The report of transfer.py: what source and target make of captioned images.
-"""
+"""The report of transfer.py: what source and target make of captioned images."""
 import math
 
 import torch
@@ -15,10 +13,9 @@ BATCH_SIZE = 16
 def caption_batches(vlm, path, images, metadata, limit):
     """Return batches of up to `limit` captioned images, and the number of bytes in their captions.
 
-    The captions have the form that the connector was trained on. Every image comes once, because
-    the report also gives each caption the image of its neighbour. So every image takes equally many
-    tokens: with tiles only the first tile, the squashed picture. ValueError if there are fewer
-    images than a batch.
+    The captions have the form that the connector was trained on. The report also gives each caption
+    the image of its neighbour. So every image comes once, and all take equally many tokens: with
+    tiles only the first tile, the squashed picture.
     """
     mode = "squash" if vlm.config.tiles else metadata.get("image_mode", "crop")
     settings = {**vlm.image_settings, "mode": mode}
@@ -32,15 +29,12 @@ def caption_batches(vlm, path, images, metadata, limit):
     if number < BATCH_SIZE:
         raise ValueError(f"{path} has {len(first_record)} different images and --limit is {limit}: "
                          f"neither may be less than {BATCH_SIZE}")
-    batches, num_bytes = [], 0
     chosen = list(first_record.values())[:number]
-    for start in range(0, number, BATCH_SIZE):
-        samples = [dataset.sample(i) for i in chosen[start:start + BATCH_SIZE]]
-        batches.append(data.collate(samples, vlm.pad_id))
-    for i in chosen:
-        turns, _ = records.messages_of(dataset.records[i])
-        num_bytes += sum(len(t["content"].encode()) for t in turns if t["role"] == "assistant")
-    return batches, num_bytes
+    parts = [chosen[start:start + BATCH_SIZE] for start in range(0, number, BATCH_SIZE)]
+    batches = [data.collate([dataset.sample(i) for i in part], vlm.pad_id) for part in parts]
+    turns = [turn for i in chosen for turn in records.turns_of(dataset.records[i])]
+    captions = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    return batches, sum(len(caption.encode()) for caption in captions)
 
 
 @torch.no_grad()
@@ -81,10 +75,9 @@ def print_report(report):
         from_pieces = report["words"] - report["single_tokens"]
         print(f"words: {report['words']:,}, of which one token of the target "
               f"{report['single_tokens']:,}, built from pieces {from_pieces:,}")
-    if report.get("image_newline"):
+    if "image_newline" in report:
         print(f"image_newline: {report['image_newline']}")
-    ends = [end for end in ("source", "target") if end in report]
-    if ends:
-        print(f"{'':26}" + "".join(f"{end:>12}" for end in ends))
-        for key in report[ends[0]]:
-            print(f"{key:26}" + "".join(f"{report[end][key]:12.4f}" for end in ends))
+    if "source" in report:                          # and then "target", with --eval
+        print(f"{'':26}{'source':>12}{'target':>12}")
+        for key, number in report["source"].items():
+            print(f"{key:26}{number:12.4f}{report['target'][key]:12.4f}")

@@ -7,7 +7,6 @@ and the fingerprint of all inputs. Every rank writes and reads its own pieces of
 import fcntl
 import json
 import os
-import re
 import shutil
 import warnings
 from dataclasses import asdict, fields
@@ -30,14 +29,11 @@ LOCKS = []                  # open files; to close one would end its lock
 
 
 def lock(out):
-    """Make the folder of a run and lock it until this process ends. ValueError if a run has it.
-
-    A rank can live on after torchrun was killed, and two writers would spoil the folder. flock
-    would not do: a loader's process that outlives a killed run would keep the lock.
-    """
+    """Make the folder of a run and lock it until this process ends. ValueError if a run has it."""
     os.makedirs(out, exist_ok=True)
     file = open(f"{out}/.lock", "w")
     try:
+        # flock would not do: a loader's process that outlives a killed run would keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another process is training in {out}") from None
@@ -47,10 +43,7 @@ def lock(out):
 
 
 def remove_old_run(cfg, first):
-    """Remove a finished run from the folder of this one. ValueError if this run cannot even begin.
-
-    first: the first sample of the new run, or a BadSample.
-    """
+    """Remove a finished run from the folder. Raises the `first` sample of this one if it is bad."""
     if os.path.isfile(f"{cfg.out}/config.json"):    # check has made sure of --overwrite
         if isinstance(first, common.BadSample) and cfg.on_bad == "stop":
             raise first
@@ -79,17 +72,12 @@ def state_tensors(vlm, optimizer, step):
 def save_state(vlm, optimizer, progress, cfg):
     """Write all that a resume needs. Each rank writes its pieces.
 
-    progress: {"step", "skipped", "fingerprint"}. The folder has a temporary name until it is
-    complete. OSError on every rank if one rank cannot write.
+    progress: {"step", "skipped", "fingerprint"}. OSError on every rank if one rank cannot write.
     """
     folder = f"{cfg.out}/state/step-{progress['step']:08d}"
     temporary = f"{cfg.out}/state/tmp"
 
-    def begin():
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-
-    def end():
+    def complete():
         sizes = {name: os.path.getsize(f"{temporary}/{name}") for name in os.listdir(temporary)}
         state = {**progress, "world": ranks.world, "settings": asdict(cfg), "sizes": sizes}
         common.write_json(state, f"{temporary}/state.json")
@@ -98,7 +86,7 @@ def save_state(vlm, optimizer, progress, cfg):
         for old in states(cfg.out)[:-2]:
             shutil.rmtree(old)
 
-    on_rank0(begin)
+    on_rank0(lambda: shutil.rmtree(temporary, ignore_errors=True))
     tensors = state_tensors(vlm, optimizer, progress["step"])
     # A file is in memory as a whole while it is written, so a file gets only a few tensors.
     file_of = {name: 1 + i // FILE_TENSORS for i, name in enumerate(tensors)}
@@ -108,28 +96,23 @@ def save_state(vlm, optimizer, progress, cfg):
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise OSError(f"{temporary} cannot be written: {reason}") from None
-    on_rank0(end)
+    on_rank0(complete)
 
 
 def states(out):
     """Return the folders of a run's states, the oldest first. A user's own files do not count."""
-    return sorted(path for path in glob(f"{escape(out)}/state/step-*")
-                  if re.fullmatch(r"step-\d{8}", os.path.basename(path)))
+    return sorted(glob(f"{escape(out)}/state/step-{'[0-9]' * 8}"))
 
 
 def newest_state(cfg):
-    """Return (folder, state.json) of the newest complete state, or None.
-
-    A state with a missing or short file is named and passed over.
-    """
+    """Return (folder, state.json) of the newest state without a missing or short file, or None."""
     for path in reversed(states(cfg.out)):
         try:
             state = common.read_json(f"{path}/state.json")
             sizes = state.get("sizes", {})          # a state of an older version has none
-            if (all(os.path.getsize(f"{path}/{name}") == size for name, size in sizes.items())
-                    and {"step", "skipped", "settings"} <= state.keys()):
+            if all(os.path.getsize(f"{path}/{name}") == size for name, size in sizes.items()):
                 return path, state
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError):
             pass
         print(f"{path} is not whole; trying the one before", flush=True)
 
@@ -137,31 +120,27 @@ def newest_state(cfg):
 def resume(vlm, optimizer, inputs, cfg):
     """Load the newest state if there is one. Return (next step, number of samples skipped).
 
-    inputs: the fingerprint of all that the run depends on. A run goes on with the settings and
-    inputs of its start. ValueError names those that differ. A state of no step at all, which a bad
-    first sample leaves, binds nobody.
+    inputs: the fingerprint of all that the run depends on. ValueError names the settings and inputs
+    that differ from those of the run's start. A state of no step at all, which a bad first sample
+    leaves, binds nobody.
     """
     found = on_rank0(lambda: newest_state(cfg))
     if not found or found[1]["step"] == 0:
         return 0, 0
     folder, state = found
-    differ = []
     for f in fields(cfg):
         now = getattr(cfg, f.name)
         old = state["settings"].get(f.name, f.default)      # a setting that was not there then
         is_other = json.dumps(old) != json.dumps(now)       # a tuple comes back as a list
         if is_other and not f.metadata["free"]:
-            differ.append(f"{f.name} was {old!r}, is {now!r}")
-    if differ:
-        raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): finish it with them, "
-                         "or use another out")
+            raise ValueError(f"{f.name} was {old!r}, is {now!r}: finish {folder} with its own "
+                             "settings, or use another out")
     # A state of an older version has no fingerprint, and nothing is compared.
-    changed = fingerprint.changes(state.get("fingerprint", {}), inputs)
+    changed = [f"{getattr(cfg, source) or cfg.init}: {part}"
+               for source, part in fingerprint.changes(state.get("fingerprint", {}), inputs)]
     if changed:
-        paths = {source: getattr(cfg, source) for source, _ in changed}
-        parts = [f"{paths[source] or cfg.init}: {part}" for source, part in changed]
-        raise ValueError(f"{' and '.join(parts)} changed since {folder} was written: a run goes on "
-                         "with what it began with")
+        raise ValueError(f"{' and '.join(changed)} changed since {folder} was written: a run goes "
+                         "on with what it began with")
     tensors = state_tensors(vlm, optimizer, state["step"])
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder),
              process_group=ranks.waiting)

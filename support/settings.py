@@ -1,8 +1,4 @@
-"""
-Settings of a script: a dataclass whose fields know what they mean and which values they may have.
-
-train.py declares such a class. A config file is a Python file of assignments, NAME = value.
-"""
+"""Settings of train.py: a dataclass whose fields know their meaning and range."""
 import ast
 import math
 import os
@@ -13,8 +9,7 @@ from dataclasses import field, fields
 def setting(default, text, choices=None, low=None, high=math.inf, free=False):
     """Return a dataclass field that knows what it means and which values it may have.
 
-    free: it may differ when a run is resumed. The result does not depend on it, except for rounding
-    and for which bad samples are skipped.
+    free: it may differ when a run is resumed. It changes at most rounding and the samples skipped.
     """
     metadata = {"help": text, "choices": choices, "low": low, "high": high, "free": free}
     return field(default=default, metadata=metadata)
@@ -28,10 +23,7 @@ def print_help(settings_class):
 
 
 def read(settings_class, argv):
-    """Return (settings, {name: where it was set}): defaults, then a config file, then --key=value.
-
-    ValueError for anything that does not fit.
-    """
+    """Return (settings, {name: where it was set}) of config files and of --key=value."""
     given = []                                                      # (name, value, where)
     for arg in argv:
         if arg.startswith("--"):
@@ -48,17 +40,18 @@ def read(settings_class, argv):
         given += [(key, value, arg) for key, value in values.items() if not key.startswith("_")]
 
     settings = settings_class()
-    types = {f.name: f.type for f in fields(settings_class)}
+    known = {f.name: f for f in fields(settings_class)}
     for key, value, where in given:
-        if key not in types:
+        if key not in known:
             raise ValueError(f"{where}: there is no setting {key!r}; train.py --help lists them")
-        if where == "the command line" and type(value) is str and types[key] is not str:
+        kind = known[key].type
+        if where == "the command line" and type(value) is str and kind is not str:
             value = parse_value(value)              # a folder may be named 2024
-        if type(value) is int and types[key] in (float, tuple):
-            value = float(value) if types[key] is float else (value,)
-        if type(value) is not types[key]:
-            raise ValueError(f"{where}: {key} is {value!r}, it must be of type "
-                             f"{types[key].__name__}")
+        if type(value) is int and kind in (float, tuple):
+            value = float(value) if kind is float else (value,)
+        if type(value) is not kind:
+            raise ValueError(f"{where}: {key} is {value!r}, it must be of type {kind.__name__}")
+        check_range(value, key, **known[key].metadata)
         setattr(settings, key, value)
     return settings, {key: where for key, _, where in given}
 
@@ -71,15 +64,12 @@ def parse_value(text):
         return text
 
 
-def check_ranges(settings):
-    """Raise ValueError if a setting has a value that it may not have."""
-    for f in fields(settings):
-        value, choices = getattr(settings, f.name), f.metadata["choices"]
-        low, high = f.metadata["low"], f.metadata["high"]
-        if choices and value not in choices:
-            raise ValueError(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
-        if type(value) is float and not math.isfinite(value):
-            raise ValueError(f"{f.name} is {value}, it must be a finite number")
-        if low is not None and not low <= value <= high:
-            raise ValueError(f"{f.name} is {value}, it must be at least {low}"
-                     + (f" and at most {high}" if high < math.inf else ""))
+def check_range(value, name, choices, low, high, **_):
+    """Raise ValueError if a setting may not have this value. choices, low, high: see `setting`."""
+    if choices and value not in choices:
+        raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(choices)}")
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, it must be a finite number")
+    if low is not None and not low <= value <= high:
+        limit = f" and at most {high}" if high < math.inf else ""
+        raise ValueError(f"{name} is {value}, it must be at least {low}{limit}")

@@ -1,6 +1,4 @@
-"""
-An LLM that is larger than one device: FSDP2. Every rank holds a piece of each tensor.
-"""
+"""An LLM that is larger than one device: FSDP2. Every rank holds a piece of each tensor."""
 import copy
 
 import torch
@@ -19,15 +17,12 @@ from support.tensors import errors_name
 
 
 def shard_vlm(vlm, device, dtype):
-    """Cut the LLM into a piece for each rank, and read this rank's piece.
-
-    A block of the transformer is gathered in `dtype` for its computation and freed after it.
-    Embedding and head are gathered once for the whole step: they may be one tensor, and the loss
-    calls the head several times. Connector and vision tower stay whole.
-    """
+    """Cut the LLM into a piece for each rank, and read this rank's piece."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    # A block is gathered for its computation and freed after it. Embedding and head are gathered
+    # once for a step: they may be one tensor, and the loss calls the head several times.
     for block in transformer_blocks(vlm.llm):
         fully_shard(block, mesh=mesh, mp_policy=precision)
     ignored = {p for name, p in vlm.named_parameters() if not name.startswith("llm.")}

@@ -1,6 +1,4 @@
-"""
-How tokenizers spell bytes: byte-level BPE, SentencePiece and plain text, all to one form of a word.
-"""
+"""How tokenizers spell bytes: byte-level BPE, SentencePiece and plain text, all as words."""
 import re
 
 # The GPT-2 byte alphabet. Printable latin-1 bytes stand for themselves. The other 68 bytes take the
@@ -29,8 +27,7 @@ def to_word(data):
 def to_bytes(word):
     """Return the bytes of a word. ValueError if a character is not in the byte alphabet."""
     if not IN_ALPHABET(word):
-        raise ValueError(f"{word!r} is not a word in the byte alphabet (a space is written 'Ġ', a "
-                         "newline 'Ċ')")
+        raise ValueError(f"{word!r} is not in the byte alphabet, where a space is written 'Ġ'")
     return word.translate(CHAR_TO_BYTE).encode("latin-1")
 
 
@@ -45,23 +42,14 @@ def show(word):
     return shown
 
 
-def rust_tokenizer(tokenizer):
-    """Return the tokenizers.Tokenizer of a transformers tokenizer."""
-    return getattr(tokenizer, "backend_tokenizer", tokenizer)
-
-
 def spelling_of(tokenizer):
-    """Return how tokens are spelt: "bytes", "text", or the character for a space, such as "▁".
-
-    ValueError for a tokenizer whose tokens are not bytes (BERT's "##", CLIP's "</w>").
-    """
-    backend = rust_tokenizer(tokenizer)
-    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):
+    """Return how tokens are spelt: "bytes", or the character for a space, such as "▁" or " "."""
+    backend = tokenizer.backend_tokenizer
+    for affix in ("end_of_word_suffix", "continuing_subword_prefix"):   # CLIP's </w>, BERT's ##
         mark = getattr(backend.model, affix, None)
         if mark:
-            name = getattr(tokenizer, "name_or_path", "a tokenizer")
-            raise ValueError(f"{name} marks pieces of words with {mark!r}, so it has no words in "
-                             "bytes")
+            raise ValueError(f"{tokenizer.name_or_path} marks pieces of words with {mark!r}, so it "
+                             "has no words in bytes")
     # The JSON of each part. backend.to_str() would add half a million merges, seconds for Gemma.
     parts = (backend.decoder, backend.pre_tokenizer, backend.normalizer)
     spec = "".join(part.__getstate__().decode() for part in parts if part is not None)
@@ -70,7 +58,7 @@ def spelling_of(tokenizer):
     # A decoder replaces "▁" by " ", a normalizer " " by "▁".
     space = re.search(r'"Metaspace","replacement":"(.)"|"String":"([^ ])"},"content":" "|'
                       r'"String":" "},"content":"(.)"', spec)
-    return space[space.lastindex] if space else "text"
+    return space[space.lastindex] if space else " "
 
 
 def token_to_word(token, spelling):
@@ -78,40 +66,31 @@ def token_to_word(token, spelling):
     if spelling == "bytes":
         return token if IN_ALPHABET(token) else None
     byte = BYTE_TOKEN.fullmatch(token)
-    if byte:
-        return to_word(bytes.fromhex(byte[1]))
-    return text_to_word(token, spelling)
+    return to_word(bytes.fromhex(byte[1])) if byte else text_to_word(token, spelling)
 
 
 def text_to_word(text, spelling):
     """Return the word of a text in the tokenizer's own spelling. Surrogates are stray bytes."""
     if spelling == "bytes":
         return text
-    if spelling != "text":
-        text = text.replace(spelling, " ")
-    return to_word(text.encode("utf-8", errors="surrogateescape"))
+    return to_word(text.replace(spelling, " ").encode("utf-8", errors="surrogateescape"))
 
 
 def special_tokens(tokenizer, spelling):
     """Return (tokens that no text may produce, all added tokens): two sets of strings."""
-    backend = rust_tokenizer(tokenizer)
-    added = backend.get_added_tokens_decoder().values()
-    special = {token.content for token in added if token.special}
-    special |= {getattr(backend.model, "unk_token", None)}
-    special |= set(getattr(tokenizer, "all_special_tokens", ()))
-    if spelling not in ("bytes", "text"):
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    special |= {getattr(tokenizer.backend_tokenizer.model, "unk_token", None)}
+    if spelling not in ("bytes", " "):
         special |= SENTENCEPIECE_CONTROL
     return special, {token.content for token in added}
 
 
 class Speller:
-    """A tokenizer that spells words with its tokens: word -> ids -> word.
-
-    The ids come from the tokenizer's model alone: no added space, normalizer or special token.
-    """
+    """A tokenizer without added spaces, normalizer and special tokens: word -> ids -> word."""
 
     def __init__(self, tokenizer):
-        self.backend = rust_tokenizer(tokenizer)
+        self.backend = tokenizer.backend_tokenizer
         self.spelling = spelling_of(tokenizer)
         self.special = special_tokens(tokenizer, self.spelling)[0]
 
@@ -124,15 +103,10 @@ class Speller:
         return None if None in parts else "".join(parts)
 
     def pieces(self, word):
-        """Return the ids of the tokens that spell a word; None stands for a byte without a token.
-
-        Bytes that are not UTF-8 get their own tokens. The text between them is one call of the
-        tokenizer's model.
-        """
+        """Return the ids of the tokens that spell a word; None is a byte without a token."""
         text = word
         if self.spelling != "bytes":
             text = to_bytes(word).decode("utf-8", errors="surrogateescape")
-        if self.spelling not in ("bytes", "text"):
             text = text.replace(" ", self.spelling)
         return [i for part in STRAY_BYTE.split(text) if part for i in self.pieces_of_text(part)]
 

@@ -21,8 +21,8 @@ IMAGE = "<image>"                       # the placeholder of an image in a text
 IMAGE_ID = -200                         # LLaVA's id of an image, here for each image embed
 
 # Chat templates besides the tokenizer's own. "chat" is for a tokenizer without one. "plain" is
-# LLaVA's stage 1: image, caption and a newline. A name of your own is for training only, because
-# eval.py asks with "chat". Let its answers end with a newline or a control token.
+# LLaVA's stage 1: image, caption and a newline. eval.py asks with "chat", so a name of your own is
+# for training only. Let its answers end with a newline or a control token.
 TEMPLATES = {
     "chat": "{{ bos }}{% for m in messages %}{% if m.role == 'user' %}{{ 'USER:\n' }}{% endif %}"
             "{% if m.role == 'assistant' %}{{ 'ASSISTANT:\n' + m.content + eos_token|default('') }}"
@@ -43,12 +43,10 @@ SENTINEL = re.compile(r"Zq\d+qZ")
 def encoder_of(tokenizer):
     """Return (encoder, mark, {id in the encoder: id}) of a tokenizer.
 
-    The encoder is a copy of the tokenizer in which "<|im_end|>" is ordinary text. mark(text)
-    replaces the name of each control token by a private character, which the encoder reads as this
-    token. IMAGE_MARK stands for an image.
+    The encoder is a copy of the tokenizer in which "<|im_end|>" is ordinary text. mark(text) writes
+    each control token as a private character, which the encoder reads as this token.
     """
     from tokenizers import AddedToken
-
     special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks = {token.content: chr(0xF0000 + n) for n, token in enumerate(special.values())}
     # Some control tokens (Phi-3's) remove the white space next to them.
@@ -80,8 +78,7 @@ def texts(messages, tokenizer, template):
     _, mark, _ = encoder_of(tokenizer)
     if template == "plain":
         if roles != ("user", "assistant"):
-            raise ValueError("template 'plain' needs one human turn and one answer, "
-                             f"not {', '.join(roles)}")
+            raise ValueError(f"template 'plain' is for user, assistant, not for {', '.join(roles)}")
         # The caption is tokenized separately, so that a SentencePiece tokenizer adds its usual
         # space in front.
         front = mark(bos_of(tokenizer)) + IMAGE_MARK * contents[0].count(IMAGE)
@@ -101,41 +98,24 @@ def texts(messages, tokenizer, template):
 
     first, *gaps = map(mark, gaps)
     is_alike = roles[-2:] == ("user", "assistant") and gaps[-1].strip() == gaps[-2].strip()
-    if template == "chat":
-        eos = mark(tokenizer.eos_token or "")
-        gaps = [with_end(gap, eos) if role == "assistant" else gap
-                for role, gap in zip(roles, gaps)]
-    # Llama-3's first chat template opens a next answer after the last one, too. It is cut off.
-    if is_alike:
-        gaps[-1] = gaps[-1][:end_of_answer(gaps[-1])]
+    eos = mark(tokenizer.eos_token or "")
     text, answers = first, []
-    for role, content, gap in zip(roles, contents, gaps):
+    for i, (role, content, gap) in enumerate(zip(roles, contents, gaps)):
         # A space before an answer (Mistral's) is part of the answer's first token.
         start = len(text.rstrip(" "))
         text += content.replace(IMAGE, IMAGE_MARK) if role == "user" else content
         if role == "assistant":
-            answers.append((start, len(text) + end_of_answer(gap)))
+            if template == "chat" and not CONTROL.search(gap):
+                gap = eos + gap                     # or the model would never learn to stop
+                if not CONTROL.search(eos):         # there is none, or it is ordinary text
+                    raise ValueError("the tokenizer has no end-of-sequence token")
+            end = (CONTROL.search(gap) or re.search("\n|$", gap)).end()
+            answers.append((start, len(text) + end))
+            # Llama-3's first chat template opens a next answer after the last one. It is cut off.
+            if is_alike and i == len(roles) - 1:
+                gap = gap[:end]
         text += gap
     return [(text, answers)]
-
-
-def end_of_answer(gap):
-    """Return up to which character the gap after an answer ends the answer and is trained."""
-    end = CONTROL.search(gap) or re.search("\n", gap)
-    return end.end() if end else len(gap)
-
-
-def with_end(gap, eos):
-    """Return the gap after an answer, with eos in front if no control token in it ends the answer.
-
-    Without such a token the model would never learn to stop. ValueError if eos is not the mark of
-    one: the tokenizer has no EOS, or one that is ordinary text.
-    """
-    if CONTROL.search(gap):
-        return gap
-    if not CONTROL.search(eos):
-        raise ValueError("the tokenizer has no end-of-sequence token, so that no answer could end")
-    return eos + gap
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,6 +1,4 @@
-"""
-safetensors files: written to a temporary name, and read with a sentence for what does not fit.
-"""
+"""safetensors files: written under a temporary name, and read with a check of what they hold."""
 import re
 from contextlib import contextmanager
 
@@ -20,10 +18,9 @@ def errors_name(path):
 
 
 def read_tensors(path, expected):
-    """Return the tensors of a safetensors file, {name: tensor}.
+    """Return {name: tensor} of a safetensors file. ValueError if a name or shape is not expected.
 
-    expected: {name: tensor of the wanted shape}. ValueError if the file is damaged, if a name or a
-    shape differs, or if a number is not finite.
+    expected: {name: tensor of the wanted shape}. The numbers must be finite.
     """
     # Older checkpoints call the layer of the scores "words".
     found = {re.sub(r"^words\.", "to_scores.", name): tensor

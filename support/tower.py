@@ -1,8 +1,4 @@
-"""
-The vision tower: its sizes, its hidden states, and which of its parameters a loss needs.
-
-Letters as in model.py.
-"""
+"""The vision tower: its sizes, its hidden states, and which of its parameters a loss needs."""
 import inspect
 
 import torch
@@ -18,10 +14,7 @@ def side_of(config, key):
 
 
 def pooled_side(config, size, pool):
-    """Return how many patches, after pooling, a picture of `size` pixels has along its side.
-
-    config: of the tower. ValueError if pool does not divide the tower's patches.
-    """
+    """Return how many patches, after pooling, a picture of `size` pixels has along its side."""
     patch_size = side_of(config, "patch_size")
     side = size // patch_size
     if side == 0 or side % pool:
@@ -31,10 +24,7 @@ def pooled_side(config, size, pool):
 
 
 def tower_hidden(tower, pixel_values):
-    """Return the hidden states of the tower: float32[N, 3, S, S] -> many float[N, extra + P, Dv].
-
-    Number 0 is what enters the first block, and number -1 is what leaves the last one.
-    """
+    """Return the tower's hidden states: float32[N, 3, S, S] -> many float[N, extra + P, Dv]."""
     # Pictures move to the device here and nowhere else, so callers need not know it.
     pixel_values = pixel_values.to(tower.device, tower.dtype)
     options = {}
@@ -46,17 +36,14 @@ def tower_hidden(tower, pixel_values):
 
 
 def freeze_unreached(vlm, device):
-    """Freeze the tower's parameters that the loss does not reach, and say so.
-
-    The layers after vision_layer are such. No gradient reaches them, and train.py would stop.
-    """
+    """Freeze the tower's parameters that the loss does not reach: the layers after vision_layer."""
     side = vlm.image_settings["size"]
     features = vlm.patch_features(torch.zeros(1, 3, side, side, device=device))
-    named = list(vlm.vision_tower.named_parameters())
-    gradients = torch.autograd.grad(features.sum(), [p for _, p in named], allow_unused=True)
-    frozen = [name for (name, _), gradient in zip(named, gradients) if gradient is None]
-    for name, parameter in named:
-        parameter.requires_grad_(name not in frozen)
+    names, parameters = zip(*vlm.vision_tower.named_parameters())
+    gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None)
+    frozen = [name for name, gradient in zip(names, gradients) if gradient is None]
     if frozen:
-        print_rank0(f"vision_tower: {len(frozen)} of {len(named)} tensors stay frozen, because the "
+        print_rank0(f"vision_tower: {len(frozen)} of {len(names)} tensors stay frozen, because the "
                     f"loss does not depend on them ({frozen[0]} ... {frozen[-1]})")

@@ -266,7 +266,8 @@ def test_malformed_records_are_named_in_a_sentence(bad, words):
     (b'[{"id": "a"', "not a whole JSON file"), (b'{"id": 1}\n{"id": ', "line 2: not complete JSON"), (b"[]", "no records"),
     (b"[1]", "record 0 is not a JSON object"), (b"[{}, {}] [{}]", "not a whole JSON file"),
     (b'{"a": 1}\n\n7\n', "line 3 is not a JSON object"), (b'{\n"a": 1,\n', "line 1: not complete JSON"),
-    (b'[{"id": "\xff\xfe"}]', "d.json, line 1 is not UTF-8 text"), (b"", "no records"), (b"\n \n", "no records"),
+    (b'[{"id": "\xff\xfe"}]', "not a whole JSON file: 'utf-8' codec"),
+    (b'{"id": 1}\n{"id": "\xff"}', "line 2: not complete JSON: 'utf-8' codec"), (b"", "no records"), (b"\n \n", "no records"),
     (b"[" * 100_000, "not a whole JSON file"), (b"[" + b"1" * 5000 + b"]", "not a whole JSON file"),
 ])
 def test_bad_files_are_named_in_a_sentence(tmp_path, content, words):

@@ -785,13 +785,12 @@ def test_out_is_no_part_of_the_source(tmp_path):
     refuse_inside(str(tmp_path / "run" / "next"), init=str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("found, words", [([], "was not written by train.py"), ({"mine": 1}, "this run has another")])
-def test_features_in_a_folder_of_something_else(tiny, world, tmp_path, found, words):
+def test_features_in_a_folder_of_something_else(tiny, world, tmp_path):
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "settings.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=words):
+    (tmp_path / "f" / "settings.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="this run has another"):
         train_with(tiny, world, tmp_path / "out", "--max_steps=1", f"--features={tmp_path}/f")
-    assert json.loads((tmp_path / "f" / "settings.json").read_text()) == found
+    assert (tmp_path / "f" / "settings.json").read_text() == '{"mine": 1}'
 
 
 def test_words_that_no_answer_has(tiny, world, tmp_path):

@@ -158,7 +158,7 @@ def test_a_batch_of_4_is_4_batches_of_1(pair):
         batch = data.collate(samples, vlm.pad_id)
         # No row of pixels is padding: each picture has its own number of tiles.
         layouts = [tiles.tile_layout(picture_size, TILES, S, SIDE) for picture_size in batch["picture_sizes"]]
-        assert len(batch["pixel_values"]) == sum(1 + layout.rows * layout.columns for layout in layouts)
+        assert len(batch["pixel_values"]) == sum(1 + columns * rows for columns, rows, _, _ in layouts)
         loss, number = vlm(batch)
         losses = [vlm(data.collate([one], vlm.pad_id)) for one in samples]
         blind, blind_number = vlm(data.without_images(batch))

@@ -173,11 +173,12 @@ def test_the_background_is_read_by_the_training(tiny, world, tmp_path):
 
 @pytest.mark.parametrize("lowest, scale", [(0.5, "log"), (-0.5, "linear")])
 def test_the_plot_shows_a_loss_below_0(lowest, scale, tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
-    monkeypatch.setattr(plt, "close", lambda figure: None)
+    from matplotlib.figure import Figure
+    scales = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **more: scales.append(figure.axes[0].get_yscale()))
     (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i, loss in enumerate((2, lowest))))
     plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
-    assert plt.gcf().axes[0].get_yscale() == scale
+    assert scales == [scale]
 
 
 def test_the_temperature_belongs_to_the_checkpoint_and_not_to_the_words_loss(tiny, world, tmp_path):

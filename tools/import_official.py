@@ -299,7 +299,7 @@ def import_official(path, tokenizer):
     vocabulary) are counts. ValueError names the first token that is not the tokenizer's.
     """
     content = common.read_json(path)
-    size = vocab.rust_tokenizer(tokenizer).get_vocab_size()
+    size = tokenizer.backend_tokenizer.get_vocab_size()
     try:
         parts = content if isinstance(content, list) else [content]
         pairs = [pair for part in parts for pair in part.items()]

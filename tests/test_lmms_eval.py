@@ -16,9 +16,11 @@ from PIL import Image
 
 import checkpoint
 import eval
+import generate
 import model
 import vocab
 from conftest import ROOT
+from support import pictures
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,31 @@ def test_answers_are_those_of_eval_in_the_order_of_the_requests(batch_size, adap
     assert got == [*short[:3], want[3].split(stop)[0].strip()] and got[0] != want[0] and got[3] != want[3]
 
 
+def test_the_loss_of_a_continuation(adapter, ours):
+    """Against the logits one by one; what greedy decoding says is_greedy, and has the lowest loss of four choices."""
+    lm = adapter.LangBridge(ours, device="cpu")
+    got = lm.loglikelihood(requests_for(lm, lambda doc: lambda doc: doc["answer"]))
+    vlm, doc = lm.vlm, documents()[1]
+    s = vlm.image_settings
+    pixels = pictures.transform(doc["image"], s["size"], s["mean"], s["std"], "pad")[None]
+    prompt = eval.prompt_ids(vlm, {"image": True, "text": doc["question"]})
+    end = vlm.tokenizer.eos_token_id
+    answer = vlm.tokenizer(doc["answer"], add_special_tokens=False).input_ids + [end]
+    with torch.no_grad():
+        logits = vlm.llm(inputs_embeds=vlm.splice(torch.tensor([prompt + answer]), pixels)).logits[0].log_softmax(-1)
+    want = -sum(logits[len(prompt) - 1 + k, i] for k, i in enumerate(answer)).item() / len(answer)
+    assert got[1][0] == pytest.approx(want, abs=1e-4) and got[1][1] is False and len(got) == 4
+
+    greedy, = generate.generate(vlm, [prompt], pixels, 40)
+    if len(greedy) < 40:                                        # it ended by itself
+        text = vlm.tokenizer.decode(greedy)
+        choices = [text, "no", "a red circle", "two small triangles"]
+        lm.task_dict = {"t": {"test": [doc]}}
+        results = lm.loglikelihood([types.SimpleNamespace(args=(doc["question"], choice, to_visual, 0, "t", "test"))
+                                    for choice in choices])
+        assert min(range(4), key=lambda k: results[k][0]) == 0
+
+
 def test_what_it_does_not_do_is_said(adapter, ours):
     lm = adapter.LangBridge(ours, device="cpu")
     lm.task_dict = {"t": {"test": [{}]}}
@@ -108,8 +135,6 @@ def test_what_it_does_not_do_is_said(adapter, ours):
         lm.generate_until([video])
     with pytest.raises(NotImplementedError, match="one round"):
         lm.generate_until_multi_round([video])
-    with pytest.raises(NotImplementedError, match="no tasks of multiple choice"):
-        lm.loglikelihood([video])
 
 
 TASK = """\

@@ -270,7 +270,10 @@ def main(argv=None):
     state = {"done": {}, "missing": {}}                 # {address: True}, {picture: reason}
     if os.path.isfile(state_file):
         state = common.read_json(state_file)
-    done, missing = state["done"], state["missing"]
+    try:
+        done, missing = dict(state["done"]), dict(state["missing"])
+    except (TypeError, LookupError, ValueError):
+        raise ValueError(f"{state_file} was not written by this script: move it away") from None
     todo = unfinished(args.only, args.root, done)
 
     need = largest = 0                                  # GB
@@ -304,7 +307,7 @@ def main(argv=None):
         except ValueError as error:
             failed[source] = str(error)
             print(f"{source}: {error}", flush=True)
-        common.write_json(state, state_file)
+        common.write_json({"done": done, "missing": missing}, state_file)
     lacking = {source for source, *_ in unfinished(FOR_MIX, args.root, done)}
     if lacking:
         print(f"{MIX}_filtered.json is not written yet: {', '.join(sorted(lacking))} not finished")

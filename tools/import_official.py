@@ -52,6 +52,7 @@ import re
 from glob import escape, glob
 
 import torch
+from transformers import LlavaNextConfig
 
 import checkpoint
 import model
@@ -146,6 +147,8 @@ def read_settings(path):
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     file = os.path.join(folder, "config.json")
     settings = common.read_json(file) if os.path.isfile(file) else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is no config of a model: it is not an object")
     known = {"mm_vision_select_feature": ("patch",), "mm_use_im_start_end": (False,),
              "vision_feature_select_strategy": ("default", "full"),
              "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
@@ -167,11 +170,12 @@ def read_settings(path):
 def tiles_of(settings, path):
     """Return the tiles of config.json, as model.Config has them. ValueError if it names none."""
     pinpoints = settings.get("image_grid_pinpoints")
+    if settings.get("model_type") == "llava_next":      # of transformers: (height, width)
+        pinpoints = pinpoints or LlavaNextConfig().image_grid_pinpoints     # it omits its default
+        return tuple((width, height) for height, width in pinpoints)
     if not pinpoints:
         raise ValueError(f"{path} has an image_newline, but its config.json has no "
                          "image_grid_pinpoints that say which tiles it belongs to")
-    if settings.get("model_type") == "llava_next":      # of transformers: (height, width)
-        return tuple((width, height) for height, width in pinpoints)
     # LLaVA-NeXT writes (width, height), as a list or as a text.
     return tuple(map(tuple, parse_value(str(pinpoints))))
 

@@ -17,7 +17,7 @@ from lmms_eval.api.model import lmms
 
 import common
 from checkpoint import load
-from conversation import IMAGE, encode_prompt
+from conversation import IGNORE, IMAGE, encode, encode_prompt
 from generate import generate
 from support import pictures
 from support.device import own_device
@@ -38,8 +38,8 @@ class LangBridge(lmms):
         self.batch_size = int(batch_size)
         self.vlm = load(checkpoint, device, getattr(torch, dtype))
 
-    def prompt(self, request):
-        """Return (ids, images): the ids of a prompt, and a list of PIL images."""
+    def turn(self, request):
+        """Return (message, images, counts): a user's turn, its PIL images and the ids of each."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         visuals = list(doc_to_visual(doc) or []) if doc_to_visual else []
@@ -48,16 +48,19 @@ class LangBridge(lmms):
         if IMAGE not in context:
             context = f"{IMAGE}\n" * len(visuals) + context
         counts = [self.vlm.num_tokens(image.size) for image in visuals]
-        message = {"role": "user", "content": context}
-        return encode_prompt([message], self.vlm.tokenizer, counts), visuals
+        return {"role": "user", "content": context}, visuals, counts
+
+    def pixels(self, images):
+        """Return {"pixel_values", "picture_sizes"} of PIL images, as VLM.splice takes them."""
+        pixels = [pictures.tile_pixels(image.convert("RGB"), **self.vlm.image_settings, mode="pad",
+                                       tiles=self.vlm.config.tiles) for image in images]
+        return {"pixel_values": torch.cat(pixels) if pixels else None,
+                "picture_sizes": [image.size for image in images]}
 
     def answer(self, prompts, images, max_new_tokens, temperature):
         """Return the text of the answer to each prompt. images: those of all prompts, in order."""
-        pixels = [pictures.tile_pixels(image.convert("RGB"), **self.vlm.image_settings, mode="pad",
-                                       tiles=self.vlm.config.tiles) for image in images]
-        answers = generate(self.vlm, prompts, torch.cat(pixels) if pixels else None,
-                           max_new_tokens, temperature=temperature,
-                           picture_sizes=[image.size for image in images])
+        answers = generate(self.vlm, prompts, max_new_tokens=max_new_tokens,
+                           temperature=temperature, **self.pixels(images))
         return [self.vlm.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
     def generate_until(self, requests):
@@ -65,7 +68,8 @@ class LangBridge(lmms):
         prepared = []
         for index, request in enumerate(requests):
             settings = request.args[1]
-            ids, images = self.prompt(request)
+            message, images, counts = self.turn(request)
+            ids = encode_prompt([message], self.vlm.tokenizer, counts)
             is_sampled = settings.get("do_sample", bool(settings.get("temperature")))
             temperature = (settings.get("temperature") or 1.0) if is_sampled else 0.0
             shared = settings.get("max_new_tokens", 1024), temperature      # by a batch
@@ -83,9 +87,31 @@ class LangBridge(lmms):
                                                 answers[index])
         return answers
 
+    @torch.no_grad()
     def loglikelihood(self, requests):
-        raise NotImplementedError("this model has no tasks of multiple choice: lmms-eval 0.7.3 "
-                                  "cannot read what any model returns for them")
+        """Return (loss, whether greedy decoding would say it) of each continuation.
+
+        lmms-eval takes the choice of the lowest number. The number is therefore the mean loss of a
+        token, as its own models return it, and not a log-likelihood.
+        """
+        results = []
+        for request in requests:
+            message, images, counts = self.turn(request)
+            continuation = request.args[1]
+            if callable(continuation):
+                task, split = request.args[4:]
+                continuation = continuation(self.task_dict[task][split][request.args[3]])
+            answer = {"role": "assistant", "content": str(continuation).strip()}
+            ids, labels = encode([message, answer], self.vlm.tokenizer, counts)
+            self.vlm.check_positions(len(ids))
+            embeds = self.vlm.splice(torch.tensor([ids]), **self.pixels(images))
+            output = self.vlm.llm.get_decoder()(inputs_embeds=embeds, use_cache=False)
+            targets = torch.tensor(labels[1:], device=embeds.device)
+            trained = targets != IGNORE
+            logits = self.vlm.logits(output.last_hidden_state[0, :-1][trained])
+            loss = torch.nn.functional.cross_entropy(logits, targets[trained]).item()
+            results.append((loss, logits.argmax(dim=-1).equal(targets[trained])))
+        return results
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError("this model answers one round only")

@@ -475,22 +475,18 @@ def accumulate(vlm, loader, count, frequencies, autocast, device, probe, cfg):
 def losses(vlm, batch, frequencies, cfg):
     """Return {"loss", "trained"[, "words_loss", "num_words"]}: summed losses and their counts.
 
-    "trained" counts tokens. In stage "words" the words loss takes the place of the loss, and words
-    that of tokens. In other stages main divides both losses by the number of tokens. Only the log
-    gives a loss per word.
+    In stage "words" the words loss takes the place of the loss, and words that of tokens. In other
+    stages main divides both losses by the number of tokens. Only the log gives a loss per word.
     """
+    names = ("loss", "trained", "words_loss", "num_words")
     of_words = frequencies, cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":
-        loss, trained = vlm.sum_words_loss(batch, *of_words)
-        return {"loss": loss, "trained": trained}
-    with_words = cfg.words_loss and len(batch["pixel_values"])
-    if with_words:                                  # both losses need the patches: computed once
-        batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    loss, trained = vlm(batch)
-    results = {"loss": loss, "trained": trained}
-    if with_words:
-        results["words_loss"], results["num_words"] = vlm.sum_words_loss(batch, *of_words)
-    return results
+        return dict(zip(names, vlm.sum_words_loss(batch, *of_words)))
+    if not (cfg.words_loss and len(batch["pixel_values"])):
+        return dict(zip(names, vlm(batch)))
+    # Both losses need the patches. The tower computes them once.
+    batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
+    return dict(zip(names, (*vlm(batch), *vlm.sum_words_loss(batch, *of_words))))
 
 
 @torch.no_grad()

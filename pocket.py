@@ -90,7 +90,7 @@ def make_model(name, settings):
 
 # --------------------------------------------------------------------------------------------------
 # data files: LLaVA's two stages, then each benchmark as its authors lay it out
-# The writer of a benchmark returns the pictures to draw for it: list of (path, scene).
+# The writer of a benchmark adds the pictures to draw for it to `drawings`: a list of (path, scene).
 
 def make_world(out, num_train, num_held_out, seed, pool):
     """Draw all pictures and write all data files below the folder `out`.
@@ -117,7 +117,7 @@ def make_world(out, num_train, num_held_out, seed, pool):
         write_json(captions, out / f"captions_{split}.json")
         for task, write in writers.items():
             task_rng = random.Random(f"{task} {split} {seed}")
-            drawings += write(out / folder / task, scenes[split], task_rng)
+            write(out / folder / task, scenes[split], task_rng, drawings)
     write_json(everything, out / "truth.json")
     print(f"pictures          drawing {len(drawings)}", flush=True)
     pool.starmap(draw_file, drawings)
@@ -179,7 +179,7 @@ def question_line(key, image, question, category="default"):
             "category": category}
 
 
-def write_pope(out, scenes, rng):
+def write_pope(out, scenes, rng, drawings):
     """Write POPE: "Is there a ...?" with two present and two absent shapes a picture.
 
     The three categories differ in how the absent shapes are chosen.
@@ -209,7 +209,7 @@ def write_pope(out, scenes, rng):
                 lines.append(question_line(start + len(labels), image, question, category))
         write_lines(labels, out / "coco" / f"coco_pope_{category}.json")
     write_lines(lines, out / "llava_pope_test.jsonl")
-    return [(out / "val2014" / image, scenes[name]) for name, image in pictures.items()]
+    drawings += [(out / "val2014" / image, scenes[name]) for name, image in pictures.items()]
 
 
 # GQA's structural types: their shares, about as in the official set, and our kinds of question.
@@ -221,13 +221,13 @@ GQA_KINDS = {"query": ("color", "shape", "word", "where"),
 GQA_SEMANTIC = {"exist": "obj", "exist color": "obj", "and": "obj", "or": "obj", "shape": "cat"}
 
 
-def write_gqa(out, scenes, rng):
+def write_gqa(out, scenes, rng, drawings):
     """Write GQA: up to two questions a picture, none with an answer that is much too frequent.
 
     Yes and no come equally often within a kind. An entry has the fields that a score needs.
     """
     given = defaultdict(Counter)            # kind -> {answer: number of questions}
-    records, lines, drawings = {}, [], []
+    records, lines = {}, []
     for name, scene in scenes.items():
         image, asked = f"n{name[-10:-4]}", set()
         drawings.append((out / "images" / f"{image}.jpg", scene))
@@ -252,14 +252,13 @@ def write_gqa(out, scenes, rng):
             lines.append(question_line(key, f"{image}.jpg", question))
     write_json(records, out / "testdev_balanced_questions.json")
     write_lines(lines, out / "llava_gqa_testdev_balanced.jsonl")
-    return drawings
 
 
-def write_mme(out, scenes, rng):
+def write_mme(out, scenes, rng, drawings):
     """Write MME: five tasks of 30 pictures, with one Yes and one No question a picture."""
     tasks = {"existence": "exist", "count": "is count", "position": "is place",
              "color": "is color", "OCR": "is word"}
-    lines, drawings = [], []
+    lines = []
     for task, kind in tasks.items():
         folder = out / "MME_Benchmark_release_version" / task
         truth = []
@@ -278,12 +277,11 @@ def write_mme(out, scenes, rng):
             lines += [question_line(key, key, question, task) for question, _ in made]
         write_text("".join(truth), out / "ground_truth" / f"{task}.txt")
     write_lines(lines, out / "llava_mme.jsonl")
-    return drawings
 
 
-def write_textvqa(out, scenes, rng):
+def write_textvqa(out, scenes, rng, drawings):
     """Write TextVQA: the word on each sign. OCR tokens would give the answer away: none here."""
-    records, lines, drawings = [], [], []
+    records, lines = [], []
     for name, scene in scenes.items():
         made = ask("word", scene, rng)
         if made is None:
@@ -296,11 +294,13 @@ def write_textvqa(out, scenes, rng):
         lines.append(question_line(key, f"{key}.jpg", question))
     write_json({"data": records}, out / "TextVQA_0.5.1_val.json")
     write_lines(lines, out / "llava_textvqa_val_v051_ocr.jsonl")
-    return drawings
 
 
-def write_mmbench(out, scenes, rng):
-    """Write MMBench: multiple choice about 100 pictures, with all rotations of the options."""
+def write_mmbench(out, scenes, rng, drawings):
+    """Write MMBench: multiple choice about 100 pictures, with all rotations of the options.
+
+    Its file holds the pictures, so none is added to `drawings`.
+    """
     rows = []
     for base, scene in enumerate(list(scenes.values())[:100]):
         jpeg = io.BytesIO()
@@ -318,7 +318,6 @@ def write_mmbench(out, scenes, rng):
     lines = [rows[0].keys(), *(row.values() for row in rows)]
     write_text("".join("\t".join(map(str, line)) + "\n" for line in lines),
                out / "mmbench_dev_20230712.tsv")
-    return []                               # the pictures are in the file
 
 
 if __name__ == "__main__":

@@ -174,15 +174,14 @@ def train_llm(name, folder, settings):
     model = make_llm(name, tokenizer)
     steps = int(LLM_STEPS * settings["effort"]) + 1
     batches = text_batches(tokenizer, steps, random.Random(f"text {settings['seed']}"))
-
-    # Few different lengths, so that torch keeps less memory.
+    # There are few different lengths, so that torch keeps less memory.
     pad = transformers.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)
 
     def batch_loss():
-        batch = pad(next(batches))                                  # (B, T)
-        hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
-        targets = batch["labels"][:, 1:]                                     # (B, T-1)
-        is_trained = targets != conversation.IGNORE
+        batch = pad(next(batches))                                      # ids and labels (B, T)
+        output = model.model(input_ids=batch["input_ids"], use_cache=False)
+        hidden, targets = output.last_hidden_state[:, :-1], batch["labels"][:, 1:]
+        is_trained = targets != conversation.IGNORE                     # (B, T-1)
         logits = model.lm_head(hidden[is_trained]).float()
         return F.cross_entropy(logits, targets[is_trained])
 

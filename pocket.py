@@ -91,6 +91,7 @@ def make_model(name, settings):
 # --------------------------------------------------------------------------------------------------
 # data files: LLaVA's two stages, then each benchmark as its authors lay it out
 # The writer of a benchmark adds the pictures to draw for it to `drawings`: a list of (path, scene).
+# MMBench adds none, because its file holds the pictures.
 
 def make_world(out, num_train, num_held_out, seed, pool):
     """Draw all pictures and write all data files below the folder `out`.
@@ -297,10 +298,7 @@ def write_textvqa(out, scenes, rng, drawings):
 
 
 def write_mmbench(out, scenes, rng, drawings):
-    """Write MMBench: multiple choice about 100 pictures, with all rotations of the options.
-
-    Its file holds the pictures, so none is added to `drawings`.
-    """
+    """Write MMBench: multiple choice about 100 pictures, with all rotations of the options."""
     rows = []
     for base, scene in enumerate(list(scenes.values())[:100]):
         jpeg = io.BytesIO()

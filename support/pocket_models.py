@@ -3,6 +3,7 @@
 pocket.py calls `make_model`. Letters: B rows of a batch, T tokens, P patches, N phrases, Dv width
 of the tower, V tokens of a tokenizer, D width of an LLM, S side of a picture for the tower.
 """
+import itertools
 import json
 import os
 import random
@@ -17,8 +18,7 @@ import transformers
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers.image_utils import OPENAI_CLIP_MEAN as CLIP_MEAN
-from transformers.image_utils import OPENAI_CLIP_STD as CLIP_STD
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import conversation
 from common import read_json, write_json
@@ -283,7 +283,8 @@ def train_tower(name, folder, settings):
     truth = read_json(out / "truth.json")
     names = [name for name in truth if name.startswith("train")]
     images = (open_image(out / "images" / name) for name in names)
-    pixels = torch.stack([transform(image, S, CLIP_MEAN, CLIP_STD) for image in images])
+    pixels = torch.stack([transform(image, S, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+                          for image in images])
     # With another memory format the tower's first layer adds in another order.
     pixels = pixels.to(memory_format=torch.channels_last)           # (pictures, 3, S, S)
     torch.manual_seed(settings["seed"])
@@ -313,8 +314,8 @@ def train_tower(name, folder, settings):
     write_json({"image_processor_type": "CLIPImageProcessor", "do_resize": True,
                 "size": {"shortest_edge": S}, "resample": 3, "do_center_crop": True,
                 "crop_size": {"height": S, "width": S}, "do_rescale": True,
-                "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD, "do_convert_rgb": True},
+                "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": OPENAI_CLIP_MEAN,
+                "image_std": OPENAI_CLIP_STD, "do_convert_rgb": True},
                folder / "preprocessor_config.json")
 
 
@@ -382,6 +383,6 @@ def phrases_of(caption, word_ids):
     phrases = []
     for phrase in caption.split(", "):
         words = [word for word in phrase.split() if word not in ("at", "saying")]
-        words += [f"{a} {b}" for i, a in enumerate(words) for b in words[i + 1:]]
+        words += [f"{a} {b}" for a, b in itertools.combinations(words, 2)]
         phrases.append([word_ids.setdefault(word, len(word_ids)) for word in words])
     return phrases

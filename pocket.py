@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.answers import write_lines
 from common import argument_parser, read_json, run_script, write_json, write_text
-from support.pocket_world import (BRIEF, KINDS, SHAPES, STYLES, SUFFIX, TRAIN_KINDS, ask, chat,
+from support.pocket_world import (BRIEF, SHAPES, STYLES, SUFFIX, TRAIN_KINDS, ask, chat,
                                   choice_chat, choices, describe, document, draw_scene, questions,
                                   random_scene, scene_key)
 
@@ -33,7 +33,7 @@ from support.pocket_world import (BRIEF, KINDS, SHAPES, STYLES, SUFFIX, TRAIN_KI
 MODELS = ("pocket-llama", "pocket-qwen", "vision-tower")
 
 
-def read_arguments():
+def main():
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--out", default="data/pocket", help="folder (%(default)s)")
@@ -47,11 +47,6 @@ def read_arguments():
     args = parser.parse_args()
     if args.scenes < 20 or args.held_out < 20 or args.effort < 0:
         parser.error("--scenes and --held_out must be at least 20, --effort at least 0")
-    return args
-
-
-def main():
-    args = read_arguments()
     settings = {"scenes": args.scenes, "held_out": args.held_out, "effort": args.effort,
                 "seed": args.seed, "corpus": 1500}
     if args.tiny:
@@ -75,28 +70,28 @@ def main():
     ignore = (signal.SIGINT, signal.SIG_IGN)
     with multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore) as pool:
         if marker.exists():
-            print(f"pictures          reused from {out}")
+            print(f"pictures          reused from {out}", flush=True)
         else:
             make_world(out, settings["scenes"], settings["held_out"], args.seed, pool)
             write_json(settings, marker)
-        jobs = []
-        for name in MODELS:
-            if (out / name).exists():
-                print(f"{name:17} reused", flush=True)
-            else:
-                jobs.append((name, settings | {"out": str(out)}))
+        jobs = [(name, settings | {"out": str(out)}) for name in MODELS]
         pool.starmap(make_model, jobs, chunksize=1)
     print(f"all in {out}")
 
 
 def make_model(name, settings):
+    """Make one model, unless it exists."""
+    if os.path.exists(f"{settings['out']}/{name}"):
+        print(f"{name:17} reused", flush=True)
+        return
     from support import pocket_models   # imports torch; the main process need not wait for it
     pocket_models.make_model(name, settings)
 
 
 # --------------------------------------------------------------------------------------------------
 # data files: LLaVA's two stages, then each benchmark as its authors lay it out
-# The writer of a benchmark returns the pictures to draw for it: list of (path, scene).
+# The writer of a benchmark adds the pictures to draw for it to `drawings`: a list of (path, scene).
+# MMBench adds none, because its file holds the pictures.
 
 def make_world(out, num_train, num_held_out, seed, pool):
     """Draw all pictures and write all data files below the folder `out`.
@@ -123,7 +118,7 @@ def make_world(out, num_train, num_held_out, seed, pool):
         write_json(captions, out / f"captions_{split}.json")
         for task, write in writers.items():
             task_rng = random.Random(f"{task} {split} {seed}")
-            drawings += write(out / folder / task, scenes[split], task_rng)
+            write(out / folder / task, scenes[split], task_rng, drawings)
     write_json(everything, out / "truth.json")
     print(f"pictures          drawing {len(drawings)}", flush=True)
     pool.starmap(draw_file, drawings)
@@ -173,8 +168,8 @@ def write_training(out, scenes, rng):
         records.append(record(image[:-4], messages, image))
     rng.shuffle(records)
     while len(records) < 1.1 * len(scenes):
-        messages = document(rng)
-        if isinstance(messages[0], dict):
+        messages, template = document(rng)
+        if template == "chat":
             records.append(record(f"text_{len(records):06d}", messages))
     write_json(records, out / "sft.json")
 
@@ -185,7 +180,7 @@ def question_line(key, image, question, category="default"):
             "category": category}
 
 
-def write_pope(out, scenes, rng):
+def write_pope(out, scenes, rng, drawings):
     """Write POPE: "Is there a ...?" with two present and two absent shapes a picture.
 
     The three categories differ in how the absent shapes are chosen.
@@ -215,67 +210,56 @@ def write_pope(out, scenes, rng):
                 lines.append(question_line(start + len(labels), image, question, category))
         write_lines(labels, out / "coco" / f"coco_pope_{category}.json")
     write_lines(lines, out / "llava_pope_test.jsonl")
-    return [(out / "val2014" / image, scenes[name]) for name, image in pictures.items()]
+    drawings += [(out / "val2014" / image, scenes[name]) for name, image in pictures.items()]
 
 
-def write_gqa(out, scenes, rng):
+# GQA's structural types: their shares, about as in the official set, and our kinds of question.
+GQA_SHARES = {"query": 8, "verify": 5, "logical": 3, "choose": 3, "compare": 2}
+GQA_KINDS = {"query": ("color", "shape", "word", "where"),
+             "verify": ("exist", "exist color", "is color", "is place", "is word"),
+             "logical": ("and", "or"), "choose": ("which color",), "compare": ("same color",)}
+# The semantic type of the kinds that do not ask about an attribute.
+GQA_SEMANTIC = {"exist": "obj", "exist color": "obj", "and": "obj", "or": "obj", "shape": "cat"}
+
+
+def write_gqa(out, scenes, rng, drawings):
     """Write GQA: up to two questions a picture, none with an answer that is much too frequent.
 
-    Yes and no come equally often within a kind.
+    Yes and no come equally often within a kind. An entry has the fields that a score needs.
     """
-    # Shares of the structural types, about as in the official set.
-    share = {"query": 8, "verify": 5, "logical": 3, "choose": 3, "compare": 2}
-    kinds = {s: [k for k, (_, gqa) in KINDS.items() if gqa and gqa[0] == s] for s in share}
     given = defaultdict(Counter)            # kind -> {answer: number of questions}
-    records, lines, drawings = {}, [], []
+    records, lines = {}, []
     for name, scene in scenes.items():
         image, asked = f"n{name[-10:-4]}", set()
         drawings.append((out / "images" / f"{image}.jpg", scene))
         for _ in range(30):
-            structural = rng.choices(list(share), list(share.values()))[0]
-            kind = rng.choice(kinds[structural])
+            structural = rng.choices(list(GQA_SHARES), list(GQA_SHARES.values()))[0]
+            kind = rng.choice(GQA_KINDS[structural])
             made = ask(kind, scene, rng)
             if len(asked) == 2:
                 break
             if made is None or made[0] in asked:
                 continue
-            question, answer, shapes = made
+            question, answer = made
             num_answers = 2 if answer in ("yes", "no") else 8
             if given[kind][answer] > given[kind].total() / num_answers + 1:
                 continue                    # this answer has come often enough
             given[kind][answer] += 1
             asked.add(question)
             key = f"{len(records) + 1:08d}"
-            records[key] = gqa_record(key, image, kind, *made)
+            types = {"structural": structural, "semantic": GQA_SEMANTIC.get(kind, "attr")}
+            records[key] = {"question": question, "answer": answer, "imageId": image,
+                            "isBalanced": True, "types": types}
             lines.append(question_line(key, f"{image}.jpg", question))
     write_json(records, out / "testdev_balanced_questions.json")
     write_lines(lines, out / "llava_gqa_testdev_balanced.jsonl")
-    return drawings
 
 
-def gqa_record(key, image, kind, question, answer, shapes):
-    """Return one entry of GQA's question file."""
-    structural, semantic, detailed, group = KINDS[kind][1]
-    steps = [{"operation": "select", "argument": f"{shape} (0)", "dependencies": []}
-             for shape in shapes]
-    steps.append({"operation": structural, "argument": kind,
-                  "dependencies": list(range(len(shapes)))})
-    return {
-        "question": question, "answer": answer, "fullAnswer": f"{answer.capitalize()}.",
-        "imageId": image, "isBalanced": True,
-        "groups": {"global": group, "local": f"{kind}-{shapes[0]}"},
-        "types": {"structural": structural, "semantic": semantic, "detailed": detailed},
-        "semantic": steps,
-        "semanticStr": "->".join(f"{s['operation']}: {s['argument']}" for s in steps),
-        "entailed": [], "equivalent": [key],
-        "annotations": {"question": {}, "answer": {}, "fullAnswer": {}}}
-
-
-def write_mme(out, scenes, rng):
+def write_mme(out, scenes, rng, drawings):
     """Write MME: five tasks of 30 pictures, with one Yes and one No question a picture."""
     tasks = {"existence": "exist", "count": "is count", "position": "is place",
              "color": "is color", "OCR": "is word"}
-    lines, drawings = [], []
+    lines = []
     for task, kind in tasks.items():
         folder = out / "MME_Benchmark_release_version" / task
         truth = []
@@ -286,25 +270,24 @@ def write_mme(out, scenes, rng):
             if len(truth) == 60 or None in made:
                 continue
             rows = [f"{question} Please answer yes or no.\t{answer.capitalize()}\n"
-                    for question, answer, _ in made]
+                    for question, answer in made]
             write_text("".join(rows), folder / f"{name[:-4]}.txt")
             drawings.append((folder / name, scenes[name]))
             truth += [f"{name}\t{row}" for row in rows]
             key = f"{task}/{name}"
-            lines += [question_line(key, key, question, task) for question, _, _ in made]
+            lines += [question_line(key, key, question, task) for question, _ in made]
         write_text("".join(truth), out / "ground_truth" / f"{task}.txt")
     write_lines(lines, out / "llava_mme.jsonl")
-    return drawings
 
 
-def write_textvqa(out, scenes, rng):
+def write_textvqa(out, scenes, rng, drawings):
     """Write TextVQA: the word on each sign. OCR tokens would give the answer away: none here."""
-    records, lines, drawings = [], [], []
+    records, lines = [], []
     for name, scene in scenes.items():
         made = ask("word", scene, rng)
         if made is None:
             continue
-        question, word, _ = made
+        question, word = made
         key = name[:-4]
         drawings.append((out / "train_images" / f"{key}.jpg", scene))
         records.append({"question_id": len(records), "image_id": key, "question": question,
@@ -312,10 +295,9 @@ def write_textvqa(out, scenes, rng):
         lines.append(question_line(key, f"{key}.jpg", question))
     write_json({"data": records}, out / "TextVQA_0.5.1_val.json")
     write_lines(lines, out / "llava_textvqa_val_v051_ocr.jsonl")
-    return drawings
 
 
-def write_mmbench(out, scenes, rng):
+def write_mmbench(out, scenes, rng, drawings):
     """Write MMBench: multiple choice about 100 pictures, with all rotations of the options."""
     rows = []
     for base, scene in enumerate(list(scenes.values())[:100]):
@@ -334,7 +316,6 @@ def write_mmbench(out, scenes, rng):
     lines = [rows[0].keys(), *(row.values() for row in rows)]
     write_text("".join("\t".join(map(str, line)) + "\n" for line in lines),
                out / "mmbench_dev_20230712.tsv")
-    return []                               # the pictures are in the file
 
 
 if __name__ == "__main__":

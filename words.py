@@ -4,27 +4,26 @@ An image as words: what each patch of an image says to the LLM, as a picture and
     python words.py CHECKPOINT [CHECKPOINT ...] IMAGE [--out DIR] [--ask "What is this?"]
 
 The script writes DIR/words.png and DIR/words.html, a page that needs no network. A LangBridge shows
-its own weights; raw scores show their highest and their lowest words. Any connector, also an MLP,
-shows the cosine similarity of its image embeds to every ordinary token of the LLM (the paper's
-analysis), the five tokens that explain an image embed best together, and what chance gives.
-With --ask the page also shows which patches and words the answer needs. Several checkpoints on one
-LLM become a slider on the page. Different LLMs stand side by side. results/study.py counts over
-many images.
+its own weights, of raw scores the highest and the lowest. Any connector, also an MLP, shows the
+cosine similarity of its image embeds to every ordinary token of the LLM (the paper's analysis), the
+five tokens that explain an image embed best together, and what chance gives. With --ask the page
+also shows which patches and words the answer needs. Several checkpoints on one LLM become a slider
+on the page. Different LLMs stand side by side. results/study.py counts over many images.
 """
 import base64
 import io
 import json
 import math
 import os
-import re
 import warnings
+from pathlib import Path
 
 import common
 
 TOP = 8                         # words of a patch; of raw scores so many at each end
 TOGETHER = 5                    # words of a patch that explain it together
 MAP_BYTES = 2_000_000           # of all heat maps of a page; the weakest words have no map
-PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.html")
+PAGE = Path(__file__).with_name("words.html")
 
 
 def read_arguments(argv=None):
@@ -69,22 +68,28 @@ from support.device import own_device
 
 
 # --------------------------------------------------------------------------------------------------
-# the numbers: an image as "modes", by weights (LangBridge only), by cosine similarity and by the
-# words that explain an image embed together
+# the numbers: an image as "modes", three ways to score words for each patch
+
+# What a patch shows. Kind of scores: (words listed, whether as many of the lowest follow, caption)
+KINDS = {"shares": (TOP, False, "the word of most weight"),             # weights that sum to 1
+         "signed": (TOP, True, "the highest and the lowest score"),     # other weights
+         "cosine": (TOP, False, "the nearest token by cosine"),
+         "together": (TOGETHER, False, "the words that explain it best")}       # see `pursuit`
+
 
 def cosine(embeds, E):
     """Return cosine similarities: embeds float[P, D], E float[V, D] -> float[P, V]."""
     return F.normalize(embeds, dim=-1) @ F.normalize(E, dim=-1).T
 
 
-def random_directions(E, seed=0):
+def random_directions(E):
     """Return 128 random directions in the space of E float[V, D]: float[128, D]."""
-    return torch.randn(128, E.shape[1], generator=torch.Generator().manual_seed(seed)).to(E)
+    return torch.randn(128, E.shape[1], generator=torch.Generator().manual_seed(0)).to(E)
 
 
-def cosine_null(E, seed=0):
+def cosine_null(E):
     """Return the best cosine similarity in E that a random direction has on average: a float."""
-    return cosine(random_directions(E, seed=seed), E).amax(-1).mean().item()
+    return cosine(random_directions(E), E).amax(-1).mean().item()
 
 
 def pursuit(embeds, E, number=TOGETHER):
@@ -108,8 +113,7 @@ def pursuit(embeds, E, number=TOGETHER):
         # Two words may have one embedding. Then pinv shares the coefficient; solve would fail.
         coefficients = torch.linalg.pinv(A @ A.mT, hermitian=True) @ products       # (P, n, 1)
         rest = embeds - (A.mT @ coefficients)[..., 0]
-    explained = (coefficients * products).sum(dim=(1, 2))
-    return picks, coefficients[..., 0], explained
+    return picks, coefficients[..., 0], (coefficients * products).sum(dim=(1, 2))
 
 
 def vocabulary(vlm):
@@ -131,20 +135,18 @@ def grid_patches(vlm, pixels):
 def make_mode(kind, words, scores, null=0.0, explained=None):
     """Return a mode: what the picture and the page show of the scores float32[P, K] of K words.
 
-    kind: "shares" (weights that sum to 1), "signed" (other weights), "cosine" or "together" (the
-    coefficients of `pursuit`; explained float[P] is its R^2). null: the value that chance gives.
-    "words": the U words that are among the TOP of some patch. "values": their scores float32[P, U].
-    "top" int64[P, n]: columns of values, the strongest first. Signed scores have the TOP highest
-    and the TOP lowest, the lowest last. "loud" float[P] in 0..1: how much the strongest word, or
-    R^2, stands out.
+    kind: one of KINDS. null: the value that chance gives. explained float[P]: R^2 of `pursuit`.
+    "words": the U words that some patch lists. "values": their scores float32[P, U].
+    "top" int64[P, n]: columns of values, the strongest first. "loud" float[P] in 0..1: how much the
+    strongest word, or R^2, stands out.
     """
-    if kind == "together":
-        top = scores.abs().topk(TOGETHER).indices                   # (P, TOGETHER)
-    else:
-        top = scores.topk(min(TOP, len(words))).indices             # (P, TOP)
-    if kind == "signed":
-        lowest = scores.topk(top.shape[1], largest=False).indices.flip(1)
-        top = torch.cat([top, lowest], dim=1)                       # (P, 2 * TOP)
+    number, both_ends, _ = KINDS[kind]
+    number = min(number, len(words))
+    strength = scores.abs() if kind == "together" else scores
+    top = strength.topk(number).indices                             # (P, n)
+    if both_ends:
+        lowest = scores.topk(number, largest=False).indices.flip(1)
+        top = torch.cat([top, lowest], dim=1)                       # (P, 2n), the lowest last
     used, top = torch.unique(top, return_inverse=True)
     values = scores[:, used]
     above = (values.gather(1, top)[:, 0] if explained is None else explained) - null        # (P,)
@@ -206,12 +208,11 @@ def read_checkpoint(folder, image, image_mode, args):
         answer, lost = needs.ask(vlm, args.ask, template, image.size, pixels, patches, args.tile,
                                  modes.get("weights"))
     if config.tiles:
-        tiles = pictures.cut_tiles(image, settings["size"], config.tiles)
-        image, image_mode = tiles[args.tile], "squash"
-    step = re.fullmatch(r"0*(\d+)", os.path.basename(os.path.normpath(folder)))  # steps/000100
-    kind = "LangBridge" if vlm.words else "MLP"
-    return {"label": metadata["stage"] + (f", step {step[1]}" if step else ""),
-            "name": f"{os.path.basename(os.path.normpath(vlm.config.llm))} · {kind}",
+        image = pictures.cut_tiles(image, settings["size"], config.tiles)[args.tile]
+        image_mode = "squash"
+    step = Path(folder).name                        # of steps/000100
+    return {"label": metadata["stage"] + (f", step {int(step)}" if step.isdecimal() else ""),
+            "name": f"{Path(vlm.config.llm).name} · {'LangBridge' if vlm.words else 'MLP'}",
             "group": (config.connector, config.normalize, os.path.realpath(vlm.config.llm),
                       metadata["words_hash"]),
             "modes": modes, "tiles": config.tiles, "side": math.isqrt(vlm.num_patches),
@@ -258,13 +259,13 @@ def ink_on(colour):
 
 def labels_of(mode, i):
     """Return what stands on patch i: [(text, loudness 0..1)], for signed scores both ends."""
-    signed = mode["kind"] == "signed"
+    _, both_ends, _ = KINDS[mode["kind"]]
     peak = mode["values"].abs().max().clamp(min=1e-12)
     labels = []
-    for column in mode["top"][i, [0, -1]] if signed else mode["top"][i, :1]:
+    for column in mode["top"][i, [0, -1] if both_ends else [0]]:
         word, value = vocab.show(mode["words"][column]), mode["values"][i, column]
-        sign = "−" if value < 0 else "+" * signed
-        loud = value.abs() / peak if signed else mode["loud"][i]
+        sign = "−" if value < 0 else "+" if both_ends else ""
+        loud = value.abs() / peak if both_ends else mode["loud"][i]
         labels.append((sign + (word.strip("␣") or word), loud.item()))
     return labels
 
@@ -311,21 +312,19 @@ def draw_picture(panels, picture):
     size = side * cell / DPI                        # inches
     shape = (1, len(panels)) if columns == 1 else (len(panels), columns)    # rows, columns
     figure = Figure((shape[1] * size, shape[0] * (size + 0.5)), dpi=DPI, layout="constrained")
-    explained = {"shares": "the word of most weight", "cosine": "the nearest token by cosine",
-                 "signed": "the highest and the lowest score"}
     for row, states in enumerate(panels):
         for column, state in enumerate(states):
             axis = figure.add_subplot(*shape, row * columns + column + 1)
             draw_state(axis, state, picture, cell)
-            kind = next(iter(state["modes"].values()))["kind"]
-            caption = f"{state['name']}, {state['label']}\n{explained[kind]} in each patch"
-            axis.set_xlabel(caption, parse_math=False, fontsize=9)
+            _, _, caption = KINDS[next(iter(state["modes"].values()))["kind"]]
+            axis.set_xlabel(f"{state['name']}, {state['label']}\n{caption} in each patch",
+                            parse_math=False, fontsize=9)
     return figure
 
 
 def save_figure(figure, path):
     """Write a figure as PNG. A character that no font has is drawn as a box."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), common.replacing(path) as temporary:
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(temporary, format="png", dpi=DPI)
@@ -354,14 +353,6 @@ def page_mode(mode, maps):
             "explained": mode["explained"] is not None and mode["explained"].tolist()}
 
 
-def page_state(state, maps):
-    """Return a state as the page reads it, see page_mode."""
-    lost = state["needs"] and {"patches": state["needs"]["patches"].tolist(),
-                               "words": page_words(state["needs"]["words"])}
-    modes = {key: page_mode(mode, maps) for key, mode in state["modes"].items()}
-    return {"label": state["label"], "answer": state["answer"], "needs": lost, "modes": modes}
-
-
 def make_page(panels, picture, name, ask):
     """Return words.html as a string. What comes from outside is one JSON block, used as text."""
     side = panels[0][0]["side"]
@@ -371,14 +362,18 @@ def make_page(panels, picture, name, ask):
     colours = patch_colours(picture, side)
     content = {"image": "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(),
                "name": name, "ask": ask, "side": side, "colours": colours,
-               "inks": [ink_on(colour) for colour in colours],
-               "panels": [{"name": states[0]["name"],
-                           "states": [page_state(state, maps) for state in states]}
-                          for states in panels]}
+               "inks": [ink_on(colour) for colour in colours], "panels": []}
+    for states in panels:
+        content["panels"].append({"name": states[0]["name"], "states": []})
+        for state in states:
+            lost = state["needs"] and {"patches": state["needs"]["patches"].tolist(),
+                                       "words": page_words(state["needs"]["words"])}
+            modes = {key: page_mode(mode, maps) for key, mode in state["modes"].items()}
+            content["panels"][-1]["states"].append(
+                {"label": state["label"], "answer": state["answer"], "needs": lost, "modes": modes})
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")                 # only "<" can end a <script>
-    with open(PAGE, encoding="utf-8") as file:
-        return file.read().replace("@DATA@", text)
+    return PAGE.read_text(encoding="utf-8").replace("@DATA@", text)
 
 
 def print_needs(lost, side):
@@ -387,16 +382,15 @@ def print_needs(lost, side):
                for i, nats in enumerate(lost["patches"].tolist())]
     words = [(vocab.show(word), nats) for word, nats in lost["words"]]
     for kind, pairs in ("patch", patches), ("word", words):
-        most = sorted(pairs, key=lambda pair: -pair[1])[:5]
-        if most:
+        if pairs:
+            most = sorted(pairs, key=lambda pair: -pair[1])[:5]
             print(f"  without a {kind} the answer loses, in nats of log-probability:",
                   ", ".join(f"{name} {nats:+.2f}" for name, nats in most), flush=True)
 
 
 def main(args):
-    image_name = os.path.basename(args.image)
-    out = args.out or os.path.join("out", "words", os.path.splitext(image_name)[0])
-    png, html = (os.path.join(out, name) for name in ("words.png", "words.html"))
+    out = args.out or f"out/words/{Path(args.image).stem}"
+    png, html = os.path.join(out, "words.png"), os.path.join(out, "words.html")
     refuse_files([png, html], args.overwrite)
     image = pictures.open_image(args.image)
     metadata = [checkpoint.read_config(folder)[1] for folder in args.checkpoints]
@@ -405,19 +399,19 @@ def main(args):
     states = []
     for folder in args.checkpoints:                 # one LLM in memory at a time
         state = read_checkpoint(folder, image, image_mode, args)
-        if states and (state["tiles"], state["side"]) != (states[0]["tiles"], states[0]["side"]):
+        states.append(state)
+        if (state["tiles"], state["side"]) != (states[0]["tiles"], states[0]["side"]):
             raise ValueError(f"{folder} and {args.checkpoints[0]} cut pictures into other tiles or "
                              "patches: they cannot share a picture")
-        states.append(state)
         # An answer may hold control characters, and a terminal would obey them.
         answer = "".join(c if c.isprintable() else " " for c in state["answer"] or "")
-        answer = f": {answer}" if args.ask else ""
-        print(f"{folder} ({state['name']}, {state['label']}){answer}", flush=True)
+        print(f"{folder} ({state['name']}, {state['label']})" + (f": {answer}" if args.ask else ""),
+              flush=True)
         if state["needs"]:
             print_needs(state["needs"], state["side"])
     panels, picture = make_panels(states), states[0]["picture"]
     save_figure(draw_picture(panels, picture), png)
-    common.write_text(make_page(panels, picture, image_name, args.ask), html)
+    common.write_text(make_page(panels, picture, Path(args.image).name, args.ask), html)
     print(f"wrote {png} and {html}")
 
 

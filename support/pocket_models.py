@@ -3,10 +3,10 @@
 pocket.py calls `make_model`. Letters: B rows of a batch, T tokens, P patches, N phrases, Dv width
 of the tower, V tokens of a tokenizer, D width of an LLM, S side of a picture for the tower.
 """
+import itertools
 import json
 import os
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -18,13 +18,13 @@ import transformers
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+import conversation
 from common import read_json, write_json
-from conversation import IGNORE
-from conversation import encode as encode_chat
 from support.device import choose_dtype
 from support.pictures import open_image, transform
-from support.pocket_world import (CELLS, COLORS, EASY_KINDS, REAL_SHAPES, SIZES, TRAIN_KINDS, WORDS,
+from support.pocket_world import (COLORS, EASY_KINDS, REAL_SHAPES, SIZES, TRAIN_KINDS, WORDS,
                                   corpus, describe, document, sign_of)
 
 # What each model's config in transformers takes.
@@ -39,8 +39,6 @@ TOWER_STEPS = 140
 LLM_BATCH = 16                              # rows of text a step
 TOWER_BATCH = 96                            # pictures a step
 LEARNING_RATE = 5e-3
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def make_model(name, settings):
@@ -54,7 +52,6 @@ def make_model(name, settings):
     start = time.time()
     folder = Path(settings["out"]) / name
     unfinished = folder.with_name(name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     train = train_tower if name == "vision-tower" else train_llm
     train(name, unfinished, settings)
     os.replace(unfinished, folder)
@@ -72,7 +69,6 @@ def train_model(name, model, steps, batch_loss):
     dtype = getattr(torch, choose_dtype("auto", "cpu"))
     means = [torch.zeros_like(p) for p in matrices]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
-    start = last = time.time()
     for step in range(steps):
         lr = LEARNING_RATE * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -83,11 +79,8 @@ def train_model(name, model, steps, batch_loss):
         adamw.param_groups[0]["lr"] = lr
         adamw.step()
         model.zero_grad()
-        if time.time() - last > 5 or step == steps - 1:
-            last = time.time()
-            eta = (last - start) / (step + 1) * (steps - step - 1)
-            print(f"{name:17} {step + 1:>4}/{steps}  loss {loss.item():.3f}  eta {eta:.0f} s",
-                  flush=True)
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            print(f"{name:17} {step + 1:>4}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
 @torch.no_grad()
@@ -99,22 +92,18 @@ def muon_step(matrices, means, lr, dtype):
     """
     for p, mean in zip(matrices, means):
         mean.lerp_(p.grad, 1 - 0.95)
-        update = orthogonal(p.grad.lerp(mean, 0.95).to(dtype))
+        X = p.grad.lerp(mean, 0.95).to(dtype)
+        is_tall = p.shape[0] > p.shape[1]
+        X = X.T if is_tall else X
+        X = X / X.norm().clamp(min=1e-7)
+        # Newton-Schulz iterations lead to about the nearest orthogonal matrix. With these numbers,
+        # those of Keller Jordan's Muon, five make the singular values 0.7 to 1.2.
+        for _ in range(5):
+            gram = X @ X.T
+            polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+            X = torch.addmm(X, polynomial, X, beta=3.4445)
         p.mul_(1 - lr * 0.01)               # weight decay
-        p.add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonal(matrix):
-    """Return about the nearest orthogonal matrix, by five Newton-Schulz iterations.
-
-    Source: Keller Jordan's Muon, whose three numbers make the singular values 0.7 to 1.2.
-    """
-    X = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    X = X / X.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = X @ X.T
-        X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-    return X.T if matrix.shape[0] > matrix.shape[1] else X
+        p.add_(X.T if is_tall else X, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,43 +129,39 @@ SPLIT = {"pocket-qwen": ("jazz",), "pocket-llama": ("pizza", "zoo")}
 
 
 def make_tokenizer(name, lines):
-    """Return the tokenizer of one LLM, trained on lines of text."""
+    """Return the tokenizer of one LLM, trained on lines of text.
+
+    That of pocket-qwen is a byte-level BPE, as Qwen's. That of pocket-llama writes a space as "▁"
+    and has tokens for single bytes, as Llama-2's.
+    """
     lines = [" ".join(word for word in line.split(" ")
                       if not any(rare in word.lower() for rare in SPLIT[name])) for line in lines]
-    train = {"pocket-qwen": train_byte_level, "pocket-llama": train_byte_fallback}[name]
+    if name == "pocket-qwen":
+        tokenizer = tokenizers.Tokenizer(BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.train_from_iterator(lines, BpeTrainer(
+            vocab_size=1100, min_frequency=2, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    else:
+        tokenizer = tokenizers.Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(r"\n+|[0-9]|[^\w\s]"), "isolated"),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")])
+        tokenizer.decoder = decoders.Sequence([
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        tokenizer.train_from_iterator(lines, BpeTrainer(
+            vocab_size=1000, min_frequency=12, show_progress=False))
+        # The trainer makes no tokens for bytes, so put these 256 in front of what it has learnt.
+        state = json.loads(tokenizer.to_str())
+        learnt = state["model"]["vocab"]
+        pieces = ["<unk>"] + [f"<0x{i:02X}>" for i in range(256)]
+        pieces += sorted(learnt, key=learnt.get)
+        state["model"]["vocab"] = {piece: i for i, piece in enumerate(pieces)}
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=train(lines), model_max_length=2048, padding_side="right",
+        tokenizer_object=tokenizer, model_max_length=2048, padding_side="right",
         clean_up_tokenization_spaces=False, **TOKENIZERS[name])
-
-
-def train_byte_level(lines):
-    """Return a byte-level BPE, as Qwen's."""
-    tokenizer = tokenizers.Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(lines, BpeTrainer(
-        vocab_size=1100, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return tokenizer
-
-
-def train_byte_fallback(lines):
-    """Return a BPE that writes a space as "▁" and has tokens for single bytes, as Llama-2's."""
-    tokenizer = tokenizers.Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(r"\n+|[0-9]|[^\w\s]"), "isolated"),
-        pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.train_from_iterator(lines, BpeTrainer(
-        vocab_size=1000, min_frequency=12, show_progress=False))
-    # The trainer does not make tokens for bytes, so put these 256 in front of what it has learnt.
-    state = json.loads(tokenizer.to_str())
-    vocabulary = state["model"]["vocab"]
-    learnt = sorted(vocabulary, key=vocabulary.get)
-    pieces = ["<unk>"] + [f"<0x{i:02X}>" for i in range(256)] + learnt
-    state["model"]["vocab"] = {piece: i for i, piece in enumerate(pieces)}
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,12 +174,14 @@ def train_llm(name, folder, settings):
     model = make_llm(name, tokenizer)
     steps = int(LLM_STEPS * settings["effort"]) + 1
     batches = text_batches(tokenizer, steps, random.Random(f"text {settings['seed']}"))
+    # There are few different lengths, so that torch keeps less memory.
+    pad = transformers.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)
 
     def batch_loss():
-        ids, labels = pad_batch(next(batches), tokenizer.pad_token_id)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]                                     # (B, T-1)
-        is_trained = targets != IGNORE
+        batch = pad(next(batches))                                      # ids and labels (B, T)
+        output = model.model(input_ids=batch["input_ids"], use_cache=False)
+        hidden, targets = output.last_hidden_state[:, :-1], batch["labels"][:, 1:]
+        is_trained = targets != conversation.IGNORE                     # (B, T-1)
         logits = model.lm_head(hidden[is_trained]).float()
         return F.cross_entropy(logits, targets[is_trained])
 
@@ -205,7 +192,7 @@ def train_llm(name, folder, settings):
 
 
 def text_batches(tokenizer, steps, rng):
-    """Yield one batch for each step: a list of rows (ids, labels) of about the same length.
+    """Yield one batch for each step: a list of rows of about the same length, see `encode`.
 
     The first third of the steps has easy questions about at most two objects. Chats come mostly
     near the end.
@@ -213,37 +200,23 @@ def text_batches(tokenizer, steps, rng):
     batches = []
     for step in range(steps):
         if not batches:
-            is_easy = step < 0.35 * steps
-            chats = 0.15 if is_easy else 0.2 if step < 0.6 * steps else 0.7
-            most, kinds = (2, EASY_KINDS) if is_easy else (3, TRAIN_KINDS)
-            rows = [encode(document(rng, most, chats, kinds), tokenizer)
+            most, chats, kinds = 3, 0.2 if step < 0.6 * steps else 0.7, TRAIN_KINDS
+            if step < 0.35 * steps:
+                most, chats, kinds = 2, 0.15, EASY_KINDS
+            rows = [encode(*document(rng, most, chats, kinds), tokenizer)
                     for _ in range(8 * LLM_BATCH)]
-            rows.sort(key=lambda row: len(row[0]))
+            rows.sort(key=lambda row: len(row["input_ids"]))
             batches = [rows[i:i + LLM_BATCH] for i in range(0, len(rows), LLM_BATCH)]
             rng.shuffle(batches)
         yield batches.pop()
 
 
-def encode(text, tokenizer):
-    """Return (ids, labels) of what `document` makes: two lists of equal length."""
-    if isinstance(text[0], dict):
-        return encode_chat(text, tokenizer, num_patches=0)
-    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    labels = [IGNORE] * len(ids)
-    for piece, is_trained in text:
-        new = tokenizer.encode(piece, add_special_tokens=False)
-        ids += new
-        labels += new if is_trained else [IGNORE] * len(new)
-    return ids, labels
-
-
-def pad_batch(rows, pad_id):
-    """Return rows (ids, labels), padded on the right: ids int64[B, T], labels int64[B, T]."""
-    longest = max(len(ids) for ids, _ in rows)
-    T = -(-longest // 16) * 16              # few different lengths, so that torch keeps less memory
-    ids = [ids + [pad_id] * (T - len(ids)) for ids, _ in rows]
-    labels = [labels + [IGNORE] * (T - len(labels)) for _, labels in rows]
-    return torch.tensor(ids), torch.tensor(labels)
+def encode(messages, template, tokenizer):
+    """Return what `document` makes as a row: {"input_ids", "labels"}, two lists of equal length."""
+    ids, labels = conversation.encode(messages, tokenizer, 0, template)
+    if template == "prompted" and tokenizer.bos_token:      # chat templates write it themselves
+        ids, labels = [tokenizer.bos_token_id, *ids], [conversation.IGNORE, *labels]
+    return {"input_ids": ids, "labels": labels}
 
 
 def make_llm(name, tokenizer):
@@ -256,46 +229,39 @@ def make_llm(name, tokenizer):
     # "eager" is twice as fast as "sdpa" for short rows on a CPU.
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        initialize_embeddings(model, tokenizer)
+        # "red", " red" and "Red" start with similar embeddings, as training would make them.
+        embeddings = model.model.embed_tokens.weight                # (V, D)
+        stems = {}
+        for i in range(len(tokenizer)):
+            stems.setdefault(tokenizer.decode([i]).strip().lower(), []).append(i)
+        # A word must not drown in what attention adds to it, so these are larger than usual.
+        embeddings.normal_(0, 0.3)
+        for ids in stems.values():
+            embeddings[ids] += 0.4 * torch.randn(embeddings.shape[1])
+        model.lm_head.weight.copy_(embeddings)
+        model.model.norm.weight.fill_(0.2)  # without this the first logits would be too large
         for index, layer in enumerate(model.model.layers):
-            initialize_attention(layer.self_attn, index)
+            initialize_attention(layer.self_attn, looks_back=index % 2 == 0)
     return model
 
 
-def initialize_embeddings(model, tokenizer):
-    """Start "red", " red" and "Red" with similar embeddings, as training would make them."""
-    embeddings = model.model.embed_tokens.weight                    # (V, D)
-    stems = {}
-    for i in range(len(tokenizer)):
-        stems.setdefault(tokenizer.decode([i]).strip().lower(), []).append(i)
-    # A word must not drown in what attention adds to it, so these are larger than usual.
-    embeddings.normal_(0, 0.3)
-    for ids in stems.values():
-        embeddings[ids] += 0.4 * torch.randn(embeddings.shape[1])
-    model.lm_head.weight.copy_(embeddings)
-    model.model.norm.weight.fill_(0.2)      # without this the first logits would be too large
-
-
-def initialize_attention(attention, layer_index):
+def initialize_attention(attention, looks_back):
     """Start attention where training would lead only after minutes: find an equal word and copy it.
 
     Queries equal keys, so that equal words attend to each other. The output projection is the
     transpose of the values, so that what is found is copied (after Trockman and Kolter, "Mimetic
-    initialization of self-attention layers", 2023). In every second layer three heads look one, two
-    and three tokens back: the rotary embedding turns the constant queries and keys in their biases.
+    initialization of self-attention layers", 2023). With `looks_back` three heads look one, two and
+    three tokens back: the rotary embedding turns the constant queries and keys in their biases.
     """
-    head_size = attention.head_dim
-    half = head_size // 2
-    turn = 10000.0 ** (-torch.arange(half) / half)      # the rotary embedding's radians a token
-    strength = 4.0 * (turn > 0.05)                      # slow turns do not separate neighbours
     query, key = attention.q_proj, attention.k_proj
     query.weight.copy_(key.weight.mul_(4))
     nn.init.orthogonal_(attention.v_proj.weight)
     attention.o_proj.weight.copy_(0.4 * attention.v_proj.weight.T)
-    if layer_index % 2 == 1:
-        return
-    for back in (1, 2, 3):
-        head = slice((back - 1) * head_size, back * head_size)
+    half = attention.head_dim // 2
+    turn = 10000.0 ** (-torch.arange(half) / half)      # the rotary embedding's radians a token
+    strength = 4.0 * (turn > 0.05)                      # slow turns do not separate neighbours
+    for back in (1, 2, 3) if looks_back else ():
+        head = slice((back - 1) * attention.head_dim, back * attention.head_dim)
         query.weight[head] *= 0.1
         key.weight[head] *= 0.1
         angle = back * turn
@@ -313,10 +279,14 @@ def train_tower(name, folder, settings):
     (after NegCLIP, Yuksekgonul et al., 2022). Without these, colour and shape would be enough, and
     the tower would never learn to see written words. The text side is not kept.
     """
-    out = Path(settings["out"])
+    out, S = Path(settings["out"]), TOWER["image_size"]
     truth = read_json(out / "truth.json")
     names = [name for name in truth if name.startswith("train")]
-    pixels = load_pixels(out, names)                                # (pictures, 3, S, S)
+    images = (open_image(out / "images" / name) for name in names)
+    pixels = torch.stack([transform(image, S, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+                          for image in images])
+    # With another memory format the tower's first layer adds in another order.
+    pixels = pixels.to(memory_format=torch.channels_last)           # (pictures, 3, S, S)
     torch.manual_seed(settings["seed"])
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER))
     initialize_positions(tower)
@@ -341,13 +311,28 @@ def train_tower(name, folder, settings):
     train_model(name, model, int(TOWER_STEPS * settings["effort"]) + 1, batch_loss)
     tower.eval()
     tower.save_pretrained(folder)
-    S = TOWER["image_size"]
     write_json({"image_processor_type": "CLIPImageProcessor", "do_resize": True,
                 "size": {"shortest_edge": S}, "resample": 3, "do_center_crop": True,
                 "crop_size": {"height": S, "width": S}, "do_rescale": True,
-                "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD, "do_convert_rgb": True},
+                "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": OPENAI_CLIP_MEAN,
+                "image_std": OPENAI_CLIP_STD, "do_convert_rgb": True},
                folder / "preprocessor_config.json")
+
+
+def initialize_positions(tower):
+    """Start the position embeddings at sines and cosines of row and column.
+
+    MAE (He et al., 2022) fixes them so. From the library's small noise the tower would take long to
+    tell left from right.
+    """
+    across = TOWER["image_size"] // TOWER["patch_size"]
+    width = TOWER["hidden_size"] // 4
+    angles = torch.arange(across)[:, None] * 10 ** (-torch.arange(width) / width)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)              # (across, Dv/2)
+    rows, columns = waves.repeat_interleave(across, 0), waves.repeat(across, 1)     # (P, Dv/2)
+    positions = next(p for name, p in tower.named_parameters()
+                     if name.endswith("position_embedding.weight"))
+    positions.data[1:] = 0.3 * torch.cat([rows, columns], 1)        # row 0 belongs to CLS
 
 
 def contrastive_loss(model, pixels, captions):
@@ -377,15 +362,6 @@ def contrastive_loss(model, pixels, captions):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)) / 2
 
 
-def load_pixels(out, names):
-    """Return pictures as the tower takes them: float32[N, 3, S, S]."""
-    S = TOWER["image_size"]
-    pixels = [transform(open_image(out / "images" / name), S, CLIP_MEAN, CLIP_STD)
-              for name in names]
-    # With another memory format the tower's first layer adds in another order.
-    return torch.stack(pixels).to(memory_format=torch.channels_last)
-
-
 def altered(scene, rng):
     """Return the scene with one fact of one object changed, often the word of a sign."""
     things = [dict(t) for t in scene["objects"]]
@@ -393,9 +369,8 @@ def altered(scene, rng):
     thing = sign if sign and rng.random() < 0.5 else rng.choice(things)
     facts = ("color", "shape", "shape", "cell", "cell", "size")
     fact = "word" if thing is sign else rng.choice(facts)
-    values = {"word": WORDS, "color": COLORS, "shape": REAL_SHAPES, "size": SIZES,
-              "cell": range(len(CELLS))}[fact]
-    thing[fact] = rng.choice([value for value in values if value != thing[fact]])
+    values = {"word": WORDS, "color": COLORS, "shape": REAL_SHAPES, "size": SIZES, "cell": range(9)}
+    thing[fact] = rng.choice([value for value in values[fact] if value != thing[fact]])
     return {"objects": things}
 
 
@@ -408,24 +383,6 @@ def phrases_of(caption, word_ids):
     phrases = []
     for phrase in caption.split(", "):
         words = [word for word in phrase.split() if word not in ("at", "saying")]
-        words += [f"{a} {b}" for i, a in enumerate(words) for b in words[i + 1:]]
+        words += [f"{a} {b}" for a, b in itertools.combinations(words, 2)]
         phrases.append([word_ids.setdefault(word, len(word_ids)) for word in words])
     return phrases
-
-
-def initialize_positions(tower):
-    """Start the position embeddings at sines and cosines of row and column.
-
-    MAE (He et al., 2022) fixes them so. From the library's small noise the tower would take long to
-    tell left from right.
-    """
-    across = TOWER["image_size"] // TOWER["patch_size"]
-    width = TOWER["hidden_size"] // 4
-    angles = torch.arange(across)[:, None] * 10 ** (-torch.arange(width) / width)
-    waves = torch.cat([angles.sin(), angles.cos()], 1)              # (across, Dv/2)
-    rows = waves.repeat_interleave(across, 0)                       # (P, Dv/2)
-    columns = waves.repeat(across, 1)                               # (P, Dv/2)
-    positions = next(p for name, p in tower.named_parameters()
-                     if name.endswith("position_embedding.weight"))
-    with torch.no_grad():
-        positions[1:] = 0.3 * torch.cat([rows, columns], 1)         # row 0 belongs to CLS

@@ -40,12 +40,21 @@ def make_scene(rng, most):
     """Return a random scene: {"objects": a list, "background": an index into BACKGROUNDS}.
 
     An object is {"shape", "color", "size", "cell": 0 to 8, "box": [x0, y0, x1, y1]}, and a sign
-    has a "word", too. most: the largest number of objects.
+    has a "word", too. A scene has one sign at most. most: the largest number of objects.
     """
+    shapes = []
+    for _ in range(min(rng.choices((1, 2, 3), (2, 5, 4))[0], most)):
+        chance = rng.random()
+        shape = rng.choices(list(SHAPES), list(SHAPES.values()))[0]
+        if shapes and chance < 0.25:
+            shape = shapes[-1]              # something to count
+        elif shapes and chance < 0.5:
+            shape = PARTNERS[shapes[-1]]
+        shapes.append("circle" if shape == "sign" and "sign" in shapes else shape)
     free = list(range(9))
     objects = []
     # Signs come first, because they need a cell of the middle column.
-    for shape in sorted(make_shapes(rng, most), key=lambda shape: shape != "sign"):
+    for shape in sorted(shapes, key=lambda shape: shape != "sign"):
         cell = rng.choice([c for c in free if shape != "sign" or c % 3 == 1])
         free.remove(cell)
         has_same_color = objects and rng.random() < 0.2
@@ -63,22 +72,6 @@ def make_scene(rng, most):
         objects.append(thing)
     rng.shuffle(objects)
     return {"objects": objects, "background": rng.randrange(len(BACKGROUNDS))}
-
-
-def make_shapes(rng, most):
-    """Return the shapes of one scene: a list of one to `most` names, at most one of them "sign"."""
-    shapes = []
-    for _ in range(min(rng.choices((1, 2, 3), (2, 5, 4))[0], most)):
-        chance = rng.random()
-        shape = rng.choices(list(SHAPES), list(SHAPES.values()))[0]
-        if shapes and chance < 0.25:
-            shape = shapes[-1]              # something to count
-        elif shapes and chance < 0.5:
-            shape = PARTNERS[shapes[-1]]
-        if shape == "sign" and "sign" in shapes:
-            shape = "circle"
-        shapes.append(shape)
-    return shapes
 
 
 def scene_key(scene):
@@ -204,23 +197,21 @@ def article(phrase):
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def name_of(thing, full=True):
-    """Return an object's name: "small red star at left". Not `full`: "red star"."""
-    name = f"{thing['color']} {thing['shape']}"
-    if full:
-        name += f" at {CELLS[thing['cell']]}"
-    if "word" in thing:
-        return f"{name} saying {thing['word']}"     # all signs have one size
-    return f"{thing['size']} {name}" if full else name
-
-
 def describe(scene, rng, style):
     """Return one line about all objects of a scene, in random order.
 
     style: one of STYLES. "short" leaves out sizes and places.
     """
-    things = rng.sample(scene["objects"], len(scene["objects"]))
-    names = [name_of(thing, full=style != "short") for thing in things]
+    names = []
+    for thing in rng.sample(scene["objects"], len(scene["objects"])):
+        name = f"{thing['color']} {thing['shape']}"
+        if style != "short":
+            name += f" at {CELLS[thing['cell']]}"
+        if "word" in thing:
+            name += f" saying {thing['word']}"      # all signs have one size
+        elif style != "short":
+            name = f"{thing['size']} {name}"
+        names.append(name)
     if style == "keys":
         return ", ".join(names)
     if style == "there":
@@ -231,40 +222,26 @@ def describe(scene, rng, style):
 def statements(scene, rng, style):
     """Return short true sentences about the unique objects and the number of objects."""
     count = len(scene["objects"])
-    sentences = []
+    facts = []
     for thing in unique_things(scene):
-        facts = [thing["color"]]
+        subject = f"The {thing['shape']} is"
+        facts.append(f"{subject} {thing['color']}.")
         if style != "short" and "word" not in thing:
-            facts.append(thing["size"])
+            facts.append(f"{subject} {thing['size']}.")
         if style != "short":
-            facts.append(f"at {CELLS[thing['cell']]}")
+            facts.append(f"{subject} at {CELLS[thing['cell']]}.")
         if "word" in thing:
-            facts.append(f"marked {thing['word']}")
-        sentences += [f"The {thing['shape']} is {fact}." for fact in facts]
+            facts.append(f"{subject} marked {thing['word']}.")
     number = "is one object" if count == 1 else f"are {NUMBERS[count]} objects"
-    sentences.append(f"There {number}.")
-    return " ".join(rng.sample(sentences, len(sentences)))
+    facts.append(f"There {number}.")
+    return " ".join(rng.sample(facts, len(facts)))
 
 
-# Kind of question -> how often training asks it, and GQA's three types (structural, semantic,
-# detailed) and group of comparable answers. GQA does not ask the kinds with None.
-KINDS = {
-    "exist": (3, ("verify", "obj", "exist", None)),
-    "exist color": (3, ("verify", "obj", "existAttr", None)),
-    "is color": (2, ("verify", "attr", "verifyAttr", None)),
-    "is place": (2, ("verify", "attr", "positionVerify", None)),
-    "is word": (1, ("verify", "attr", "verifyText", None)),
-    "color": (4, ("query", "attr", "directOf", "color")),
-    "shape": (4, ("query", "cat", "categoryThat", "shape")),
-    "word": (4, ("query", "attr", "textOf", "word")),
-    "where": (3, ("query", "attr", "positionQuery", "place")),
-    "which color": (2, ("choose", "attr", "chooseAttr", None)),
-    "and": (2, ("logical", "obj", "existAnd", None)),
-    "or": (1, ("logical", "obj", "existOr", None)),
-    "same color": (1, ("compare", "attr", "twoSame", None)),
-    "count": (1, None),
-    "is count": (1, None)}
-TRAIN_KINDS = tuple(kind for kind, (often, _) in KINDS.items() for _ in range(often))
+# How often training asks each kind of question.
+KINDS = {"exist": 3, "exist color": 3, "is color": 2, "is place": 2, "is word": 1, "color": 4,
+         "shape": 4, "word": 4, "where": 3, "which color": 2, "and": 2, "or": 1, "same color": 1,
+         "count": 1, "is count": 1}
+TRAIN_KINDS = tuple(kind for kind, often in KINDS.items() for _ in range(often))
 # What an LLM learns first: to look up a fact.
 EASY_KINDS = ("color", "shape", "shape", "where", "where", "word", "which color", "exist")
 # Kinds that are also asked as multiple choice, with all options.
@@ -272,11 +249,11 @@ OPTIONS = {"color": tuple(COLORS), "shape": tuple(SHAPES), "word": WORDS, "where
 
 
 def ask(kind, scene, rng, style="and", yes=None):
-    """Return (question, answer, shapes named), or None if the scene allows no clear question.
+    """Return (question, answer) in lower case, or None if the scene allows no clear question.
 
-    kind: one of KINDS. The answer is in lower case. A yes or no is drawn before the question, so
-    that a blind guess is right half of the time; yes=True or False sets it instead. style: of the
-    description, if the question is about text.
+    kind: one of KINDS. A yes or no is drawn before the question, so that a blind guess is right
+    half of the time; yes=True or False sets it instead. style: of the description, if the question
+    is about text.
     """
     if yes is None:
         yes = rng.random() < 0.5
@@ -286,9 +263,9 @@ def ask(kind, scene, rng, style="and", yes=None):
     thing = rng.choice(unique) if unique else None
     shapes = [t["shape"] for t in scene["objects"]]
     absent = [s for s in SHAPES if s not in shapes]
+    # Kinds about the whole scene.
     if kind == "exist":
-        shape = rng.choice(shapes if yes else absent)
-        return f"Is there a {shape} in the {noun}?", yes_or_no, [shape]
+        return f"Is there a {rng.choice(shapes if yes else absent)} in the {noun}?", yes_or_no
     if kind == "exist color":
         pairs = [(t["color"], t["shape"]) for t in scene["objects"]]
         color, shape = pair = rng.choice(pairs)
@@ -298,17 +275,16 @@ def ask(kind, scene, rng, style="and", yes=None):
                 color, shape = rng.choice(list(COLORS)), pair[1]
             else:
                 color, shape = pair[0], rng.choice(list(SHAPES))
-        return f"Is there {article(f'{color} {shape}')} in the {noun}?", yes_or_no, [shape]
+        return f"Is there {article(f'{color} {shape}')} in the {noun}?", yes_or_no
     if kind in ("and", "or"):
         present = sorted(set(shapes))
         # Both answers need two shapes. Otherwise the answer to "and" would nearly always be no.
         if len(present) < 2:
             return None
-        # "and" needs both shapes for a yes, "or" needs one.
-        num_present = {"and": 1, "or": 0}[kind] + yes
+        num_present = yes + (kind == "and")     # "and" needs both shapes for a yes, "or" needs one
         pair = rng.sample(present, num_present) + rng.sample(absent, 2 - num_present)
         rng.shuffle(pair)
-        return f"Is there a {pair[0]} {kind} a {pair[1]} in the {noun}?", yes_or_no, pair
+        return f"Is there a {pair[0]} {kind} a {pair[1]} in the {noun}?", yes_or_no
     if kind in ("count", "is count"):
         name = rng.choice(shapes + ["object"])
         number = len(shapes) if name == "object" else shapes.count(name)
@@ -317,56 +293,50 @@ def ask(kind, scene, rng, style="and", yes=None):
             return None
         plural = "crosses" if name == "cross" else name + "s"
         if kind == "count":
-            return f"How many {plural} are there in the {noun}?", NUMBERS[number], [name]
+            return f"How many {plural} are there in the {noun}?", NUMBERS[number]
         if not yes:
             number = rng.choice([n for n in (1, 2, 3, 4) if n != number])
         claim = f"Is there one {name}" if number == 1 else f"Are there {NUMBERS[number]} {plural}"
-        return f"{claim} in the {noun}?", yes_or_no, [name]
+        return f"{claim} in the {noun}?", yes_or_no
     if kind in ("word", "is word"):
         sign = sign_of(scene)
         if sign is None:
             return None
+        word = sign["word"]
         if kind == "word":
-            question = rng.choice(("What word is written on the sign?", "What does the sign say?"))
-            return question, sign["word"], ["sign"]
-        word = sign["word"] if yes else rng.choice([w for w in WORDS if w != sign["word"]])
-        return f"Does the sign say {word}?", yes_or_no, ["sign"]
-    return ask_about(thing, kind, scene, rng, style, yes) if thing else None
-
-
-def ask_about(thing, kind, scene, rng, style, yes):
-    """`ask` for the kinds about `thing`, an object that is the only one of its shape."""
+            asked = ("What word is written on the sign?", "What does the sign say?")
+            return rng.choice(asked), word
+        claim = word if yes else rng.choice([w for w in WORDS if w != word])
+        return f"Does the sign say {claim}?", yes_or_no
+    # Kinds about one object, which must be the only one of its shape.
+    if thing is None:
+        return None
     shape, color, cell = thing["shape"], thing["color"], thing["cell"]
-    yes_or_no = "yes" if yes else "no"
     other_color = rng.choice([c for c in COLORS if c != color])
     if kind == "color":
-        return f"What color is the {shape}?", color, [shape]
+        return f"What color is the {shape}?", color
     if kind == "is color":
-        return f"Is the {shape} {color if yes else other_color}?", yes_or_no, [shape]
+        return f"Is the {shape} {color if yes else other_color}?", yes_or_no
     if kind == "which color":
         pair = rng.sample((color, other_color), 2)
-        return f"Is the {shape} {pair[0]} or {pair[1]}?", color, [shape]
+        return f"Is the {shape} {pair[0]} or {pair[1]}?", color
     if kind == "shape":
-        if [t["color"] for t in scene["objects"]].count(color) > 1:
-            return None
-        return f"What shape is {color}?", shape, [shape]
+        colors = [t["color"] for t in scene["objects"]]
+        return (f"What shape is {color}?", shape) if colors.count(color) == 1 else None
     if kind == "same color":
-        unique = unique_things(scene)
         if len(unique) < 2:
             return None
         a, b = rng.sample(unique, 2)
-        is_same = a["color"] == b["color"]
         # Few pairs have the same colour. So drop most of the others: otherwise nearly all are no.
-        if is_same != yes or not yes and rng.random() < 0.65:
+        if (a["color"] == b["color"]) != yes or not yes and rng.random() < 0.65:
             return None
-        question = f"Do the {a['shape']} and the {b['shape']} have the same color?"
-        return question, yes_or_no, [a["shape"], b["shape"]]
+        return f"Do the {a['shape']} and the {b['shape']} have the same color?", yes_or_no
     if style == "short":
         return None                         # such a description names no place
     if kind == "where":
-        return f"Where is the {shape}?", CELLS[cell], [shape]
+        return f"Where is the {shape}?", CELLS[cell]
     wrong = rng.choice([c for c in range(9) if c != cell])      # "is place"
-    return f"Is the {shape} at {CELLS[cell if yes else wrong]}?", yes_or_no, [shape]
+    return f"Is the {shape} at {CELLS[cell if yes else wrong]}?", yes_or_no
 
 
 def questions(scene, rng, count, kinds, style="and"):
@@ -376,7 +346,7 @@ def questions(scene, rng, count, kinds, style="and"):
         kind = rng.choice(kinds)
         made = ask(kind, scene, rng, style)
         if made and made[0] not in found:
-            question, answer, _ = made
+            question, answer = made
             found[question] = (kind, question, answer.capitalize())
             if len(found) == count:
                 break
@@ -423,37 +393,33 @@ def choice_chat(rows, opening):
 # text for the LLMs and for the tokenizers
 
 def document(rng, most=3, chats=0.5, kinds=TRAIN_KINDS):
-    """Return one text: chat messages [{"role", "content"}], or plain pieces [(text, is_trained)].
+    """Return one text: (messages, template for conversation.encode).
 
     most: objects in the scene. chats: the share of chats, with questions of the given kinds. The
-    plain texts have more answers a token: mostly questions and answers, a line each.
+    others, by template "prompted", have more answers a token: a line each, without roles.
     """
     chance = rng.random()
     if chance < 0.02:
-        return chat(rng.sample(list(FACTS.items()), 4))
+        return chat(rng.sample(list(FACTS.items()), 4)), "chat"
     scene = random_scene(rng, most=most)
     style = rng.choice(STYLES)
     text = describe(scene, rng, style)
     if chance < 0.04:
-        return [(text + "\n", True)]
+        return [{"role": "assistant", "content": text}], "prompted"
     same_content = [s for s in STYLES if (s == "short") == (style == "short")]
     again = describe(scene, rng, rng.choice(same_content + ["short"]))
     if chance < 0.06:
-        return chat([(rng.choice(BRIEF), again)], text, ending="")
+        return chat([(rng.choice(BRIEF), again)], text, ending=""), "chat"
     if chance < 0.06 + chats / 10:
         rows = choices(scene, rng, 3, style)
         if rows:
-            return choice_chat(rows, text)
+            return choice_chat(rows, text), "chat"
     pairs = [(q, a) for _, q, a in questions(scene, rng, rng.randint(4, 8), kinds, style)]
     if chance > 1 - chats and pairs:
-        return chat(pairs, text)
-    pieces = [(text + "\n", False)]
+        return chat(pairs, text), "chat"
     if chance < 0.15 or not pairs:
-        pieces.append((rng.choice((again, statements(scene, rng, style))) + "\n", True))
-        return pieces
-    for question, answer in pairs:
-        pieces += [(question + "\n", False), (answer + "\n", True)]
-    return pieces
+        pairs, text = [(text, rng.choice((again, statements(scene, rng, style))))], ""
+    return chat(pairs, text, ending=""), "prompted"
 
 
 def corpus(seed, count):
@@ -465,5 +431,8 @@ def corpus(seed, count):
     lines += list(BRIEF) * 3
     lines += [f"{question}\n{answer}" for question, answer in FACTS.items()] * 3
     for _ in range(count):
-        lines += [m["content"] if isinstance(m, dict) else m[0] for m in document(rng)]
+        messages, template = document(rng)
+        for message in messages:
+            content = message["content"]
+            lines += content.splitlines() if template == "prompted" else [content]
     return lines

@@ -14,13 +14,14 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import conftest
+import conversation
 from common import read_json
 from support import pocket_models, pocket_world
 from support.pocket_world import SUFFIX
 
 # The JSON files of the tiny world: their number, and a hash of their hashes. If this hash changes,
 # the tables in results/ no longer belong to this world.
-DATA_FILES = (23, "5c44adcb5334790104e591712fb8497e84901ba055cadb29eea418b2dcb03f4f")
+DATA_FILES = (23, "b15f939d3133b3575af59a8be79ddef994aae232cd78147469e2a45e8716b6d1")
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +126,8 @@ def test_gqa(world):
         assert q["text"] == t["question"] + "\n" + SUFFIX
         assert q["image"] == t["imageId"] + ".jpg" and (out / "images" / q["image"]).exists()
         assert t["answer"] == t["answer"].lower() and t["isBalanced"] is True
-        structural = t["types"]["structural"]
-        assert structural in ("query", "verify", "logical", "choose", "compare")
-        assert "global" in t["groups"]
+        assert t["types"]["structural"] in ("query", "verify", "logical", "choose", "compare")
+        assert t["types"]["semantic"] in ("attr", "cat", "obj")
 
 
 @pytest.mark.parametrize("task", ["existence", "count", "position", "color", "OCR"])
@@ -216,11 +216,15 @@ def test_an_llm_loads_and_its_tokenizer_round_trips(world, name):
     text = 'There is a red diamond in the top left.\nIs the word "jazz"? é 7 books'
     assert tokenizer.decode(ids_of(text)) == text
     talk = pocket_world.chat([("Is there a star?", "Yes"), ("What color is it?", "Red")], text)
-    ids, labels = pocket_models.encode(talk, tokenizer)
+    ids, labels = conversation.encode(talk, tokenizer, 0)
     assert ids == tokenizer.apply_chat_template(talk, return_dict=False)
     trained = tokenizer.decode([i for i in labels if i != -100])
     eos = form["eos_token"]
     assert trained == f"Yes{eos}Red{eos}"
+    lines = pocket_world.chat([("Is there a star?", "Yes"), ("What color is it?", "Red")], text, ending="")
+    row = pocket_models.encode(lines, "prompted", tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == f"{form['bos_token'] or ''}{text}\nIs there a star?\nYes\nWhat color is it?\nRed\n"
+    assert tokenizer.decode([i for i in row["labels"] if i != -100]) == "Yes\nRed\n"
     assert tokenizer.eos_token == eos and len(ids_of(eos)) == 1
     eos = llm.generation_config.eos_token_id
     assert tokenizer.eos_token_id in (eos if isinstance(eos, list) else [eos])
@@ -256,6 +260,8 @@ def test_muon_is_that_of_torch_and_orthogonal_in_float32():
         pocket_models.muon_step(ours, means, 5e-3, torch.bfloat16)
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, torchs))
-    for m, n in shapes:
-        singular = torch.linalg.svdvals(pocket_models.orthogonal(torch.randn(m, n)))
+    for p in ours:
+        p.detach().zero_()              # so the step is all that is left; in float32, the other dtype
+        pocket_models.muon_step([p], [torch.zeros_like(p)], 1.0, torch.float32)
+        singular = torch.linalg.svdvals(p) / (0.2 * max(p.shape) ** 0.5)
         assert 0.5 < singular.min() and singular.max() < 1.3

@@ -191,11 +191,9 @@ def make_model(cfg, device):
     dtype = getattr(torch, cfg.dtype)
     trained_parts = cfg.trained_parts()
     llm_dtype = torch.float32 if "llm" in trained_parts else dtype
-    options = {"attention": cfg.attention, "frozen_dtype": dtype}
-    if "vision_tower" in trained_parts:
-        options["tower_dtype"] = torch.float32
-    if cfg.shard and "RANK" in os.environ:
-        options["shard"] = True
+    options = {"attention": cfg.attention, "frozen_dtype": dtype,
+               "tower_dtype": torch.float32 if "vision_tower" in trained_parts else dtype,
+               "shard": cfg.shard and "RANK" in os.environ}
     torch.manual_seed(cfg.seed)                     # of a new connector
     model.word_weights(torch.zeros(1000), cfg.normalize)    # ValueError before models are loaded
     if cfg.init:

@@ -574,8 +574,8 @@ def make_row(what, value, goal="", detail=None):
         sign, bound = goal.split()
         is_reached = value <= float(bound) if sign == "<=" else value >= float(bound)
         reached = "reached" if is_reached else "MISSED"
-    return {"what": what, **rounded({"value": float(value)}), "bar": goal, "reached": reached,
-            "detail": rounded(detail or {})}
+    return rounded({"what": what, "value": float(value), "bar": goal, "reached": reached,
+                    "detail": rounded(detail or {})})
 
 
 def print_row(row):
@@ -585,18 +585,13 @@ def print_row(row):
     print(f"| {row['what']} | {row['value']:g} | {goal}{missed} | {detail} |", flush=True)
 
 
-def read_results(path):
-    """Return what a --json file holds. ValueError if it is another file."""
-    results = common.read_json(path)
-    if not isinstance(results, dict) or {"processor", "torch", "parts"} - results.keys():
-        raise ValueError(f"{path} is no file of bench.py --json; give another file")
-    return results
-
-
 def main(args):
     results = {"processor": processor(), "torch": torch.__version__, "parts": {}}
     if args.table or args.json and os.path.exists(args.json):
-        stored = read_results(args.table or args.json)      # now, not after minutes of measuring
+        path = args.table or args.json
+        stored = common.read_json(path)             # now, not after the minutes of measuring
+        if not isinstance(stored, dict) or stored.keys() != results.keys():
+            raise ValueError(f"{path} is no file of bench.py --json; give another file")
         if not args.table and stored != results | {"parts": stored["parts"]}:
             raise ValueError(f"{args.json} was measured on another machine or torch; give another "
                              "file")

@@ -30,7 +30,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import bench  # noqa: E402
 import common  # noqa: E402
-import data  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 import vocab  # noqa: E402
@@ -162,15 +161,7 @@ def stage1_step(normalize):
               bar(0.6 * said < measured < said + (5 << 30)), "0.6 x said < measured < said + 5 GiB",
               measured_GB=measured / 1e9, said_GB=said / 1e9)
 
-    # By train.py's own loop, with a batch as the loader gives it.
-    batch = batch | {"pixel_values": batch["pixel_values"].cpu()}
-    if DEVICE != "cpu":
-        batch = {key: value.pin_memory() if torch.is_tensor(value) else value
-                 for key, value in batch.items()}
-    device = torch.device(DEVICE)
-    autocast = torch.autocast(device.type, torch.bfloat16)
-    count = waits(lambda: train.accumulate(vlm, iter([dict(batch)]), 1, None, autocast, device,
-                                           False, train.Settings()))
+    count = waits(vlm, batch)
     check(f"stage 1, {normalize}, waits of the CPU in a micro-batch", bar(count <= 1), "at most 1",
           waits=count)
 
@@ -183,50 +174,34 @@ def dry_run_bytes(normalize, images):
     return float(re.search(r"^sum +([\d.]+)", output, re.M)[1]) * 2 ** 30
 
 
-def waits(call):
-    """Return how often the CPU waits for the GPU in a call; 0 on a CPU."""
-    call()
-    if DEVICE == "cpu":
-        return 0
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    torch.cuda.set_sync_debug_mode("default")
+def waits(vlm, batch):
+    """Return how often the CPU waits for the GPU in a micro-batch of train.py; 0 on a CPU."""
+    device = torch.device(DEVICE)
+    batch = batch | {"pixel_values": batch["pixel_values"].cpu()}       # as the loader gives it
+    if DEVICE != "cpu":
+        batch = {key: value.pin_memory() if torch.is_tensor(value) else value
+                 for key, value in batch.items()}
+        torch.cuda.set_sync_debug_mode("warn")
+    autocast = torch.autocast(device.type, torch.bfloat16)
+    for _ in range(2):                                  # the first time warms up
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.accumulate(vlm, iter([dict(batch)]), 1, None, autocast, device, False,
+                             train.Settings())
+    if DEVICE != "cpu":
+        torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-def loader():
-    """Measure how many JPEG pictures a second the loader's processes make."""
-    count = 16 if SMALL else 512
-    os.makedirs(f"{FOLDER}/jpeg")
-    for i in range(16):
-        noise = Image.effect_noise((40, 30), 100).convert("RGB")
-        noise.resize((640, 480)).save(f"{FOLDER}/jpeg/{i}.jpg")
-    conversation = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
-    common.write_json([{"image": f"{i % 16}.jpg", "conversations": conversation}
-                       for i in range(count)], f"{FOLDER}/jpeg.json")
-    image = {"size": 336, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "pad"}
-    dataset = data.Conversations(f"{FOLDER}/jpeg.json", f"{FOLDER}/jpeg", None, 576, image)
-    speeds = {}
-    for workers in (2,) if SMALL else (2, 8, 16):
-        batches = torch.utils.data.DataLoader(dataset, batch_size=8, num_workers=workers,
-                                              collate_fn=lambda samples: data.collate(samples, 0))
-        start = time.perf_counter()
-        images = sum(len(batch["pixel_values"]) for batch in batches)
-        speeds[f"{workers}_workers"] = images / (time.perf_counter() - start)
-    check("loader alone, images a second", images == count, "each picture comes", **speeds)
 
 
 # ---- 4. SFT
 
-FIRST_LOSSES = []
+FIRST_LOSSES = []       # of the first sft_step of this process
 
 
 def sft_step(attention, kind="plain"):
     """Train connector and LLM for five steps: bf16 autocast over float32 weights, checkpointing.
 
-    kind: "plain" or "compiled". The losses are compared with those of the first call.
+    kind: "plain" or "compiled". The losses are compared with FIRST_LOSSES.
     """
     vlm, images = random_vlm("softmax")
     vlm.llm.float().requires_grad_(True)
@@ -422,7 +397,7 @@ SECTIONS = {
     1: ("parts", 70, [(parts,)]),
     2: ("combination", 90, [(combination_errors, "softmax"), (combination_errors, "none"),
                             (combination_speed, 896), (combination_speed, 3584)]),
-    3: ("stage1", 80, [(stage1_step, "none"), (stage1_step, "softmax"), (loader,)]),
+    3: ("stage1", 80, [(stage1_step, "none"), (stage1_step, "softmax")]),
     4: ("sft", 90, [*((sft_step, attention) for attention in ATTENTION),
                     *[(sft_step, "sdpa", "compiled")] * (not SMALL), (make_world,), (sharded,)]),
     5: ("exact_resume", 110, [(make_world,), (resume,), (drift,)]),

@@ -109,8 +109,8 @@ def combination_errors(normalize):
 
 def combination_speed(D):
     """Measure time and memory at the paper's sizes: 32 pictures of 576 patches."""
-    sizes = (50, 16, 203, 24) if SMALL else (18432, 5120, 19200, D)
-    ways = bench.combination(*sizes, torch.bfloat16)
+    P, H, K, D = (50, 16, 203, 24) if SMALL else (18432, 5120, 19200, D)
+    ways = bench.combination(P, H, K, D, torch.bfloat16)
     compared = ("six products", "fused", "plain", *["compiled"] * (not SMALL))
     t = bench.take_turns({way: ways[way] for way in compared})
     ratio = bench.ratio(t, "fused", "six products")
@@ -452,7 +452,7 @@ def main():
     results = {"device": name, "torch": torch.__version__,
                "transformers": transformers.__version__,
                "commit": commit.stdout.strip() or None, "small": SMALL, "sections": {}}
-    print(results, flush=True)
+    print(json.dumps(results), flush=True)
     start = time.time()
     for number in args.sections:
         limit = SECTIONS[number][1]

@@ -420,15 +420,15 @@ def bench_lengths(tower, llm, side, images=4, ranks=32):
     counts, times = collections.Counter(), collections.Counter()
     for i in range(2):                  # one after the other, because AdamW's moments take memory
         calls = {}
-        for (side, group_batches), (kind, own_vlm) in itertools.product(
-                (("LLaVA", 1), ("ours", 64)), vlms.items()):
+        for whose, group_batches in (("LLaVA", 1), ("ours", 64)):
             order = data.global_batches(types.SimpleNamespace(lengths=lengths), images * ranks, 0,
                                         1, True, group_batches)
             with_image = [step for step in order if lengths[step[0]] > 0]
             sizes = [tokens[index] for index in with_image[i][::ranks]]
-            counts[side + kind] += sum(sizes)
-            batch = make_batch(own_vlm, [size - vlm.num_patches for size in sizes])
-            calls[side + kind] = steps(own_vlm, batch, "bfloat16")[side]
+            batch = make_batch(vlm, [size - vlm.num_patches for size in sizes])
+            for kind, own_vlm in vlms.items():
+                counts[whose + kind] += sum(sizes)
+                calls[whose + kind] = steps(own_vlm, batch, "bfloat16")[whose]
         times.update({way: statistics.median(t) for way, t in take_turns(calls).items()})
     speed = {way: counts[way] / times[way] for way in counts}
     yield ("tokens a second, ours with --compile / LLaVA's plain loop",

@@ -8,7 +8,6 @@ section alone. DEVICE and SMALL come from the environment, see gpu.sh.
 """
 import filecmp
 import importlib.util
-import itertools
 import json
 import os
 import pathlib

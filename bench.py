@@ -9,8 +9,8 @@ Measure speed and memory on this machine against what a user would write otherwi
 Weights and data are random, so no files are needed. What is compared runs in one process on the
 same tensors, in turns. A ratio is the median of the rounds' ratios.
 """
+import collections
 import copy
-import functools
 import itertools
 import os
 import platform
@@ -28,7 +28,6 @@ def read_arguments(argv=None):
     add = parser.add_argument
     add("what", nargs="?", choices=("combine", "step", "eval", "all"))
     add("--json", metavar="FILE", help="write the results to FILE, too, and skip those that it has")
-    add("--overwrite", action="store_true", help="with --json: measure again what FILE has")
     add("--table", metavar="FILE", help="print the results in FILE as markdown, measure nothing")
     args = parser.parse_args(argv)
     if not args.what and not args.table:
@@ -41,7 +40,9 @@ if __name__ == "__main__":                  # before the slow imports, so that -
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig,
+                          LlavaForConditionalGeneration)
 
 import conversation
 import data
@@ -62,30 +63,29 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def seconds(call):
     """Return the seconds that a call takes, with all that it starts on a GPU."""
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    start = now()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
     call()
-    return now() - start
+    wait()
+    return time.perf_counter() - start
 
 
-def take_turns(calls, most=7, warm_up=True):
+def take_turns(calls, warm_up=True):
     """Return the seconds of each call in each round: {name: list of seconds}.
 
     calls: {name: function without arguments}. One round runs each of them once. A first round,
-    which is not counted, warms up and compiles. Rounds follow until SECONDS are over, at least 2
-    and at most `most`.
+    which is not counted, warms up and compiles. Rounds follow until SECONDS are over, 2 to 7.
     """
     if warm_up:
         for call in calls.values():
             call()
-    rounds, start = [], time.perf_counter()
-    while len(rounds) < 2 or len(rounds) < most and time.perf_counter() - start < SECONDS:
-        rounds.append({name: seconds(call) for name, call in calls.items()})
-    return {name: [r[name] for r in rounds] for name in calls}
+    times, start = {name: [] for name in calls}, time.perf_counter()
+    for i in range(7):
+        if i < 2 or time.perf_counter() - start < SECONDS:
+            for name, call in calls.items():
+                times[name].append(seconds(call))
+    return times
 
 
 def ratio(times, a, b):
@@ -107,21 +107,20 @@ def extra_memory(call):
     """
     with torch.profiler.profile(profile_memory=True) as profile:
         results = call()
-    returned = {t.untyped_storage().data_ptr() for t in results or ()}
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         profile.export_chrome_trace(trace.name)
         events = [e for e in common.read_json(trace.name)["traceEvents"] if e["name"] == "[memory]"]
     events.sort(key=lambda e: e["ts"])
-    events = [(e["args"]["Addr"], e["args"]["Bytes"]) for e in events]
-    # An address is used again and again. The last allocation there is that of the returned tensor.
-    last = {address: i for i, (address, size) in enumerate(events)
-            if size > 0 and address in returned}
-    live = peak = 0
-    for i, (address, size) in enumerate(events):
-        if last.get(address) != i:
-            live += size
-            peak = max(peak, live)
-    return peak
+    returned = {t.untyped_storage().data_ptr() for t in tree_leaves(results) if torch.is_tensor(t)}
+    sizes = []
+    for event in reversed(events):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        # An address is used again and again. Its last allocation is that of the returned tensor.
+        if size > 0 and address in returned:
+            returned.remove(address)
+        else:
+            sizes.append(size)
+    return max(itertools.accumulate(reversed(sizes), initial=0))
 
 
 def floor_of(step):
@@ -171,90 +170,70 @@ def processor():
 # --------------------------------------------------------------------------------------------------
 # python bench.py combine
 
-class Combination:
-    """Tensors of one shape and dtype, and the combination of them in the ways to compare.
+def combination(P, H, K, D, dtype, normalize="softmax"):
+    """Return the ways to combine random tensors of one shape and dtype: {way: function}.
 
-    Ways: "fused" is fused.combine. "plain" is model.combine, which a user would write. "compiled"
-    is the same under torch.compile. "below" is the connector as training calls it, where all scores
-    fit into plain_bytes.
+    A way returns what a training step gets: image embeds, and the gradients of z, W and b. "fused"
+    is fused.combine. "plain" is model.combine, which a user would write. "compiled" is the same
+    under torch.compile. "below" is the connector as training calls it, where all scores fit into
+    plain_bytes. "six products" computes the matrix products of "fused" and returns nothing.
     """
+    generator = torch.Generator().manual_seed(0)
 
-    def __init__(self, P, H, K, D, dtype, spread=1.0):
-        generator = torch.Generator().manual_seed(0)
+    def random(*shape, scale=1.0):
+        tensor = torch.randn(*shape, generator=generator) * scale
+        return tensor.bfloat16().to(own_device(""), dtype)          # the same numbers in each dtype
 
-        def random(*shape, scale=1.0):
-            tensor = torch.randn(*shape, generator=generator) * scale
-            return tensor.bfloat16().to(own_device(""), dtype)      # the same numbers in each dtype
-
-        self.z = random(P, H).requires_grad_()
-        self.W = torch.nn.Parameter(random(K, H, scale=H ** -0.5))  # the scores have spread 1
-        self.b = torch.nn.Parameter(random(K, scale=spread))
-        self.E = random(K, D)
-        self.gradient = random(P, D)
-        bridge = model.LangBridge(1, 1, 1, plain_bytes=4 * P * K)
-        bridge.mlp = torch.nn.Identity()
-        bridge.to_scores.weight, bridge.to_scores.bias = self.W, self.b
-        bridge.vocab_embeds = self.E
-        self.ways = {"fused": fused.combine, "plain": model.combine,
-                     "compiled": torch.compile(model.combine),
-                     "below": lambda z, W, b, E, normalize: bridge(z)}
-
-    def run(self, way, normalize="softmax"):
-        """Return what a training step gets: image embeds, and the gradients of z, W and b."""
-        out = self.ways[way](self.z, self.W, self.b, self.E, normalize)
-        gradients = torch.autograd.grad(out, (self.z, self.W, self.b), self.gradient)
-        return out.detach(), *gradients
+    z = random(P, H).requires_grad_()
+    W = torch.nn.Parameter(random(K, H, scale=H ** -0.5))           # the scores have spread 1
+    b = torch.nn.Parameter(random(K))
+    E, gradient = random(K, D), random(P, D)
+    bridge = model.LangBridge(1, 1, 1, normalize, plain_bytes=4 * P * K)
+    bridge.mlp = torch.nn.Identity()
+    bridge.to_scores.weight, bridge.to_scores.bias, bridge.vocab_embeds = W, b, E
 
     @torch.no_grad()
-    def six_products(self):
-        """Compute only the matrix products of the fused version.
+    def six_products():
+        # The scores stand in for the weights and for their gradient, because the speed of a
+        # product does not depend on the numbers in it.
+        scores = z @ W.T                                            # forward: scores (P, K)
+        scores @ E                                                  # forward: image embeds (P, D)
+        z @ W.T                                                     # backward: scores, once more
+        gradient @ E.T                                              # backward: of the weights
+        scores @ W                                                  # backward: of z (P, H)
+        scores.T @ z                                                # backward: of W (K, H)
 
-        The scores stand in for the weights and for their gradient, because the speed of a product
-        does not depend on the numbers in it.
-        """
-        scores = self.z @ self.W.T                                  # forward: scores (P, K)
-        scores @ self.E                                             # forward: image embeds (P, D)
-        self.z @ self.W.T                                           # backward: scores, once more
-        self.gradient @ self.E.T                                    # backward: of the weights
-        scores @ self.W                                             # backward: of z (P, H)
-        scores.T @ self.z                                           # backward: of W (K, H)
+    def with_gradients(combine):
+        def run():
+            out = combine(z, W, b, E, normalize)
+            return out.detach(), *torch.autograd.grad(out, (z, W, b), gradient)
 
+        return run
 
-def time_raw(at, **kwargs):
-    """Return the times of raw scores, fused and plain. kwargs: of take_turns."""
-    return take_turns({"ours": lambda: at.run("fused", "none"),
-                       "plain": lambda: at.run("plain", "none")}, **kwargs)
+    return {"six products": six_products, "fused": with_gradients(fused.combine),
+            "plain": with_gradients(model.combine),
+            "compiled": with_gradients(torch.compile(model.combine)),
+            "below": with_gradients(lambda *_: bridge(z))}
 
 
 def bench_combine(H, dtype):
-    at = Combination(P, H, K, D, getattr(torch, dtype))
-    t = take_turns({"six products": at.six_products}
-                   | {way: functools.partial(at.run, way) for way in at.ways})
+    calls = combination(P, H, K, D, getattr(torch, dtype))
+    t = take_turns(calls)
     t["faster"] = [min(pair) for pair in zip(t["plain"], t["compiled"])]
     is_half = dtype == "bfloat16"
     yield ("softmax up to plain_bytes: time / the faster plain formula's",
            ratio(t, "below", "faster"), "<= 1.03", medians(t))
     yield ("fused softmax: time / its six products'",
            ratio(t, "fused", "six products"), "<= 1.15" if is_half else "<= 1.1")
-    ours, plain = (extra_memory(lambda: at.run(way)) for way in ("fused", "plain"))
+    ours, plain = extra_memory(calls["fused"]), extra_memory(calls["plain"])
     yield ("fused softmax: extra memory / the plain formula's", ours / plain,
            "<= 0.125" if not is_half else "<= 0.15" if H == 1024 else "<= 0.3",
            {"ours, MB": ours / 1e6, "plain, MB": plain / 1e6})
-    raw = time_raw(at, most=3)
-    yield ("raw scores: time / the plain formula's", ratio(raw, "ours", "plain"),
+    calls = combination(P, H, K, D, getattr(torch, dtype), "none")
+    t = take_turns({"ours": calls["fused"], "plain": calls["plain"]})
+    yield ("raw scores: time / the plain formula's", ratio(t, "ours", "plain"),
            # With H = 5,120 the products alone take 0.506.
-           "<= 0.45" if H == 1024 else "<= 0.531", medians(raw))
-    if H == 1024:
-        more = Combination(P, H, 4 * K, D, getattr(torch, dtype))
-        m = take_turns({"K": lambda: at.run("fused"), "4 K": lambda: more.run("fused")}, most=3)
-        yield "fused softmax: time at 4 K / at K", ratio(m, "4 K", "K"), "<= 4.2", medians(m)
-        yield ("fused softmax: extra memory at 4 K / at K",
-               extra_memory(lambda: more.run("fused")) / ours, "<= 1.1")
-
-
-def bench_many_patches():
-    t = time_raw(Combination(16 * P, 1024, K, D, torch.bfloat16), warm_up=False)
-    yield "raw scores: time / the plain formula's", ratio(t, "ours", "plain"), "<= 0.2", medians(t)
+           "<= 0.45" if H == 1024 else "<= 0.531", medians(t))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +250,6 @@ SIZES = {
 
 def config_of(name):
     """Return a model's config, from SIZES or from config/paper/sizes.json."""
-    from transformers import AutoConfig
     sizes = common.read_json(f"{HERE}/config/paper/sizes.json") | SIZES
     return AutoConfig.for_model(**sizes[name])
 
@@ -281,7 +259,6 @@ def random_vlm(tower, llm, side, dtype, pool=1):
 
     Frozen parts have the given dtype. The connector is float32 and trains.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
     torch.manual_seed(0)
     # Without these ids no answer ends before its last token.
     llm.bos_token_id = llm.eos_token_id = llm.pad_token_id = None
@@ -308,7 +285,6 @@ def random_bridge(vlm, normalize, H=5120, K=K):
 
 def as_llava(vlm):
     """Return transformers' LLaVA around the same modules."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
     config = LlavaConfig(
         vision_config=vlm.vision_tower.config, text_config=vlm.llm.config, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=vlm.num_patches,
@@ -355,26 +331,22 @@ def adamw(module, lr=0.0):
     return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
 
-def update(optimizer, count):
-    """Divide the gradients by `count`, clip them and update, as the end of a training step does."""
-    trained = optimizer.param_groups[0]["params"]
-    for p in trained:
-        p.grad.div_(count)
-    torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def make_step(loss_and_count, optimizer, device, dtype):
+def make_step(loss_and_count, optimizer, dtype):
     """Return a function that makes one training step and returns its mean loss.
 
     loss_and_count: function that returns a loss, and the number that divides it.
     """
+    trained = optimizer.param_groups[0]["params"]
+
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(trained[0].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss, count = loss_and_count()
         loss.backward()
-        update(optimizer, count)
+        for p in trained:
+            p.grad.div_(count)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss.item() / count
 
     return step
@@ -385,19 +357,15 @@ def steps(vlm, batch, dtype, attention="sdpa", lr=0.0):
 
     "LLaVA" is the class of transformers in a plain loop. attention: of the LLM.
     """
-    llava, optimizer, device = as_llava(vlm), adamw(vlm, lr), vlm.llm.device
+    llava, optimizer = as_llava(vlm), adamw(vlm, lr)
     vlm.llm.set_attn_implementation(attention)      # after as_llava, which sets it, too
     is_image = batch["input_ids"] == conversation.IMAGE_ID
-    ids = batch["input_ids"].masked_fill(is_image, llava.config.image_token_index)
-    inputs = {name: batch[name].to(device)
-              for name in ("labels", "attention_mask", "pixel_values")}
-    inputs["input_ids"] = ids.to(device)
-
-    def theirs():
-        return llava(**inputs, use_cache=False).loss, 1
-
-    return {"ours": make_step(lambda: vlm(batch), optimizer, device, dtype),
-            "LLaVA": make_step(theirs, optimizer, device, dtype)}
+    inputs = {name: batch[name] for name in ("labels", "attention_mask", "pixel_values")}
+    inputs["input_ids"] = batch["input_ids"].masked_fill(is_image, llava.config.image_token_index)
+    inputs = {name: tensor.to(vlm.llm.device) for name, tensor in inputs.items()}
+    losses = {"ours": lambda: vlm(batch),
+              "LLaVA": lambda: (llava(**inputs, use_cache=False).loss, 1)}
+    return {way: make_step(loss, optimizer, dtype) for way, loss in losses.items()}
 
 
 def compiled(vlm):
@@ -432,45 +400,41 @@ def bench_llava_step(tower, llm, side, images, dtype, stage):
     yield "images a second / LLaVA's", ratio(t, "LLaVA", "ours")
     yield "the same, both compiled", ratio(t, "LLaVA, compiled", "ours, compiled"), ">= 1.7"
     yield "with --compile / LLaVA's plain loop", ratio(t, "LLaVA", "ours, compiled")
-    memory = {f"{way}, MB": extra_memory(lambda: calls[way]() and None) / 1e6
+    memory = {f"{way}, MB": extra_memory(calls[way]) / 1e6
               for way in ("ours", "LLaVA", "ours, compiled, sdpa", "ours, compiled, eager")}
     yield "extra memory / LLaVA's", memory["ours, MB"] / memory["LLaVA, MB"], "", memory
 
 
-def bench_lengths(tower, llm, side, images=4, ranks=32, draws=2):
+def bench_lengths(tower, llm, side, images=4, ranks=32):
     """Measure stage 2 on texts as long as those of mix665k, see results/padding.py.
 
     LLaVA has its own order of the data, and ours has --group_batches=64 and --compile. Each side
-    computes `draws` micro-batches of one of `ranks` ranks. Only tokens that are no padding count.
+    computes two micro-batches of one of `ranks` ranks. Only tokens that are no padding count.
     """
     from results.padding import simulate
     tokens, lengths = simulate(part=64)
-    dataset = types.SimpleNamespace(lengths=lengths)
     vlm = random_vlm(tower, llm, side, torch.bfloat16)
     vlm.llm.float().requires_grad_(True)
     torch._dynamo.reset()
-    vlms = {"LLaVA": vlm, "LLaVA, compiled": compiled(vlm), "ours": vlm,
-            "ours, compiled": compiled(vlm)}
-    orders = {}
-    for whose, group_batches in (("LLaVA", 1), ("ours", 64)):
-        order = data.global_batches(dataset, images * ranks, 0, 1, True, group_batches)
-        orders[whose] = [step for step in order if lengths[step[0]] > 0]
-    counts, times = dict.fromkeys(vlms, 0), dict.fromkeys(vlms, 0.0)
-    for i in range(draws):              # one after the other, because AdamW's moments take memory
+    vlms = {"": vlm, ", compiled": compiled(vlm)}
+    counts, times = collections.Counter(), collections.Counter()
+    for i in range(2):                  # one after the other, because AdamW's moments take memory
         calls = {}
-        for way, own_vlm in vlms.items():
-            whose = way.split(",")[0]
-            sizes = [tokens[index] for index in orders[whose][i][::ranks]]
-            counts[way] += sum(sizes)
-            batch = make_batch(own_vlm, [size - vlm.num_patches for size in sizes])
-            calls[way] = steps(own_vlm, batch, "bfloat16")[whose]
-        for way, seconds_of_way in take_turns(calls, most=2).items():
-            times[way] += statistics.median(seconds_of_way)
-    speed = {way: counts[way] / times[way] for way in vlms}
-    detail = {f"tokens a second, {way}": value for way, value in speed.items()}
+        for whose, group_batches in (("LLaVA", 1), ("ours", 64)):
+            order = data.global_batches(types.SimpleNamespace(lengths=lengths), images * ranks, 0,
+                                        1, True, group_batches)
+            with_image = [step for step in order if lengths[step[0]] > 0]
+            sizes = [tokens[index] for index in with_image[i][::ranks]]
+            batch = make_batch(vlm, [size - vlm.num_patches for size in sizes])
+            for kind, own_vlm in vlms.items():
+                counts[whose + kind] += sum(sizes)
+                calls[whose + kind] = steps(own_vlm, batch, "bfloat16")[whose]
+        times.update({way: statistics.median(t) for way, t in take_turns(calls).items()})
+    speed = {way: counts[way] / times[way] for way in counts}
     yield ("tokens a second, ours with --compile / LLaVA's plain loop",
-           speed["ours, compiled"] / speed["LLaVA"], ">= 2.5", detail)
-    yield ("tokens a second, both compiled", speed["ours, compiled"] / speed["LLaVA, compiled"])
+           speed["ours, compiled"] / speed["LLaVA"], ">= 2.5",
+           {f"tokens a second, {way}": value for way, value in speed.items()})
+    yield "tokens a second, both compiled", speed["ours, compiled"] / speed["LLaVA, compiled"]
     yield "tokens a second, none compiled", speed["ours"] / speed["LLaVA"]
 
 
@@ -494,15 +458,15 @@ def bench_connectors(tower, llm, side, images, H=5120, K=K):
     forward, backward and update of each connector are timed alone, and whole steps with the MLP.
     """
     vlm = random_vlm(tower, llm, side, torch.bfloat16)
-    device, Dv = vlm.llm.device, vlm.vision_tower.config.hidden_size
-    patches = torch.randn(images, vlm.num_patches, Dv).to(device, torch.bfloat16)
+    patches = torch.randn(images, vlm.num_patches, vlm.vision_tower.config.hidden_size)
+    patches = patches.to(vlm.llm.device, torch.bfloat16)
     connectors = {"mlp": vlm.connector, "softmax": random_bridge(vlm, "softmax", H, K),
                   "raw": random_bridge(vlm, "none", H, K)}
     calls = {kind: make_step(lambda connector=connector: (connector(patches).sum(), 1),
-                             adamw(connector), device, "bfloat16")
+                             adamw(connector), "bfloat16")
              for kind, connector in connectors.items()}
     calls["whole step, mlp"] = steps(vlm, captions(vlm, images, 64), "bfloat16")["ours"]
-    t = take_turns(calls, most=3, warm_up=images == 1)
+    t = take_turns(calls, warm_up=images == 1)
     for kind in ("softmax", "raw"):
         added = statistics.median((a - m) / step for a, m, step
                                   in zip(t[kind], t["mlp"], t["whole step, mlp"]))
@@ -513,24 +477,22 @@ def bench_connectors(tower, llm, side, images, H=5120, K=K):
 # --------------------------------------------------------------------------------------------------
 # python bench.py eval
 
-def pope_prompts(vlm, images, each, shortest=24, longest=32):
+def pope_prompts(vlm, images, each):
     """Return prompts shaped like POPE's: the opening of a template, an image, a question.
 
-    -> (prompts, lists of ids; pixels float32[images, 3, S, S]; the row of pixels of each prompt)
+    -> (lists of ids, `each` of them about each image; pixels float32[images, 3, S, S])
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = vlm.llm.config.vocab_size - 1
 
     def random_ids(n):
-        return torch.randint(1, vocabulary, (n,), generator=generator).tolist()
+        return torch.randint(1, vlm.llm.config.vocab_size - 1, (n,), generator=generator).tolist()
 
-    opening = random_ids(12)
+    opening = random_ids(12) + [conversation.IMAGE_ID] * vlm.num_patches
+    lengths = torch.randint(24, 33, (images * each,), generator=generator).tolist()
+    prompts = [opening + random_ids(length) for length in lengths]
     side = vlm.image_settings["size"]
-    lengths = torch.randint(shortest, longest + 1, (images * each,), generator=generator).tolist()
-    prompts = [opening + [conversation.IMAGE_ID] * vlm.num_patches + random_ids(length)
-               for length in lengths]
-    pixels = torch.randn(images, 3, side, side, generator=generator).to(vlm.llm.device)
-    return prompts, pixels, [i // each for i in range(images * each)]
+    pixels = torch.randn(images, 3, side, side, generator=generator)
+    return prompts, pixels.to(vlm.llm.device)
 
 
 def bench_eval(tower, llm, side, images=4, each=18, alone=4):
@@ -540,7 +502,7 @@ def bench_eval(tower, llm, side, images=4, each=18, alone=4):
     """
     vlm = random_vlm(tower, llm, side, torch.float32)
     llava = as_llava(vlm)
-    prompts, pixels, image_index = pope_prompts(vlm, images, each)
+    prompts, pixels = pope_prompts(vlm, images, each)
     answers, alone_answers, asked = [], {}, itertools.count(step=7)
 
     def ours():
@@ -555,12 +517,12 @@ def bench_eval(tower, llm, side, images=4, each=18, alone=4):
             ids = torch.tensor([prompts[i]], device=vlm.llm.device)
             ids = ids.masked_fill(ids == conversation.IMAGE_ID, llava.config.image_token_index)
             out = llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                                 pixel_values=pixels[image_index[i]][None], do_sample=False,
+                                 pixel_values=pixels[i // each][None], do_sample=False,
                                  max_new_tokens=2)
             alone_answers[i] = out[0, ids.shape[1]:].tolist()
 
     t = take_turns({"ours": ours, "one each": lambda: generate(vlm, prompts[::each], pixels, 2),
-                    "loop": loop}, most=3)
+                    "loop": loop})
     yield ("questions a second / LLaVA's loop's",
            ratio(t, "loop", "ours") * len(prompts) / alone, ">= 10",
            {"a second, ours": len(prompts) / statistics.median(t["ours"]),
@@ -586,7 +548,6 @@ def parts():
     paper = config_of("openai/clip-vit-large-patch14-336"), config_of("Qwen/Qwen2-0.5B-Instruct")
     found = {f"combine, H {H}, {dtype}": (bench_combine, H, dtype)
              for H, dtype in itertools.product((1024, 5120), dtypes)}
-    found["combine, H 1024, bfloat16, 16 x patches"] = (bench_many_patches,)
     for stage, (side, images), dtype in itertools.product(
             ("pretrain", "sft"), ((112, 8), (336, 2)), dtypes):
         name = f"step, {stage}, SmolLM2-135M, {(side // 14) ** 2} patches, {dtype}"
@@ -600,6 +561,12 @@ def parts():
     return found
 
 
+def rounded(numbers):
+    """Return {name: value} with four digits of each float."""
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in numbers.items()}
+
+
 def make_row(what, value, goal="", detail=None):
     """Return a result as the --json file has it. goal: such as "<= 1.15", "" if there is none."""
     reached = ""
@@ -607,16 +574,8 @@ def make_row(what, value, goal="", detail=None):
         sign, bound = goal.split()
         is_reached = value <= float(bound) if sign == "<=" else value >= float(bound)
         reached = "reached" if is_reached else "MISSED"
-    detail = {name: float(f"{number:.4g}") if isinstance(number, float) else number
-              for name, number in (detail or {}).items()}
-    return {"what": what, "value": float(f"{value:.4g}"), "bar": goal, "reached": reached,
-            "detail": detail}
-
-
-def print_head(results):
-    """Print the machine, and the head of a markdown table."""
-    print(f"{results['processor']}, torch {results['torch']}\n\n"
-          "| what | measured | to reach | behind it |\n|---|---:|---|---|", flush=True)
+    return rounded({"what": what, "value": float(value), "bar": goal, "reached": reached,
+                    "detail": rounded(detail or {})})
 
 
 def print_row(row):
@@ -626,45 +585,35 @@ def print_row(row):
     print(f"| {row['what']} | {row['value']:g} | {goal}{missed} | {detail} |", flush=True)
 
 
-def print_table(path):
-    """Print the results of a --json file. ValueError if it is another file."""
-    results = common.read_json(path)
-    try:
-        print_head(results)
-        for row in itertools.chain(*results["parts"].values()):
-            print_row(row)
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{path} is no file of bench.py --json; give another file") from None
-
-
 def main(args):
-    if args.table:
-        print_table(args.table)
-        return
     results = {"processor": processor(), "torch": torch.__version__, "parts": {}}
-    if args.json and os.path.exists(args.json):     # read now, not after the minutes of measuring
-        earlier = common.read_json(args.json)
-        if not isinstance(earlier, dict) or not isinstance(earlier.get("parts"), dict):
-            raise ValueError(f"{args.json} is no file of bench.py --json; give another file")
-        results["parts"] = earlier["parts"]
-        if earlier != results:
+    if args.table or args.json and os.path.exists(args.json):
+        path = args.table or args.json
+        stored = common.read_json(path)             # now, not after the minutes of measuring
+        if not isinstance(stored, dict) or stored.keys() != results.keys():
+            raise ValueError(f"{path} is no file of bench.py --json; give another file")
+        if not args.table and stored != results | {"parts": stored["parts"]}:
             raise ValueError(f"{args.json} was measured on another machine or torch; give another "
                              "file")
-    print_head(results)
+        results = stored
+    print(f"{results['processor']}, torch {results['torch']}\n\n"
+          "| what | measured | to reach | behind it |\n|---|---:|---|---|", flush=True)
+    for row in itertools.chain(*results["parts"].values()):
+        print_row(row)
+    if args.table:
+        return
     for name, (measure, *arguments) in parts().items():
-        if args.what not in ("all", name.split(",")[0]):
+        if args.what not in ("all", name.split(",")[0]) or name in results["parts"]:
             continue
-        if name in results["parts"] and not args.overwrite:
-            print(f"{name}: is in {args.json}")
-        elif "bfloat16" in name and choose_dtype("auto", own_device("")) != "bfloat16":
+        if "bfloat16" in name and choose_dtype("auto", own_device("")) != "bfloat16":
             print(f"{name}: left out, because this processor does not compute in bfloat16")
-        else:
-            rows = results["parts"][name] = []
-            for what, *numbers in measure(*arguments):
-                rows.append(make_row(f"{name}: {what}", *numbers))
-                print_row(rows[-1])
-            if args.json:
-                common.write_json(results, args.json)
+            continue
+        rows = results["parts"][name] = []
+        for what, *numbers in measure(*arguments):
+            rows.append(make_row(f"{name}: {what}", *numbers))
+            print_row(rows[-1])
+        if args.json:
+            common.write_json(results, args.json)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ import warnings
 import torch
 import transformers
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import bench  # noqa: E402
 import common  # noqa: E402
+import data  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 import vocab  # noqa: E402
@@ -39,6 +41,8 @@ SMALL = bool(os.environ.get("SMALL"))
 # In the process of a section: the folder of its files, and its time box in seconds.
 FOLDER, LIMIT = os.environ.get("GPU_FOLDER"), os.environ.get("GPU_LIMIT")
 TOTAL = 470             # seconds for all sections; the last one gets what is left
+# Operations a second of dense bfloat16 products, by the data sheets.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 ATTENTION = ["sdpa"] + ["flash_attention_2"] * bool(importlib.util.find_spec("flash_attn"))
 
 
@@ -163,6 +167,44 @@ def stage1_step(normalize):
     count = waits(vlm, batch)
     check(f"stage 1, {normalize}, waits of the CPU in a micro-batch", bar(count <= 1), "at most 1",
           waits=count)
+
+    speed = flops_of(calls["ours"]) / statistics.median(t["ours"])
+    mfu = {"MFU": speed / peak for name, peak in PEAK.items() if name in bench.processor()}
+    check(f"stage 1, {normalize}, operations a second", None, "", TFLOP=speed / 1e12, **mfu)
+
+
+def flops_of(call):
+    """Return the operations of a call in products, convolutions and attention."""
+    def addmm(total, a, b, *args, **kwargs):
+        return 2 * a[0] * a[1] * b[1]
+
+    # torch's own formula fails if addmm gets out_dtype, as from support/device.py on a GPU.
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: addmm}) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def loader():
+    """Measure how many JPEG pictures of 640 x 480 a second the loader's processes make."""
+    count = 16 if SMALL else 512
+    os.makedirs(f"{FOLDER}/jpeg")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(16):
+        noise = torch.randint(0, 256, (30, 40, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize((640, 480)).save(f"{FOLDER}/jpeg/{i}.jpg")
+    conversation = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    common.write_json([{"image": f"{i % 16}.jpg", "conversations": conversation}
+                       for i in range(count)], f"{FOLDER}/jpeg.json")
+    image = {"size": 336, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "pad"}
+    dataset = data.Conversations(f"{FOLDER}/jpeg.json", f"{FOLDER}/jpeg", None, 576, image)
+    speeds, images = {}, 0
+    for workers in (2,) if SMALL else (2, 8, 16):
+        batches = torch.utils.data.DataLoader(dataset, batch_size=8, num_workers=workers,
+                                              collate_fn=lambda samples: data.collate(samples, 0))
+        start = time.perf_counter()
+        images = sum(len(batch["pixel_values"]) for batch in batches)
+        speeds[f"{workers}_workers"] = images / (time.perf_counter() - start)
+    check("loader alone, images a second", images == count, "each picture comes", **speeds)
 
 
 def dry_run_bytes(normalize, images):
@@ -396,7 +438,7 @@ SECTIONS = {
     1: ("parts", 70, [(parts,)]),
     2: ("combination", 90, [(combination_errors, "softmax"), (combination_errors, "none"),
                             (combination_speed, 896), (combination_speed, 3584)]),
-    3: ("stage1", 80, [(stage1_step, "none"), (stage1_step, "softmax")]),
+    3: ("stage1", 80, [(stage1_step, "none"), (stage1_step, "softmax"), (loader,)]),
     4: ("sft", 90, [*((sft_step, attention) for attention in ATTENTION),
                     *[(sft_step, "sdpa", "compiled")] * (not SMALL), (make_world,), (sharded,)]),
     5: ("exact_resume", 110, [(make_world,), (resume,), (drift,)]),

@@ -12,16 +12,19 @@ def official_paths(benchmark, data):
     return os.path.join(data, getattr(benchmark, "QUESTIONS", benchmark.ASK)), truth
 
 
-def read_and_pair(benchmark, questions, truth, answers, predictions, partial=False):
-    """Return (official, answers) as benchmarks/__init__.py has them.
-
-    answers: records of the file `predictions`. ValueError if an answer is double or unknown, or if
-    one is missing and `partial` is False.
-    """
+def read_official(benchmark, questions, truth):
+    """Return (what benchmark.read returns, the keys of the questions that count)."""
     with naming(questions, truth):
         official = benchmark.read(questions, truth)
         counts = getattr(benchmark, "counts", lambda record: True)
-        scored = [k for k, record in official.items() if counts(record)]
+        return official, [k for k, record in official.items() if counts(record)]
+
+
+def pair(benchmark, official, scored, answers, predictions, partial=False):
+    """Return {key: answer} of the questions that count. answers: records of `predictions`.
+
+    ValueError if an answer is double or unknown, or if one is missing and `partial` is False.
+    """
     with naming(predictions):
         found = unique(answers, getattr(benchmark, "key", question_id))
         for k in found:
@@ -30,7 +33,7 @@ def read_and_pair(benchmark, questions, truth, answers, predictions, partial=Fal
         for k in scored:
             if k not in found and not partial:
                 raise ValueError(f"question {k} has no answer")
-    return official, {k: found[k] for k in scored if k in found}
+    return {k: found[k] for k in scored if k in found}
 
 
 def score_files(task, questions, truth, predictions, args, partial=False):
@@ -39,8 +42,9 @@ def score_files(task, questions, truth, predictions, args, partial=False):
     partial: score only the questions that have an answer.
     """
     benchmark = BENCHMARKS[task]
+    official, scored = read_official(benchmark, questions, truth)
     answers = read_lines(predictions, "question_id", "text")
-    official, answers = read_and_pair(benchmark, questions, truth, answers, predictions, partial)
+    answers = pair(benchmark, official, scored, answers, predictions, partial)
     # If --truth gives the grades, no judge is asked.
     if truth is None and hasattr(benchmark, "grade"):
         ungraded = benchmark.grade(official, answers, predictions, args)
@@ -70,7 +74,7 @@ def load_questions(task, data):
                 raise ValueError("the file has no question")
     if not missing:
         try:                    # a question stands for its answer: it has the same id and prompt
-            read_and_pair(benchmark, official, truth, questions, asked)
+            pair(benchmark, *read_official(benchmark, official, truth), questions, asked)
         except FileNotFoundError as error:              # a file of labels
             missing.append(os.path.relpath(error.filename, data))
     # MMBench has its images as bytes in the question file; the others name files.

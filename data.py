@@ -205,8 +205,8 @@ def collate(samples, pad_id, pad_to=1, pack=False):
 def without_images(batch):
     """Return the batch with its images masked; positions count as if the images were not there.
 
-    The trained tokens are the same. The first of them needs a visible place before it. If the image
-    comes first (template "plain" without BOS), its last place is not masked. Pixels are 0 there.
+    The trained tokens are the same. The first of them needs a visible place before it. If only the
+    image stands there (template "plain" without BOS), its last place stays, with pixels of 0.
     """
     is_image = batch["input_ids"] == IMAGE_ID                           # (B, T)
     front = is_image.cumprod(1).bool()

@@ -89,8 +89,8 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
     The arguments are those of `generate`: embeds float[B, T, D], mask and position int64[B, T].
     image_tokens: see prefixes_of. Two prompts with one prefix (I) and other texts:
 
-        . . I I I a a       Column C = 4 is the first one that has text after a prefix. Columns 0
-        . I I I b b b       to C - 1 are cached. The last I of the first row is computed again.
+        . . I I I a a       Column C = 4 is the first one with text after a prefix in any row.
+        . I I I b b b       Columns 0 to C - 1 are cached, the others are computed for each row.
 
     The result is None if no two prompts share a prefix, if C is 0, or if the LLM has layers of a
     type that cannot be copied.

@@ -88,7 +88,7 @@ def word_weights(scores, normalize):
         return scores.softmax(dim=-1)       # the paper's text
     if normalize == "none":
         return scores                       # the released code: scores of any sign
-    raise ValueError(f"normalize is {normalize!r}, model.word_weights has softmax and none only")
+    raise ValueError(f"normalize is {normalize!r}, and model.word_weights has no such formula")
 
 
 def combine(z, W, b, E, normalize):
@@ -114,8 +114,8 @@ def words_loss(scores, targets, frequencies, background=0.0, patch_weight=0.0):
                              -log(sum over targets of p(word | patch) / frequency)
 
     The first part is small if each word of the answer has a high probability in some patch. It
-    takes the mean over patches, so different patches can name different words. The background
-    already explains frequent words such as "a", so no patch has to name them. The second
+    takes the mean over patches, so different patches can name different words. A frequent word such
+    as "a" is already likely by its frequency, so no patch has to name it. The second
     part rewards a patch for naming any word of the answer, and more for a rare one (a frequency
     counts as at least 1e-6). Without the second part, a patch that names none of the words gets
     almost no gradient. The first part is a sum of n terms, so the second is multiplied by n.
@@ -311,8 +311,8 @@ class VLM(nn.Module):
         """Return text embeddings, with image embeds where IMAGE_ID stands: float[B, T, D].
 
         input_ids int64[B, T]; pixel_values float32[N, 3, S, S] or None; picture_sizes: see
-        `arrange_images`. Images fill the positions in reading order, row by row. image_index: which
-        image stands at each place, default 0, 1, 2, ...; one that stands twice is encoded once.
+        `arrange_images`. Images fill the positions in reading order, row by row. image_index: the
+        number of the image at each place, default 0, 1, 2, ... A number may come again.
         Keep the ids on the CPU: a search in a tensor of the GPU makes the CPU wait.
         ValueError if the number of image positions is not that of the image embeds.
         """
@@ -375,7 +375,7 @@ class VLM(nn.Module):
         """Return the words loss summed over the words of all answers, and their number (int).
 
         batch: as for forward. Its "word_index" int64[B, T] holds for each trained token which
-        shared word it is, or -1. Samples without an image or without a word do not count.
+        shared word it is, or -1. Samples without an image or without a word are skipped.
         frequencies, background, patch_weight: see words_loss.
         """
         if not len(batch["pixel_values"]):

@@ -8,8 +8,8 @@ a frozen LLM, "sft" connector and LLM, and "sft_tower" the vision tower, too.
     python train.py config/paper/sft.py --llm=Qwen/Qwen2.5-14B-Instruct --dry_run
 
 The settings are below. A config file holds those that differ, and `--key=value` overrides both. To
-go on with a stopped run, start the same command again. On one machine the result is the same to the
-bit (on CUDA with --deterministic only). The result is a checkpoint folder, see checkpoint.py.
+go on with a stopped run, start the same command again. On a CPU the result is the same to the bit.
+On CUDA it should be with --deterministic (not run). It is a checkpoint folder, see checkpoint.py.
 """
 import math
 import os
@@ -87,14 +87,12 @@ class Settings:
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
     words_loss: float = setting(0.0, "weight of the words loss in the stages after words", low=0)
-    words_background: float = setting(0.9, "b in p = (1 - b) p(word in the image) + b frequency",
-                                      low=0, high=0.99)
+    words_background: float = setting(0.9, "the probability that a word of an answer comes by its "
+                                           "frequency alone", low=0, high=0.99)
     words_patch_weight: float = setting(0.0, "weight of the part of the words loss that asks each "
                                              "patch for a word", low=0)
     warmup: float = setting(0.03, "part of the steps in which the rate rises", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's", low=0)
-    beta1: float = setting(0.9, "AdamW's", low=0, high=0.999999)
-    beta2: float = setting(0.999, "AdamW's", low=0, high=0.999999)
     clip: float = setting(1.0, "largest gradient norm; 0 means no clipping", low=0)
     dtype: str = setting("bfloat16", "of activations and frozen weights; trained ones are float32; "
                                      "auto: bfloat16 if the hardware has it, else float32",
@@ -104,14 +102,14 @@ class Settings:
                                   "blocks, slower; 0 means 1/32 of the memory", low=0)
     compile: bool = setting(False, "torch.compile the LLM's blocks: faster after a slow first "
                                    "step; on a CPU in bfloat16 attention=eager is faster still")
-    shard: bool = setting(False, "each rank holds a piece of the LLM (FSDP2)", free=True)
+    shard: bool = setting(False, "with torchrun: each rank holds a piece of the LLM", free=True)
     checkpointing: bool = setting(False, "recompute the LLM's activations: slower, less memory")
     device: str = setting("", "default: cuda if there is one; under torchrun one GPU for each rank",
                           free=True)
     deterministic: bool = setting(False, "a resumed run has the same bits on CUDA, too; slower")
     pad_to: int = setting(0, "pad batches to a multiple of this; 0 means 64 on CUDA, where a new "
-                             "length is slow the first time, and 1 elsewhere", low=0)
-    seed: int = setting(42, "of the new connector and of the order of the data")
+                             "length is slow the first time, and else 1", low=0)
+    seed: int = setting(42, "of a new connector and of the order of the data", low=0, high=10**9)
     # The log and the checkpoints.
     log_every: int = setting(1, "steps between two printed lines", low=1, free=True)
     probe_every: int = setting(50, "steps between two losses without the image; 0: never, as "
@@ -195,7 +193,6 @@ def make_model(cfg, device):
                "tower_dtype": torch.float32 if "vision_tower" in trained_parts else dtype,
                "shard": cfg.shard and "RANK" in os.environ}
     torch.manual_seed(cfg.seed)                     # of a new connector
-    model.word_weights(torch.zeros(1000), cfg.normalize)    # ValueError before models are loaded
     if cfg.init:
         check_init(cfg, checkpoint.read_config(cfg.init)[0])
         options["tiles"] = cfg.tiles if "tiles" in cfg.given else None
@@ -233,8 +230,8 @@ def make_optimizer(vlm, cfg):
             parameters.append(vlm.image_newline)
         if parameters:
             groups.append({"params": parameters, "base_lr": getattr(cfg, f"{part}_lr")})
-    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
-                             fused=True)
+    # The betas are torch's defaults, which LLaVA uses, too.
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
 
 
 def lr_factor(step, steps, warmup):
@@ -258,12 +255,14 @@ def make_dataset(vlm, cfg):
         pieces = vocab.word_ids(vlm.words, vlm.tokenizer)
         word_of_id = {ids[0]: k for k, ids in enumerate(pieces) if len(ids) == 1}
     paths = [path for path in cfg.data.split(",") if path]
-    if not paths:
-        raise ValueError(f"there is no data file in {cfg.data!r}")
     dataset = data.Conversations(
         paths, cfg.images, vlm.tokenizer, vlm.num_patches,
         {**vlm.image_settings, "mode": cfg.image_mode}, cfg.template, cfg.max_length,
         word_of_id, cfg.features, vlm.config.tiles)
+    if "llm" not in cfg.trained_parts() and not any(dataset.image_names):
+        dataset.sample(0)                           # a bad record may be the reason
+        raise ValueError(f"no record of {cfg.data} has an image, and stage {cfg.stage} trains the "
+                         "connector on images alone")
     hashes = {**vlm.fingerprint, **fingerprint.of_dataset(dataset, paths),
               "words": {"words": fingerprint.value_hash(vlm.words)}}
     if cfg.init:                                    # its config is among the settings otherwise
@@ -281,8 +280,8 @@ def main(cfg):
     vlm = make_model(cfg, device)
     pretrained.check_length(cfg.max_length, vlm.llm.config, vlm.config.llm)
     # For LoRA: vlm.llm = peft.get_peft_model(vlm.llm, LoraConfig(...)).train() here. The optimizer
-    # takes what requires a gradient. Without train() lora_dropout does nothing. Train with
-    # --stage=pretrain, so that the frozen weights stay in `dtype`, and with a higher llm_lr.
+    # takes what requires a gradient. Without train() lora_dropout does nothing. Use a higher
+    # llm_lr and --stage=pretrain --shard=False, so that the frozen weights stay in `dtype`.
     if vlm.sharded and hasattr(vlm.llm, "merge_and_unload"):
         raise ValueError("shard does not go with LoRA: a sharded adapter cannot be merged")
     optimizer = make_optimizer(vlm, cfg)
@@ -297,6 +296,7 @@ def main(cfg):
     if needs_words(cfg):
         frequencies = dataset.word_frequencies(len(vlm.words)).to(device)
         if not frequencies.any():
+            dataset.sample(0)                       # a bad record may be the reason
             raise ValueError(f"no answer of {cfg.data} has a word of the word list")
     check_shared_memory(cfg.workers, cfg.batch_size, vlm.image_settings["size"], vlm.config.tiles)
     if cfg.features:
@@ -343,8 +343,8 @@ def main(cfg):
         new_bad = int(sums["bad"])
         reason = report_bad(bad, new_bad, skipped, step, cfg)
         if reason:                                  # on every rank
-            # Save without the hash of the data, which would make a resume refuse repaired records.
-            # The number of records must stay the same: the order of the data depends on it.
+            # Save without the hash of the data, or the resume would refuse the repaired file. The
+            # number of records must stay the same: the order of the data depends on it.
             repairable = hashes | {"data": {"number of records": len(dataset)}, "images": {}}
             progress = {"step": step, "skipped": skipped, "fingerprint": repairable}
             save_state(vlm, optimizer, progress, cfg)
@@ -476,15 +476,18 @@ def losses(vlm, batch, frequencies, cfg):
     In stage "words" the words loss takes the place of the loss, and words that of tokens. In other
     stages main divides both losses by the number of tokens. Only the log gives a loss per word.
     """
-    names = ("loss", "trained", "words_loss", "num_words")
     of_words = frequencies, cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":
-        return dict(zip(names, vlm.sum_words_loss(batch, *of_words)))
-    if not (cfg.words_loss and len(batch["pixel_values"])):
-        return dict(zip(names, vlm(batch)))
-    # Both losses need the patches. The tower computes them once.
-    batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
-    return dict(zip(names, (*vlm(batch), *vlm.sum_words_loss(batch, *of_words))))
+        loss, num_words = vlm.sum_words_loss(batch, *of_words)
+        return {"loss": loss, "trained": num_words}
+    has_words_loss = cfg.words_loss and len(batch["pixel_values"])
+    if has_words_loss:                              # both losses need the patches: computed once
+        batch = batch | {"pixel_values": vlm.patch_features(batch["pixel_values"])}
+    loss, trained = vlm(batch)
+    results = {"loss": loss, "trained": trained}
+    if has_words_loss:
+        results["words_loss"], results["num_words"] = vlm.sum_words_loss(batch, *of_words)
+    return results
 
 
 @torch.no_grad()

@@ -147,8 +147,7 @@ def print_coverage(words, counts, total):
     """Print what part of the counted tokens the words cover, and which were never seen."""
     covered = sum(counts.get(word, 0) for word in words)
     unseen = [word for word in words if not counts.get(word)]
-    if total:
-        print(f"coverage     {covered / total:.2%} of {total:,} counted tokens")
+    print(f"coverage     {covered / total:.2%} of {total:,} counted tokens")
     print("top 20       " + " ".join(show(word) for word in words[:20]))
     print(f"never seen   {len(unseen):,} of the kept words  {' '.join(map(show, unseen[:10]))}")
 

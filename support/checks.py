@@ -51,7 +51,7 @@ def check(cfg):
         if cfg.connector == "langbridge" and not cfg.dry_run:
             required.append("words")
     for key in required:
-        if not getattr(cfg, key):
+        if not getattr(cfg, key).strip(","):
             raise ValueError(f"{key} is not set: give it in the config file or as --{key}=...")
     if os.path.isfile(f"{cfg.out}/config.json") and not (cfg.overwrite or cfg.dry_run):
         raise ValueError(f"{cfg.out} holds a finished run; --overwrite trains it again")

@@ -126,7 +126,7 @@ def local(tensor):
 
 def sum_up(sums, trainable):
     """Return ({name: sum over all ranks}, for each parameter how many ranks have a gradient)."""
-    # The CPU waits for the device here, at the first of `sums` that is there, once in a step.
+    # The CPU waits for the device here, once in a step.
     numbers = [*map(float, sums.values()), *[float(p.grad is not None) for _, p in trainable]]
     totals = torch.tensor(numbers, dtype=torch.float64, device=trainable[0][1].device)
     totals = reduce_sum(totals).tolist()

@@ -121,8 +121,8 @@ def resume(vlm, optimizer, inputs, cfg):
     """Load the newest state if there is one. Return (next step, number of samples skipped).
 
     inputs: the fingerprint of all that the run depends on. ValueError names the settings and inputs
-    that differ from those of the run's start. A state of no step at all, which a bad first sample
-    leaves, binds nobody.
+    that differ from those of the run's start. If the run stopped at its first sample, nothing has
+    been trained, and nothing is compared.
     """
     found = on_rank0(lambda: newest_state(cfg))
     if not found or found[1]["step"] == 0:
@@ -133,8 +133,8 @@ def resume(vlm, optimizer, inputs, cfg):
         old = state["settings"].get(f.name, f.default)      # a setting that was not there then
         is_other = json.dumps(old) != json.dumps(now)       # a tuple comes back as a list
         if is_other and not f.metadata["free"]:
-            raise ValueError(f"{f.name} was {old!r}, is {now!r}: finish {folder} with its own "
-                             "settings, or use another out")
+            raise ValueError(f"{f.name} is {now!r}, and the run in {cfg.out} began with {old!r}: "
+                             "use that, or another out")
     # A state of an older version has no fingerprint, and nothing is compared.
     changed = [f"{getattr(cfg, source) or cfg.init}: {part}"
                for source, part in fingerprint.changes(state.get("fingerprint", {}), inputs)]

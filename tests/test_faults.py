@@ -360,7 +360,7 @@ TRAIN = {  # name: (arguments, exit status, words)
     "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where it would be overwritten"]),
     "a file named by a number": (["--words=2024"], 1, ["there is no file or folder 2024"]),
     "no such data": (["--data=none.json"], 1, ["there is no file or folder none.json"]),
-    "no data but a comma": (["--data=,"], 1, ["there is no data file in ','"]),
+    "no data but a comma": (["--data=,"], 1, ["data is not set"]),
 }
 
 
@@ -375,6 +375,23 @@ def test_train(name, tiny, spoilt, tmp_path, capsys):
         assert os.listdir(tmp_path / "out" / "state") and not (tmp_path / "out" / "config.json").exists()
         found = outcome(lambda: train_with(tiny, spoilt, tmp_path / "out", "--on_bad=skip"), capsys)
         expect(found, 0, ["  skipped 3  eta", "wrote"])
+
+
+TEXT_ONLY = [{"id": "t", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "red"}]}]
+
+
+@pytest.mark.parametrize("records, flag, words", [
+    (TEXT_ONLY, "--stage=pretrain", "has an image, and stage pretrain trains the connector on images alone"),
+    (TEXT_ONLY, "--stage=words", "has an image, and stage words"),
+    ([{"id": "x"}], "--stage=words", "record 0 (id 'x'): 'conversations' is missing"),
+    (None, "--max_length=5", "an image does not fit into the first 5")])
+def test_what_a_stage_cannot_learn_from_is_named(records, flag, words, tiny, world, tmp_path, capsys):
+    """A connector that nothing reaches would be saved untrained; a bad record must not be called a lack of words."""
+    data = f"{world}/captions.json" if records is None else str(tmp_path / "own.json")
+    if records:
+        (tmp_path / "own.json").write_text(json.dumps(records))
+    argv = [f"--data={data}", flag, "--words_loss=0.1"]
+    expect(outcome(lambda: train_with(tiny, world, tmp_path / "out", *argv), capsys), 1, [words])
 
 
 @pytest.mark.parametrize("text, words", [

@@ -366,7 +366,7 @@ def test_another_normalisation_is_one_formula(tiny, monkeypatch):
 
 def test_a_name_without_a_formula_is_no_softmax(tiny):
     for call in (lambda: make(tiny, normalize="relu"), lambda: model.word_weights(torch.zeros(1, 2), "relu")):
-        with pytest.raises(ValueError, match="'relu', model.word_weights has softmax and none only"):
+        with pytest.raises(ValueError, match="'relu', and model.word_weights has no such formula"):
             call()
 
 

@@ -194,7 +194,7 @@ def test_other_settings_are_not_resumed_and_a_finished_run_is_not_overwritten(ti
     with pytest.raises(ValueError, match="--overwrite"):
         train.check(train.read_settings(settings(tiny, world, out)))
     os.remove(out / "config.json")
-    with pytest.raises(ValueError, match="connector_lr was 0.01, is 0.02"):
+    with pytest.raises(ValueError, match="connector_lr is 0.02, and the run in .* began with 0.01"):
         train.main(train.read_settings(settings(tiny, world, out, "--max_steps=2", "--connector_lr=0.02")))
 
 
@@ -247,6 +247,17 @@ def test_a_config_file_may_name_for_its_dry_run_what_the_checkpoint_has(tmp_path
     assert "normalize of the config file is not used: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="normalize is set to 'none', but .* has 'softmax'"):
         checks.check_init(train.read_settings(["--normalize=none", f"--init={pretrained}"]), config)
+
+
+def test_dry_run_from_a_checkpoint_takes_and_refuses_what_training_does(tmp_path, pretrained, capsys):
+    flags = ["--stage=sft", f"--init={pretrained}", "--dry_run"]
+    print_estimate(train.read_settings(flags))
+    assert "image_newline" not in capsys.readouterr().out
+    S = checkpoint.load(pretrained).image_settings["size"]
+    print_estimate(train.read_settings([*flags, f"--tiles=(({S}, {2 * S}),)"]))
+    assert "image_newline" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--llm does not go with init"):
+        print_estimate(train.read_settings([*flags, "--llm=other"]))
 
 
 def test_the_schedule_is_the_recipes():

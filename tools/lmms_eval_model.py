@@ -13,7 +13,10 @@ TOOLS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [TOOLS, os.path.dirname(TOOLS)]
 
 import torch
-from lmms_eval.api.model import lmms
+try:
+    from lmms_eval.api.model import lmms
+except ImportError:
+    sys.exit("lmms_eval_model.py: this needs lmms-eval: pip install lmms_eval 'filelock<4'")
 
 import common
 from checkpoint import load

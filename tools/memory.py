@@ -16,7 +16,7 @@ import model
 import vocab
 from common import read_json
 from support import pretrained, sharding
-from support.checks import needs_words
+from support.checks import check_init, needs_words
 from support.log import parts_table
 from support.tiles import check_tiles, most_squares, num_tokens
 from support.tower import pooled_side, side_of
@@ -36,8 +36,11 @@ def print_estimate(cfg):
     cfg: train.Settings.
     """
     if os.path.isfile(f"{cfg.init}/config.json"):
-        for key, value in asdict(checkpoint.read_config(cfg.init)[0]).items():
-            setattr(cfg, key, value)
+        config = checkpoint.read_config(cfg.init)[0]
+        check_init(cfg, config)
+        for key, value in asdict(config).items():
+            if not (key == "tiles" and "tiles" in cfg.given):
+                setattr(cfg, key, value)
     elif cfg.init:
         print(f"{cfg.init} is not there yet: the sizes are those of the settings")
     if cfg.dtype == "auto":

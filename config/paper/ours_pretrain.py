@@ -4,11 +4,12 @@
 stage = "pretrain"
 out = "out/paper/ours_pretrain"
 init = "out/paper/ours_words"
-llm = "Qwen/Qwen2-0.5B-Instruct"                        # for --dry_run, as are the next three
-vision_tower = "openai/clip-vit-large-patch14-336"
-words = "words.json"
 words_loss = 1.0
 connector_lr = 2e-4                                     # a guess, as in ours_words.py
 data = "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
 images = "data/LLaVA-Pretrain/images"
 checkpointing = True
+# For --dry_run without a checkpoint:
+llm = "Qwen/Qwen2-0.5B-Instruct"
+vision_tower = "openai/clip-vit-large-patch14-336"
+words = "words.json"

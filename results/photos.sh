@@ -4,6 +4,9 @@
 # runs again. data/photos holds captions_train.json, captions_val.json, boxes_val.json and images/.
 #     bash results/photos.sh
 #     MODELS=/folder DATA=/folder bash results/photos.sh      # models in folders, not from the hub
+# The words of weights/photos and of docs/results.md were shared with two more tokenizers, and the
+# questions were counted, too: MORE_TOKENIZERS="Qwen/Qwen3-0.6B meta-llama/Meta-Llama-3-8B"
+# CORPUS="$DATA/captions_train.json questions_train.json".
 # On two cores: patches of the tower 45 minutes, words 18 minutes a seed, measuring 20 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."

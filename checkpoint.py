@@ -260,7 +260,7 @@ def read_config(folder):
     metadata = read_json(path)
     found = metadata.get("format") if isinstance(metadata, dict) else metadata
     if not isinstance(metadata, dict) or found != FORMAT:
-        raise ValueError(f"{path}: format {str(found)[:60]!r}; this code reads format {FORMAT}")
+        raise ValueError(f"{path} is no checkpoint's: its format is {found!r:.60}, not {FORMAT}")
     # Checkpoints from before these entries lack them.
     metadata = {"pool": 1, "tiles": [], "temperature": 1.0, "sum_pieces": False, **metadata}
     if isinstance(metadata["tiles"], list):         # JSON has no tuples

@@ -6,8 +6,8 @@ A conversation becomes ids and labels, by the chat template of the tokenizer.
 The tokenizer reads the text and says which characters each token covers. A token that covers a
 part of an answer is trained. How the text comes about is in support/templates.py.
 
-T counts tokens and P the patches of an image. An image takes P places in the ids, with tiles more.
-Each has IMAGE_ID, an id that no text can produce. A label is IGNORE where the model does not learn.
+An image takes one place in the ids for each patch (more with tiles). There stands IMAGE_ID, an id
+that no text can produce. A label is IGNORE where the model does not learn. Letters as in model.py.
 """
 import itertools
 
@@ -22,7 +22,7 @@ def image_token_ids(num_patches, tokenizer):
 
 
 def encode(messages, tokenizer, num_patches, template="chat"):
-    """Return (ids, labels) of one conversation: two lists of T ints, made together.
+    """Return (ids, labels) of one conversation: two lists of T ints.
 
     messages: [{"role": "system"|"user"|"assistant", "content": str}, ...]. Each "<image>" in a
         user's content becomes the ids of an image. Control tokens come from the template only:

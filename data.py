@@ -4,8 +4,7 @@ Records and batches: a record of a LLaVA-format JSON file becomes ids, labels an
     record --messages_of--> messages     --conversation.encode--> ids, labels --collate--> batch
                             image names  --support/pictures.py--> pixels
 
-Letters: T tokens, P patches of an image, B samples of a batch, N images of a batch,
-S side of a square image in pixels.
+Letters as in model.py.
 
     python data.py --check DATA.json --images DIR [--tokenizer NAME --num_patches P]
 """
@@ -205,8 +204,8 @@ def collate(samples, pad_id, pad_to=1, pack=False):
 def without_images(batch):
     """Return the batch with its images masked; positions count as if the images were not there.
 
-    The trained tokens are the same. The first of them needs a visible place before it. If only the
-    image stands there (template "plain" without BOS), its last place stays, with pixels of 0.
+    The trained tokens are the same. The first one is predicted from the place before it. If only
+    the image stands there (template "plain" without BOS), its last place stays, with zeros in it.
     """
     is_image = batch["input_ids"] == IMAGE_ID                           # (B, T)
     front = is_image.cumprod(1).bool()
@@ -262,7 +261,7 @@ def global_batches(dataset, batch_size, epoch, seed, group, group_batches=1):
 def plan(dataset, cfg):
     """Return every step of the run as a list of sample indices.
 
-    It depends only on data and settings, so the number of the step is the position in the data.
+    It depends only on data and settings, so a resume needs no more than the number of the step.
     """
     epochs = [global_batches(dataset, cfg.global_batch, epoch, cfg.seed, cfg.group,
                              cfg.group_batches) for epoch in range(cfg.epochs)]

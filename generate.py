@@ -89,7 +89,7 @@ def shared_prefix(vlm, prompts, embeds, mask, position, image_index, image_token
     The arguments are those of `generate`: embeds float[B, T, D], mask and position int64[B, T].
     image_tokens: see prefixes_of. Two prompts with one prefix (I) and other texts:
 
-        . . I I I a a       Column C = 4 is the first one with text after a prefix in any row.
+        . . I I I a a       C = 4 is the first column in which the question of some row begins.
         . I I I b b b       Columns 0 to C - 1 are cached, the others are computed for each row.
 
     The result is None if no two prompts share a prefix, if C is 0, or if the LLM has layers of a

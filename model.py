@@ -46,7 +46,7 @@ class LangBridge(nn.Module):
     The weights are word_weights(scores / temperature, normalize). With a temperature below 1, fewer
     words share a patch. plain_bytes: if all scores take more bytes than this, fused.py computes the
     softmax in blocks; 0 means 1/32 of the device's memory.
-    At the paper's sizes the connector has 129,790,720 parameters.
+    At the paper's sizes, with Dv = 1024, the connector has 129,790,720 parameters.
     """
 
     def __init__(self, Dv, H=5120, K=19200, normalize="softmax", temperature=1.0, plain_bytes=0):

@@ -2,7 +2,7 @@
 # The whole story on two CPU cores: world, small LLMs, pretrain, SFT, transfer, benchmarks, one table, pictures of words.
 #     bash speedrun.sh                      # a second run reuses what is there
 #     SEED=2 bash speedrun.sh               # another seed
-#     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 bash speedrun.sh     # the README's numbers on a Zen 4, too
+#     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 bash speedrun.sh     # the README's left numbers, on a Zen 4, too
 set -euo pipefail
 cd "$(dirname "$0")"
 SEED=${SEED:-1}

@@ -1,5 +1,5 @@
 """
-Train one stage of a VLM. "words" trains the connector without the LLM, "pretrain" the connector on
+Train one stage of a VLM. "words" trains the connector with no LLM in the loss, "pretrain" it on
 a frozen LLM, "sft" connector and LLM, and "sft_tower" the vision tower, too.
 
     python train.py config/pocket/words.py [--key=value ...]
@@ -9,7 +9,7 @@ a frozen LLM, "sft" connector and LLM, and "sft_tower" the vision tower, too.
 
 The settings are below. A config file holds those that differ, and `--key=value` overrides both. To
 go on with a stopped run, start the same command again. On a CPU the result is the same to the bit.
-On CUDA it should be with --deterministic (not run). It is a checkpoint folder, see checkpoint.py.
+On CUDA it should be with --deterministic (not run). A run writes a checkpoint, see checkpoint.py.
 """
 import math
 import os
@@ -82,13 +82,13 @@ class Settings:
     global_batch: int = setting(256, "samples of a step, over all ranks", low=1)
     batch_size: int = setting(32, "samples that one rank computes at a time", low=1, free=True)
     epochs: int = setting(1, "passes over the data", low=1)
-    max_steps: int = setting(0, "stop earlier; 0 means after the epochs", low=0)
+    max_steps: int = setting(0, "at most so many steps of the epochs; 0 means all", low=0)
     connector_lr: float = setting(1e-3, "learning rate of the connector", low=0)
     llm_lr: float = setting(2e-5, "learning rate of the LLM", low=0)
     vision_tower_lr: float = setting(2e-6, "learning rate of the vision tower", low=0)
     words_loss: float = setting(0.0, "weight of the words loss in the stages after words", low=0)
-    words_background: float = setting(0.9, "the probability that a word of an answer comes by its "
-                                           "frequency alone", low=0, high=0.99)
+    words_background: float = setting(0.9, "how much of a word's probability is its frequency; "
+                                           "high: frequent words need no patch", low=0, high=0.99)
     words_patch_weight: float = setting(0.0, "weight of the part of the words loss that asks each "
                                              "patch for a word", low=0)
     warmup: float = setting(0.03, "part of the steps in which the rate rises", low=0, high=1)
@@ -317,8 +317,7 @@ def main(cfg):
     trained_parts = {name.split(".")[0] for name, _ in trainable}
     save_kwargs = {"trained_parts": trained_parts, "dtype": getattr(torch, cfg.dtype),
                    "template": cfg.template, "image_mode": cfg.image_mode}
-    # A signal may reach one rank only. Each step adds the signals of all ranks up. All ranks stop
-    # if there was one.
+    # A signal may reach one rank only. Each step adds the signals of all ranks up.
     signals_received = []
     set_signal_handler(lambda *_: signals_received.append(True))
     start_time = time.time()
@@ -381,6 +380,8 @@ def main(cfg):
             break
 
     is_complete = done == len(steps)
+    if is_complete and skipped == sum(map(len, steps)):
+        raise ValueError(f"all {skipped} samples were skipped, so nothing was trained")
     with sharing_errors():
         if is_complete:
             checkpoint.save(vlm, cfg.out, cfg.stage, **save_kwargs, seed=cfg.seed, steps=len(steps))
@@ -431,8 +432,7 @@ def accumulate(vlm, loader, count, frequencies, autocast, device, probe, cfg):
 
     -> (sums over them, {name: number}; one sentence for each sample that cannot be used). The loss
     is summed and not averaged; main divides once, by the trained tokens of the whole global batch.
-    frequencies: see model.words_loss. probe: compute the loss once more without the images. If it
-    is close to the real loss, the model ignores the images.
+    frequencies: see model.words_loss. probe: compute blind_loss, too.
     """
     names = ("loss", "trained", "words_loss", "num_words", "tokens", "bad", "images", "blind_loss",
              "blind_trained")
@@ -473,8 +473,8 @@ def accumulate(vlm, loader, count, frequencies, autocast, device, probe, cfg):
 def losses(vlm, batch, frequencies, cfg):
     """Return {"loss", "trained"[, "words_loss", "num_words"]}: summed losses and their counts.
 
-    In stage "words" the words loss takes the place of the loss, and words that of tokens. In other
-    stages main divides both losses by the number of tokens. Only the log gives a loss per word.
+    Stage "words" returns the words loss as "loss", and its number of words as "trained". In other
+    stages main divides both losses by the tokens. The log gives the words loss per word.
     """
     of_words = frequencies, cfg.words_background, cfg.words_patch_weight
     if cfg.stage == "words":
@@ -493,6 +493,7 @@ def losses(vlm, batch, frequencies, cfg):
 @torch.no_grad()
 def blind_loss(vlm, batch, autocast, device):
     """Return (summed loss, number of trained tokens) of a batch whose images are hidden."""
+    # If this loss is close to the real one, the model ignores the images.
     # The probe must not change what dropout draws next.
     devices = [device] if device.type == "cuda" else []
     with autocast, torch.random.fork_rng(devices):

@@ -19,8 +19,8 @@ def check_model(cfg, model):
         raise ValueError("the words loss and words_init need the words of a LangBridge, and "
                          f"{holder} has an MLP")
     if model.normalize == "none" and needs_words(cfg):
-        raise ValueError(f"the words loss is for probabilities of words, and {holder} has "
-                         "normalize none: softmax gives probabilities")
+        raise ValueError("the words loss trains probabilities, a softmax of the scores, and "
+                         f"{holder} uses the scores themselves (normalize none)")
     if model.tiles and (cfg.features or cfg.words_loss or "llm" not in cfg.trained_parts()):
         raise ValueError(f"{holder} has tiles, which are for stages that train the LLM, without "
                          "words_loss and features: set tiles to (), or change these")
@@ -30,6 +30,8 @@ def check(cfg):
     """Raise ValueError if the settings cannot work. Nothing is loaded for this."""
     if not cfg.init:
         check_model(cfg, cfg)
+    if cfg.group_batches > 1 and not cfg.group:
+        raise ValueError("group_batches is how many steps group sorts together: set group to True")
     if cfg.group and cfg.stage == "words":
         raise ValueError("group makes steps of text alone, and stage words learns from pictures: "
                          "set group to False")

@@ -4,6 +4,7 @@ import math
 import os
 import runpy
 from dataclasses import field, fields
+from types import ModuleType
 
 
 def setting(default, text, choices=None, low=None, high=math.inf, free=False):
@@ -23,9 +24,12 @@ def print_help(settings_class):
 
 
 def read(settings_class, argv):
-    """Return (settings, {name: where it was set}) of config files and of --key=value."""
+    """Return (settings, {name: where it was set}) of config files and of --key=value.
+
+    --key=value overrides a config file, also before it.
+    """
     given = []                                                      # (name, value, where)
-    for arg in argv:
+    for arg in sorted(argv, key=lambda arg: arg.startswith("--")):  # the files come first
         if arg.startswith("--"):
             key, equals, text = arg.lstrip("-").partition("=")
             given.append((key, text if equals else True, "the command line"))
@@ -37,7 +41,8 @@ def read(settings_class, argv):
         except Exception as error:                  # a config file is a program that may raise all
             raise ValueError(f"{arg} is not a config file: {type(error).__name__}: "
                              f"{error}") from None
-        given += [(key, value, arg) for key, value in values.items() if not key.startswith("_")]
+        given += [(key, value, arg) for key, value in values.items()
+                  if not (key.startswith("_") or isinstance(value, ModuleType))]
 
     settings = settings_class()
     known = {f.name: f for f in fields(settings_class)}

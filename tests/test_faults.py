@@ -187,7 +187,7 @@ MODELS = {  # name: (checkpoint, what breaks its folder, words); no words: it lo
     "config of another type": ("ck", config(hidden="28"), ["hidden is '28', it must be of type int"]),
     "fingerprint of another type": ("ck", config(fingerprint=[]), ["fingerprint is '[]', it must be of type dict"]),
     "template of another type": ("ck", config(template=["x"]), ["template is \"['x']\", it must be of type str"]),
-    "another format": ("ck", config(format=9), ["format '9'; this code reads format 1"]),
+    "another format": ("ck", config(format=9), ["config.json is no checkpoint's: its format is 9, not 1"]),
     "absolute path": ("ck", config(llm="/etc"), ["config.json names the absolute path /etc"]),
     "another K in the config": ("ck", config(num_words=5), WORDS),
     "another K in the connector": ("ck", weights("ck/connector.safetensors", lambda t: {
@@ -351,14 +351,15 @@ TRAIN = {  # name: (arguments, exit status, words)
     "no number": (["--connector_lr=1e999"], 1, ["connector_lr is inf, it must be a finite number"]),
     "no such LLM": (["--llm=/no/such/folder"], 1, ["there is no folder /no/such/folder"]),
     "no width": (["--hidden=0"], 1, ["hidden is 0"]),
-    "words loss of raw scores": (["--normalize=none", "--words_loss=0.1"], 1, ["the words loss is for probabilities of words"]),
-    "words stage of raw scores": (["--normalize=none", "--stage=words"], 1, ["the words loss is for probabilities of words"]),
+    "words loss of raw scores": (["--normalize=none", "--words_loss=0.1"], 1, ["the words loss trains probabilities"]),
+    "words stage of raw scores": (["--normalize=none", "--stage=words"], 1, ["the words loss trains probabilities"]),
     "more words than there are": (["--num_words=999"], 1, ["num_words is 999, but "]),
     "no patch": (["--image_size=4"], 1, ["image_size 4 is less than a patch"]),
     "a part of the steps": (["--warmup=2"], 1, ["warmup is 2"]),
     "init is a snapshot in out": (["--init=same/steps/000100", "--out=same/"], 1, ["init same/steps/000100 is in same/"]),
     "the LLM is in out": (["--llm=same/llm", "--out=same"], 1, ["llm same/llm is in same, where it would be overwritten"]),
     "a file named by a number": (["--words=2024"], 1, ["there is no file or folder 2024"]),
+    "batches of no group": (["--group_batches=4"], 1, ["group_batches is how many steps group sorts together"]),
     "no such data": (["--data=none.json"], 1, ["there is no file or folder none.json"]),
     "no data but a comma": (["--data=,"], 1, ["data is not set"]),
 }
@@ -392,6 +393,19 @@ def test_what_a_stage_cannot_learn_from_is_named(records, flag, words, tiny, wor
         (tmp_path / "own.json").write_text(json.dumps(records))
     argv = [f"--data={data}", flag, "--words_loss=0.1"]
     expect(outcome(lambda: train_with(tiny, world, tmp_path / "out", *argv), capsys), 1, [words])
+
+
+def test_a_run_that_skips_every_sample_writes_no_checkpoint(tiny, world, tmp_path, capsys):
+    (tmp_path / "own.json").write_text(json.dumps([{"id": "x", "image": "0.png", "conversations": 3}] * 2 + [{"id": "y"}]))
+    argv = ["--on_bad=skip", f"--data={tmp_path}/own.json", "--stage=sft", "--global_batch=2", "--batch_size=2"]
+    expect(outcome(lambda: train_with(tiny, world, tmp_path / "out", *argv), capsys), 1, ["all 3 samples were skipped"])
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_flag_overrides_a_config_file_also_before_it_and_a_file_may_import(tmp_path):
+    (tmp_path / "run.py").write_text("import os\nhidden = 5")
+    for argv in ([f"{tmp_path}/run.py", "--hidden=7"], ["--hidden=7", f"{tmp_path}/run.py"]):
+        assert train.read_settings(argv).hidden == 7
 
 
 @pytest.mark.parametrize("text, words", [

@@ -1,5 +1,5 @@
 # Not the paper's: this project's own first stage at the paper's sizes. The connector learns from
-# captions which words a picture holds, and no LLM is trained or run. It has not been run at these
+# captions which words a picture holds, and the loss runs no LLM. It has not been run at these
 # sizes. config/photos/words.py ran on 6,091 photographs. Its temperature of 0.1 is for LLMs that
 # are not trained; here ours_pretrain.py follows.
 stage = "words"

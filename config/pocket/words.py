@@ -1,6 +1,6 @@
 # The words stage in the pocket world (python pocket.py makes it): the connector learns from
-# captions which words a picture holds. The LLM gives its embeddings and does not run: it takes
-# seconds.
+# captions which words a picture holds. The LLM gives its tokenizer and its embeddings, and the loss
+# does not run it. So the stage takes seconds.
 stage = "words"
 out = "out/pocket/words"
 llm = "data/pocket/pocket-qwen"     # its tokenizer and its E, for words_init

@@ -113,7 +113,9 @@ measure step1-smollm2-42="$OUT/step1-42" --number 64
 # The MLP with LLaVA's hidden width, that of the LLM, in place of the default 5,120.
 train mlp-576 config/photos/pretrain.py $BASE --init= --image_size=224 --pool=2 --words_loss=0 \
     --connector=mlp --connector_lr=1e-3 --hidden=0
-measure "$OUT/mlp-576" --number 96
+train captions-mlp-576 config/photos/questions.py --init="$OUT/mlp-576" $HERE \
+    --data="$OUT/one-each.json" --image_mode=crop --global_batch=16 --batch_size=16
+measure "$OUT"/{mlp-576,captions-mlp-576} --number 96
 
 # More epochs, and fewer steps, photographs or pixels.
 patch_words words-4-epochs $WORDS_STAGE --words_patch_weight=0 --epochs=4

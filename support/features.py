@@ -21,6 +21,8 @@ def write_missing(vlm, dataset, folder, batch_size):
         settings[f"tower's {part}"] = value
     path = f"{folder}/settings.json"
     stored = common.read_json(path) if os.path.isfile(path) else settings
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} was not written by train.py: name another folder")
     other = [key for key, value in settings.items() if stored.get(key, ...) != value]
     if other:
         raise ValueError(f"{folder} holds the patches of {stored}, and this run has another "

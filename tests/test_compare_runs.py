@@ -21,6 +21,7 @@ TOLERANCE = 2e-4
     ([1.0, 2.0], [1.0, 2.0], "the same to the bit in 2 steps", 0),
     ([1.0, 2.0, 4.0], [1.0, 2.0 + 2e-15, 4.0], "differs from step 1 on", 1e-15),
     ([1.0, 2.0, 4.0], [1.0, 1.0, 4.0], "at most by 5.0e-01 at step 1", 0.5),
+    ([1.0], [1.0, 1.0], "1 steps and 2 steps", math.inf),
     ([1.0], [math.nan], "differs from step 0 on", math.inf),
 ])
 def test_what_counts_as_the_same(before, after, sentence, difference):

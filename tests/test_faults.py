@@ -816,12 +816,13 @@ def test_out_is_no_part_of_the_source(tmp_path):
     refuse_inside(str(tmp_path / "run" / "next"), init=str(tmp_path / "run"))
 
 
-def test_features_in_a_folder_of_something_else(tiny, world, tmp_path):
+@pytest.mark.parametrize("found, words", [([], "was not written by train.py"), ({"mine": 1}, "this run has another")])
+def test_features_in_a_folder_of_something_else(tiny, world, tmp_path, found, words):
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "settings.json").write_text('{"mine": 1}')
-    with pytest.raises(ValueError, match="this run has another"):
+    (tmp_path / "f" / "settings.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=words):
         train_with(tiny, world, tmp_path / "out", "--max_steps=1", f"--features={tmp_path}/f")
-    assert (tmp_path / "f" / "settings.json").read_text() == '{"mine": 1}'
+    assert json.loads((tmp_path / "f" / "settings.json").read_text()) == found
 
 
 def test_words_that_no_answer_has(tiny, world, tmp_path):

@@ -254,13 +254,28 @@ def test_one_bad_host_is_named_and_the_others_go_on(case, server, get, tmp_path)
     assert not [p for p in (root / failed).rglob("*") if p.suffix == ".jpg"]
 
 
-@pytest.mark.parametrize("content", ["[]", '{"good": 7}', '{"good": {}}', "<html>"])
-def test_a_list_of_addresses_of_another_form(content, get, tmp_path):
+@pytest.mark.parametrize("name, content, sentence", [
+    ("get_data.json", "[]", "get_data.json was not written by this script"),
+    ("get_data.json", '{"done": []}', "get_data.json was not written by this script"),
+    ("ocr_vqa/dataset.json", "[]", "dataset.json is not that of OCR-VQA"),
+    ("ocr_vqa/dataset.json", "<html>", "is not a whole JSON file")])
+def test_files_of_another_form(name, content, sentence, get, tmp_path):
     (tmp_path / "data/ocr_vqa").mkdir(parents=True)
-    (tmp_path / "data/ocr_vqa/dataset.json").write_text(content)
-    status, text = get("--only", "ocr_vqa,gqa")             # the other sources go on
-    assert status == 1 and "gqa          finished" in text
-    assert ("dataset.json is not that of OCR-VQA" if content[0] in "[{" else "is not a whole JSON file") in text
+    (tmp_path / "data" / name).write_text(content)
+    if name == "get_data.json":                             # nothing can be done without it
+        with pytest.raises(ValueError, match=sentence):
+            get("--only", "mix665k")
+    else:                                                   # the other sources go on
+        status, text = get("--only", "ocr_vqa,gqa")
+        assert status == 1 and sentence in text and "gqa          finished" in text
+
+
+def test_entries_without_an_address_are_missing_pictures(get, tmp_path):
+    (tmp_path / "data/ocr_vqa").mkdir(parents=True)
+    (tmp_path / "data/ocr_vqa/dataset.json").write_text(json.dumps({"good": {"imageURL": 3}, "gif": 7, "png": {}}))
+    status, _ = get("--only", "ocr_vqa")
+    missing = json.loads((tmp_path / "data/get_data.json").read_text())["missing"]
+    assert status == 0 and missing["ocr_vqa/images/good.jpg"] == "the list does not hold it"
 
 
 def test_pictures_are_not_called_missing_before_their_archive_is_there(server, get, tmp_path):

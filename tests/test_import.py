@@ -339,16 +339,27 @@ def test_a_config_of_another_computation(name, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("files, total", [
-    (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None), (["a.safetensors"], None),
-    (["a.safetensors", "model-00001-of-00001.safetensors"], None), (["pytorch_model-00001-of-00002.bin"], 2),
-    (["model-00002-of-00002.safetensors"], 2), (["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"], 3)])
-def test_shards_that_are_missing(files, total, tmp_path):
+SHARDS = {      # name: (files in the folder, files that its index names or what the index is, the file that is missing)
+    "all there": (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None, None),
+    "one missing, without an index": (["model-00002-of-00002.safetensors"], None, "model-00001-of-00002.safetensors"),
+    "a pickle missing": (["pytorch_model-00001-of-00002.bin"], None, "pytorch_model-00002-of-00002.bin"),
+    "a name of its own": (["a.safetensors"], ("model.safetensors", ["a.safetensors", "tower.safetensors"]), "tower.safetensors"),
+    "an index of the other format": (["model.safetensors"], ("pytorch_model.bin", ["pytorch_model-00001-of-00002.bin"]), None),
+    "an index without names": (["model.safetensors"], ("model.safetensors", 3), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_shards_that_are_missing(name, tmp_path):
     """Without the check, a part that is in the missing file would come from --llm or --vision_tower, untrained"""
+    files, index, missing = SHARDS[name]
     for file in files:
         (tmp_path / file).write_bytes(b"")
-    if total:
-        with pytest.raises(ValueError, match=rf"lacks a file of weights: .*-of-0000{total}\.\w+ is one of {total}"):
+    if index:
+        names = {str(i): file for i, file in enumerate(index[1])} if isinstance(index[1], list) else index[1]
+        (tmp_path / f"{index[0]}.index.json").write_text(json.dumps({"weight_map": names}))
+    if missing:
+        with pytest.raises(ValueError, match=missing):
             import_official.shards_of(str(tmp_path))
     else:
         assert [os.path.basename(file) for file in import_official.shards_of(str(tmp_path))] == files

@@ -83,12 +83,14 @@ def main():
 
 
 def compare(before, after):
-    """Return (a sentence about two lists of STEPS numbers, the largest relative difference).
+    """Return (a sentence about two lists of numbers, the largest relative difference).
 
-    The difference is infinite if a number is not finite.
+    The difference is infinite if a number is missing or not finite.
     """
+    if len(before) != len(after):
+        return f"{len(before)} steps and {len(after)} steps", math.inf
     differences = [0.0 if a == b else abs(a - b) / max(abs(a), abs(b))
-                   for a, b in zip(before, after, strict=True)]
+                   for a, b in zip(before, after)]
     differences = [math.inf if math.isnan(d) else d for d in differences]
     largest = max(differences)
     if not largest:

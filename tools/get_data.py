@@ -159,17 +159,14 @@ def get_pictures(args, missing):
     """
     if not os.path.isfile(f"{args.root}/{MIX}.json"):
         raise ValueError(f"{MIX}.json, which names the pictures, is not there")
-    addresses = {}
-    if os.path.isfile(f"{args.root}/{ADDRESSES}"):
-        entries = common.read_json(f"{args.root}/{ADDRESSES}")
-        try:
-            addresses = {name: entry["imageURL"] for name, entry in entries.items()}
-        except (AttributeError, TypeError, LookupError):
-            raise ValueError(f"{ADDRESSES} is not that of OCR-VQA: an object with an imageURL for "
-                             "each picture") from None
+    has_list = os.path.isfile(f"{args.root}/{ADDRESSES}")
+    entries = common.read_json(f"{args.root}/{ADDRESSES}") if has_list else {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"{ADDRESSES} is not that of OCR-VQA: an object with an entry for each "
+                         "picture")
     names = {record.get("image", "") for record in common.read_json(f"{args.root}/{MIX}.json")}
     names = sorted(name for name in names - missing.keys() if name.startswith("ocr_vqa/"))
-    absent = f"the {'list' if addresses else 'archive'} does not hold it"
+    absent = f"the {'list' if has_list else 'archive'} does not hold it"
     failures = []                                       # the next run tries these again
 
     def is_settled(name):
@@ -177,12 +174,13 @@ def get_pictures(args, missing):
         if len(failures) >= GIVE_UP:
             return False
         stem = os.path.splitext(f"{args.root}/{name}")[0]
-        address = addresses.get(os.path.basename(stem))
+        entry = entries.get(os.path.basename(stem))
+        address = entry.get("imageURL") if isinstance(entry, dict) else None
         unpacked = [stem + end for end in (".jpg", ".gif", ".png", ".jpeg")]
         path = next(filter(os.path.isfile, unpacked), f"{stem}.raw")
         try:
             if path.endswith(".raw"):
-                if not address:
+                if not address or not isinstance(address, str):
                     raise NotThere(absent)
                 download(address, path, args.mirror)
             to_jpeg(path, f"{stem}.jpg")

@@ -109,7 +109,7 @@ def read_tensors(path):
 
 
 def shards_of(folder):
-    """Return the files of a folder's weights. ValueError if one of them is missing.
+    """Return the files of a folder's weights. ValueError names one that is missing.
 
     Without this check a part whose shard was not downloaded would be taken from --llm or
     --vision_tower, untrained.
@@ -117,11 +117,21 @@ def shards_of(folder):
     patterns = ("*.safetensors", "pytorch_model*.bin", "mm_projector.bin")
     found = (sorted(glob(f"{escape(folder)}/{pattern}")) for pattern in patterns)
     files = next(filter(None, found), [])
-    for file in files:
-        total = re.search(r"-of-(\d{5})\.", file)              # model-00001-of-00003.safetensors
-        if total and sum(total[0] in other for other in files) != int(total[1]):
-            raise ValueError(f"{folder} lacks a file of weights: {os.path.basename(file)} is one "
-                             f"of {int(total[1])}")
+    there = {os.path.basename(file) for file in files}
+    named = set()
+    for name in there:
+        shard = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", name)      # model-00001-of-00003.bin
+        if shard:
+            named |= {f"{shard[1]}{i:05d}{shard[2]}" for i in range(1, int(shard[3]) + 1)}
+    kind = os.path.splitext(files[0])[1] if files else ""   # an index of the other kind is not read
+    for index in glob(f"{escape(folder)}/*{kind}.index.json"):
+        content = common.read_json(index)
+        if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+            raise ValueError(f"{index} is no index of weights: it has no weight_map")
+        named |= set(map(str, content["weight_map"].values()))
+    missing = sorted(named - there)
+    if missing:
+        raise ValueError(f"{folder} lacks {missing[0]}, one of its {len(named)} files of weights")
     return files
 
 

@@ -22,6 +22,8 @@ def move_mlp(source, target, words_file, device, dtype, attention=None, vision_t
     The last layer of the MLP is followed by the map, so the result is an MLP again.
     """
     words = vocab.load_words(words_file)
+    if len(words) < 2:
+        raise ValueError(f"{words_file} has one word, and a map is fitted on many")
     old = checkpoint.load(source, device, dtype, attention, vision_tower=vision_tower)
     first, _, last = old.connector.mlp
     source_E = embed_words(old.llm, old.tokenizer, words)
